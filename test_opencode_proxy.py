@@ -1,0 +1,1677 @@
+"""Tests of opencode_proxy, ordered like the program. Run with `python3 -m unittest -v` in this folder.
+
+Pure functions are tested by tables; faults that the real opencode cannot be made to show by a fake one; everything
+else by the real opencode, whose provider is a loopback server of this file (Upstream). Tests that need opencode or a
+client library skip where it is missing, and fail instead when OPENCODE_PROXY_TEST_ALL=1 (as in CI).
+"""
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import http.server
+import io
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import unittest
+import unittest.mock
+
+import opencode_proxy as proxy
+
+HERE = pathlib.Path(__file__).resolve().parent
+DEADLINE = 60.0  # for what must happen; long, because machines are slow when they are busy
+ALL = os.environ.get("OPENCODE_PROXY_TEST_ALL") == "1"
+
+
+def eventually(condition, seconds=DEADLINE):
+    """Return the first true value of `condition()`, or its last one after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value or time.monotonic() > deadline:
+            return value
+        time.sleep(0.02)
+
+
+def missing(what):
+    """Skip a test for want of `what`, or fail it where everything must be there."""
+    if ALL:
+        raise AssertionError(what + " is missing, and OPENCODE_PROXY_TEST_ALL=1")
+    raise unittest.SkipTest(what + " is missing")
+
+
+# ------------------------------------------------------------------------------------------- loopback upstream
+
+class Upstream(http.server.ThreadingHTTPServer):
+    """A model provider on loopback: records each request, answers as `respond(exchange)` says."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self):
+        self.exchanges = []
+        self.respond = answer_text
+        super().__init__(("127.0.0.1", 0), Exchange)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05})
+        self.thread.start()
+
+    def handle_error(self, request, client_address):
+        pass
+
+    def close(self):
+        self.shutdown()
+        self.thread.join()
+        self.server_close()
+
+
+class Exchange(http.server.BaseHTTPRequestHandler):
+    """One request to the upstream."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_POST(self):
+        self.raw = self.rfile.read(int(self.headers["Content-Length"]))
+        self.body = json.loads(self.raw)
+        self.format = "/".join(urlpath(self.path)[-2:]) if self.path.endswith("completions") else urlpath(self.path)[-1]
+        self.closed_by_client = threading.Event()
+        self.server.exchanges.append(self)
+        self.server.respond(self)
+
+    def do_GET(self):  # opencode looks for a list of models at some providers
+        self.send_error(404)
+
+    def log_message(self, *args):
+        pass
+
+    def begin(self, status=200, content_type="text/event-stream", **headers):
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Connection", "close")
+        self.close_connection = True
+        self.end_headers()
+
+    def send(self, *events):
+        for event in events:
+            name = f"event: {event['type']}\n" if isinstance(event, dict) and self.format == "messages" else ""
+            data = event if isinstance(event, str) else json.dumps(event)
+            self.wfile.write(f"{name}data: {data}\n\n".encode())
+
+    def wait_closed(self):
+        """Wait until the other side closes the connection."""
+        self.connection.settimeout(DEADLINE)
+        with contextlib.suppress(OSError):
+            if self.connection.recv(1) == b"":
+                self.closed_by_client.set()
+
+    def drop(self):
+        """Close the connection in the middle of an answer, with a reset."""
+        self.wfile.flush()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.connection.close()
+
+
+def urlpath(path):
+    return path.partition("?")[0].strip("/").split("/")
+
+
+USAGE = {"prompt_tokens": 11, "completion_tokens": 20, "total_tokens": 31,
+         "prompt_tokens_details": {"cached_tokens": 4}, "completion_tokens_details": {"reasoning_tokens": 7}}
+
+
+def chat_chunk(delta, finish=None):
+    return {"id": "up", "object": "chat.completion.chunk", "created": 1, "model": "m",
+            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+
+def stream_of(wire_format, parts, finish="stop"):
+    """Return the provider's events for an answer: `parts` are ("text"|"thought", text) or ("call", id, name, pieces)."""
+    return {"chat/completions": chat_stream, "responses": responses_stream, "messages": messages_stream}[wire_format](
+        parts, finish)
+
+
+def chat_stream(parts, finish):
+    events, calls = [chat_chunk({"role": "assistant", "content": ""})], 0
+    for part in parts:
+        if part[0] == "text":
+            events.append(chat_chunk({"content": part[1]}))
+        elif part[0] == "thought":
+            events.append(chat_chunk({"reasoning_content": part[1]}))
+        else:
+            events.append(chat_chunk({"tool_calls": [{"index": calls, "id": part[1], "type": "function",
+                                                      "function": {"name": part[2], "arguments": ""}}]}))
+            events += [chat_chunk({"tool_calls": [{"index": calls, "function": {"arguments": piece}}]}) for piece in part[3]]
+            calls += 1
+    usage = {**chat_chunk({}), "choices": [], "usage": USAGE}
+    return [*events, chat_chunk({}, finish), usage, "[DONE]"]
+
+
+def responses_stream(parts, finish):
+    events = [{"type": "response.created", "response": {"id": "r", "created_at": 1, "model": "m"}}]
+    for index, part in enumerate(parts):
+        place = {"output_index": index, "item_id": f"i{index}"}
+        if part[0] == "text":
+            item = {"type": "message", "id": f"i{index}", "role": "assistant", "content": []}
+            events += [{"type": "response.output_item.added", **place, "item": item},
+                       {"type": "response.output_text.delta", **place, "content_index": 0, "delta": part[1]},
+                       {"type": "response.output_item.done", **place, "item": item}]
+        elif part[0] == "thought":
+            item = {"type": "reasoning", "id": f"i{index}", "summary": []}
+            events += [{"type": "response.output_item.added", **place, "item": item},
+                       {"type": "response.reasoning_summary_part.added", **place, "summary_index": 0},
+                       {"type": "response.reasoning_summary_text.delta", **place, "summary_index": 0, "delta": part[1]},
+                       {"type": "response.output_item.done", **place, "item": item}]
+        else:
+            item = {"type": "function_call", "id": f"i{index}", "call_id": part[1], "name": part[2], "arguments": ""}
+            events += [{"type": "response.output_item.added", **place, "item": item}]
+            events += [{"type": "response.function_call_arguments.delta", **place, "delta": piece} for piece in part[3]]
+            events += [{"type": "response.output_item.done", **place,
+                        "item": {**item, "arguments": "".join(part[3]), "status": "completed"}}]
+    usage = {"input_tokens": 11, "input_tokens_details": {"cached_tokens": 4}, "output_tokens": 20,
+             "output_tokens_details": {"reasoning_tokens": 7}}
+    kind = "response.incomplete" if finish == "length" else "response.completed"
+    details = {"incomplete_details": {"reason": "max_output_tokens"}} if finish == "length" else {}
+    return [*events, {"type": kind, "response": {"usage": usage, **details}}]
+
+
+def messages_stream(parts, finish):
+    usage = {"input_tokens": 7, "cache_read_input_tokens": 4, "output_tokens": 1}
+    events = [{"type": "message_start", "message": {"id": "m", "type": "message", "role": "assistant", "model": "m",
+                                                    "content": [], "usage": usage}}]
+    for index, part in enumerate(parts):
+        if part[0] == "text":
+            block, deltas = {"type": "text", "text": ""}, [{"type": "text_delta", "text": part[1]}]
+        elif part[0] == "thought":
+            block, deltas = {"type": "thinking", "thinking": ""}, [{"type": "thinking_delta", "thinking": part[1]}]
+        else:
+            block = {"type": "tool_use", "id": part[1], "name": part[2], "input": {}}
+            deltas = [{"type": "input_json_delta", "partial_json": piece} for piece in part[3]]
+        events += [{"type": "content_block_start", "index": index, "content_block": block}]
+        events += [{"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas]
+        events += [{"type": "content_block_stop", "index": index}]
+    reason = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}[finish]
+    return [*events, {"type": "message_delta", "delta": {"stop_reason": reason}, "usage": {"output_tokens": 20}},
+            {"type": "message_stop"}]
+
+
+def answering(*parts, finish="stop"):
+    """Return a `respond` that streams an answer of `parts` in the wire format that it is asked in."""
+    def respond(exchange):
+        exchange.begin()
+        exchange.send(*stream_of(exchange.format, parts, finish))
+    return respond
+
+
+answer_text = answering(("text", "Hel"), ("text", "lo "), ("text", "w\u00f6r\u2028ld"))
+
+
+def failing(status, body, content_type="application/json", **headers):
+    """Return a `respond` that refuses."""
+    def respond(exchange):
+        data = body if isinstance(body, str) else json.dumps(body)
+        exchange.begin(status, content_type, Content_Length=str(len(data.encode())), **headers)
+        exchange.wfile.write(data.encode())
+    return respond
+
+
+# ------------------------------------------------------------------------------------------------------- proxies
+
+def settings(**changes):
+    """Return the settings of a command line without arguments, with `changes`."""
+    values = proxy.read_settings([])
+    vars(values).update({"host": "127.0.0.1", "port": 0, **changes})
+    return values
+
+
+class Running:
+    """A proxy in this process."""
+
+    def __init__(self, opencode_path, **changes):
+        self.settings = settings(**changes)
+        self.opencode = proxy.Opencode(opencode_path, self.settings.model)
+        self.pool = proxy.Pool(self.opencode, self.settings.max_concurrency, self.settings.max_queue,
+                               self.settings.spares, self.settings.requests_per_process)
+        self.server = proxy.ProxyServer(self.settings, self.pool)
+        self.port = self.server.server_port
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05})
+        self.thread.start()
+        try:
+            self.pool.prove()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self, grace=0.0):
+        self.server.stop(grace, threading.Event())
+        self.thread.join()
+
+    def connect(self):
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE)
+
+    def request(self, method, path, body=None, headers=None):
+        """Return (status, headers, body) of one request on a connection of its own."""
+        with contextlib.closing(self.connect()) as connection:
+            data = body if body is None or isinstance(body, (bytes, str)) else json.dumps(body)
+            connection.request(method, path, data, headers or {})
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+
+    def chat(self, content="hi", **fields):
+        """Return (status, answer) of a chat request that is not streamed."""
+        body = {"messages": [{"role": "user", "content": content}], **fields}
+        status, _, data = self.request("POST", "/v1/chat/completions", body)
+        return status, json.loads(data)
+
+    def stream(self, content="hi", **fields):
+        """Return the data of the SSE events of a streamed chat request: objects and "[DONE]"."""
+        body = {"messages": [{"role": "user", "content": content}], "stream": True, **fields}
+        status, headers, data = self.request("POST", "/v1/chat/completions", body)
+        assert status == 200, (status, data)
+        return sse_events(data)
+
+    def raw(self, data, half_close=False):
+        """Return all bytes that the server answers to `data` until it closes the connection."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE) as connection:
+            connection.sendall(data)
+            if half_close:
+                connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def sse_events(data):
+    """Return what is in the events of an SSE stream; fail on anything that is not an event or a comment."""
+    events = []
+    for block in data.decode().split("\n\n"):
+        if block.startswith("data: "):
+            events.append(block[6:] if block == "data: [DONE]" else json.loads(block[6:]))
+        elif block and not block.startswith(":"):
+            raise AssertionError(f"not an event: {block!r}")
+    return events
+
+
+def deltas_of(events):
+    """Return the deltas of the chunks among `events`."""
+    return [choice["delta"] for event in events if event != "[DONE]" for choice in event.get("choices", ())]
+
+
+def children():
+    """Return the command lines of this process's descendants."""
+    found = subprocess.run(["ps", "-eo", "pid=,ppid=,stat=,args="], stdout=subprocess.PIPE, check=True).stdout.decode()
+    rows = [line.split(None, 3) for line in found.splitlines()]
+    mine, result = {str(os.getpid())}, []
+    for pid, parent, stat, args in sorted(rows, key=lambda row: int(row[0])):
+        if parent in mine and not args.startswith("ps -eo"):
+            mine.add(pid)
+            result.append(f"{pid} {stat} {args}")
+    return result
+
+
+def run_directories():
+    return list(pathlib.Path(tempfile.gettempdir()).glob("opencode-proxy-*"))
+
+
+# ---------------------------------------------------------------------------------------------- the real opencode
+
+def real_opencode():
+    try:
+        return proxy.find_opencode(os.environ.get("OPENCODE_PROXY_TEST_OPENCODE"))
+    except proxy.StartError:
+        missing("opencode")
+
+
+CHAT, RESPONSES, MESSAGES = "github-copilot/gpt-5-mini", "github-copilot/gpt-5.4-mini", "github-copilot/claude-sonnet-4.6"
+FORMATS = {"chat/completions": CHAT, "responses": RESPONSES, "messages": MESSAGES}
+
+
+def make_home(folder, upstream, **more):
+    """Make a HOME whose opencode is logged in to GitHub Copilot, at `upstream`; return the environment for it."""
+    login = {"github-copilot": {"type": "oauth", "refresh": "x", "access": "x", "expires": 0}}
+    copilot = {"options": {"baseURL": upstream.url},
+               "models": {"claude-sonnet-4.6": {"provider": {"npm": "@ai-sdk/anthropic"}}}}
+    local = {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": upstream.url + "/v1", "apiKey": "k"}, "models": {"m": {}}}
+    config = {"provider": {"github-copilot": copilot, "local": local}, **more}
+    for path, content in ((".local/share/opencode/auth.json", login), (".config/opencode/opencode.json", config)):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(json.dumps(content))
+    return {"HOME": str(folder)}
+
+
+XDG = ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME")
+
+
+
+
+# ------------------------------------------------------------------------------------------------------- errors
+
+class ErrorTest(unittest.TestCase):
+    def test_type_follows_status(self):
+        for status, kind in ((400, "invalid_request_error"), (401, "authentication_error"), (403, "permission_error"),
+                             (404, "invalid_request_error"), (413, "invalid_request_error"), (429, "rate_limit_error"),
+                             (500, "server_error"), (503, "server_error")):
+            self.assertEqual(proxy.APIError(status, "m").body(),
+                             {"error": {"message": "m", "type": kind, "param": None, "code": None}})
+
+    def test_upstream_error(self):
+        def seen(status, body, headers=()):
+            error = proxy.upstream_error(status, dict(headers), body)
+            return error.status, error.message, error.type, error.param, error.code, error.headers
+        table = [
+            ((429, '{"error":{"message":"slow","type":"tokens","param":"p","code":"rate"}}', {"retry-after": "7"}),
+             (429, "slow", "tokens", "p", "rate", {"Retry-After": "7"})),
+            ((400, '{"error":{"message":"no","code":17}}'), (400, "no", "invalid_request_error", None, None, {})),
+            ((401, '{"type":"error","error":{"type":"authentication_error","message":"key"}}'),
+             (401, "key", "authentication_error", None, None, {})),
+            ((403, '{"error":"forbidden"}'), (403, "forbidden", "permission_error", None, None, {})),
+            ((422, '{"detail":"wrong"}'), (422, "wrong", "invalid_request_error", None, None, {})),
+            ((502, "<html><head><title>502 Bad</title><style>p{}</style></head><body><p>gate\nway</p></body></html>"),
+             (502, "The model's provider answered 502 Bad Gateway: 502 Bad gate way", "server_error", None, None, {})),
+            ((500, ""), (500, "The model's provider answered 500 Internal Server Error", "server_error", None, None, {})),
+            ((302, "[1]"), (502, "The model's provider answered 302 Found: [1]", "invalid_request_error", None, None, {})),
+        ]
+        table[-1] = (table[-1][0], (502, table[-1][1][1], "server_error", None, None, {}))
+        for arguments, expected in table:
+            with self.subTest(arguments):
+                self.assertEqual(seen(*arguments), expected)
+
+
+# ------------------------------------------------------------------------------------------------------ request
+
+def chat_body(**fields):
+    return json.dumps({"messages": [{"role": "user", "content": "hi"}], **fields}).encode()
+
+
+class RequestTest(unittest.TestCase):
+    def test_defaults(self):
+        request = proxy.parse_chat_request(chat_body())
+        self.assertEqual((request.model, request.stream, request.include_usage, request.choices, request.stop,
+                          request.legacy_functions), (None, False, False, 1, (), False))
+
+    def test_fields(self):
+        request = proxy.parse_chat_request(chat_body(model="m", stream=True, stream_options={"include_usage": True}, n=2,
+                                                     stop="x", temperature=None, anything={"goes": 1}))
+        self.assertEqual((request.model, request.stream, request.include_usage, request.choices, request.stop),
+                         ("m", True, True, 2, ("x",)))
+        self.assertNotIn("temperature", request.body)
+        self.assertEqual(request.body["anything"], {"goes": 1})
+
+    def test_good_messages(self):
+        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        for message in (
+                {"role": "system", "content": "s"}, {"role": "developer", "content": [{"type": "text", "text": "s"}]},
+                {"role": "user", "content": ""}, {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "assistant"}, {"role": "tool", "tool_call_id": "c", "content": "r"},
+                {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y"}}]},
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]},
+                {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}]},
+                {"role": "user", "content": [{"type": "file", "file": {"file_id": "f"}}]},
+                {"role": "user", "content": "x", "name": "n", "unknown": [1]}):
+            with self.subTest(message):
+                proxy.parse_chat_request(json.dumps({"messages": [message]}).encode())
+
+    def assert_invalid(self, data, param=None, text=""):
+        with self.assertRaises(proxy.APIError) as caught:
+            proxy.parse_chat_request(data)
+        self.assertEqual((caught.exception.status, caught.exception.type, caught.exception.param),
+                         (400, "invalid_request_error", param), data[:100])
+        self.assertIn(text, caught.exception.message)
+
+    def test_not_json(self):
+        for data, text in ((b"", "JSON"), (b"{", "JSON"), (b"nul", "JSON"), (b"[]", "object"), (b'"x"', "object"), (b"\xff{}", "UTF-8"),
+                           (b'{"a":"\xed\xa0\x80"}', "UTF-8"), (b'{"a":NaN}', "NaN"), (b'{"a":-Infinity}', "Infinity"),
+                           (b'{"a":1e999}', "too large"), (b"[" * 100000, "nested"), (b'{"a":' * 100000, "nested"), (b"{}\0", "JSON")):
+            with self.subTest(data[:20]):
+                self.assert_invalid(data, text=text)
+
+    def test_huge_integer(self):
+        data = chat_body()[:-1] + b',"seed":' + b"9" * 5000 + b"}"
+        try:
+            request = proxy.parse_chat_request(data)
+        except proxy.APIError as error:  # Python limits the digits of an integer since 3.10.7
+            self.assertEqual(error.status, 400)
+        else:
+            self.assertEqual(len(str(request.body["seed"])), 5000)
+
+    def test_bad_fields(self):
+        wrong = {proxy.STRING: 1, proxy.NUMBER: "1", proxy.INTEGER: 1.5, proxy.BOOLEAN: 1, proxy.OBJECT: [], proxy.ARRAY: {}}
+        for name, kinds in proxy.FIELDS.items():
+            value = True if len(kinds) > 1 else wrong[kinds[0]]
+            with self.subTest(name):
+                self.assert_invalid(chat_body(**{name: value}), name, name)
+        for name in ("temperature", "max_tokens"):
+            self.assert_invalid(chat_body(**{name: True}), name)
+
+    def test_bad_values(self):
+        for fields, param in (
+                ({"n": 0}, "n"), ({"n": 9}, "n"), ({"stop": ["a", 1]}, "stop[1]"), ({"tools": [1]}, "tools[0]"),
+                ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+                ({"functions": [{}]}, "functions[0].name"),
+                ({"response_format": {"type": "json_schema"}}, "response_format.json_schema")):
+            with self.subTest(fields):
+                self.assert_invalid(chat_body(**fields), param)
+
+    def test_bad_messages(self):
+        image = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
+        for messages, param in (
+                (None, "messages"), ("x", "messages"), ([], "messages"), ([1], "messages[0]"),
+                ([{"role": "user"}], "messages[0].content"), ([{"role": "user", "content": None}], "messages[0].content"),
+                ([{"content": "x"}], "messages[0].role"), ([{"role": ["user"], "content": "x"}], "messages[0].role"),
+                ([{"role": "user", "content": 1}], "messages[0].content"),
+                ([{"role": "user", "content": ["x"]}], "messages[0].content[0]"),
+                ([{"role": "user", "content": [{"type": "video"}]}], "messages[0].content[0].type"),
+                ([{"role": "user", "content": [{"type": ["text"]}]}], "messages[0].content[0].type"),
+                ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
+                ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "messages[0].content[0].image_url"),
+                ([{"role": "user", "content": [image]}], "messages[0].content[0].image_url.url"),
+                ([{"role": "tool", "content": "x"}], "messages[0].tool_call_id"),
+                ([{"role": "function", "content": "x"}], "messages[0].name"),
+                ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0].id"),
+                ([{"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f"}}]}],
+                 "messages[0].tool_calls[0].function.arguments")):
+            with self.subTest(messages):
+                self.assert_invalid(json.dumps({"messages": messages}).encode(), param)
+
+    def test_fuzz(self):
+        """Whatever comes, it is a request or a 400."""
+        seeded = random.Random(4141)
+        good = chat_body(tools=[{"type": "function", "function": {"name": "f"}}], stop=["a"], n=2, stream_options={"include_usage": True},
+                         response_format={"type": "json_schema", "json_schema": {}}, functions=[{"name": "f"}], function_call={"name": "f"})
+        values = [None, True, 0, -1, 1.5, "", "x", [], {}, [None], {"a": None}, [[]], "\ud800", 10 ** 30]
+        for _ in range(int(os.environ.get("OPENCODE_PROXY_TEST_FUZZ", "3000"))):
+            if seeded.random() < 0.5:
+                data = bytearray(good)
+                for _ in range(seeded.randint(1, 8)):
+                    data[seeded.randrange(len(data))] = seeded.randrange(256)
+            else:
+                body = json.loads(good)
+                for _ in range(seeded.randint(1, 4)):
+                    target = body
+                    while isinstance(target, (dict, list)) and target and seeded.random() < 0.8:
+                        key = seeded.choice(list(target) if isinstance(target, dict) else range(len(target)))
+                        if not isinstance(target[key], (dict, list)) or seeded.random() < 0.3:
+                            target[key] = json.loads(json.dumps(seeded.choice(values)))
+                            break
+                        target = target[key]
+                data = json.dumps(body).encode()
+            try:
+                json.dumps(proxy.envelope(proxy.parse_chat_request(bytes(data))))
+            except proxy.APIError as error:
+                self.assertEqual(error.status, 400, data)
+
+    def test_legacy_functions(self):
+        request = proxy.parse_chat_request(json.dumps({
+            "functions": [{"name": "f", "parameters": {}}], "function_call": {"name": "f"}, "messages": [
+                {"role": "user", "content": "q"}, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+                {"role": "function", "name": "f", "content": "r"}]}).encode())
+        self.assertTrue(request.legacy_functions)
+        self.assertEqual(request.body["tools"], [{"type": "function", "function": {"name": "f", "parameters": {}}}])
+        self.assertEqual(request.body["tool_choice"], {"type": "function", "function": {"name": "f"}})
+        self.assertEqual(request.messages[1:], [
+            {"role": "assistant", "content": None,
+             "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "r"}])
+        self.assertNotIn("functions", request.body)
+
+
+# ----------------------------------------------------------------------------------------------------- envelope
+
+def envelope_of(*messages, **fields):
+    return proxy.envelope(proxy.parse_chat_request(json.dumps({"messages": list(messages), **fields}).encode()))
+
+
+USER = {"role": "user", "content": "q"}
+
+
+class EnvelopeTest(unittest.TestCase):
+    def test_conversation(self):
+        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+        envelope = envelope_of({"role": "system", "content": "s"}, USER, {"role": "developer", "content": [{"type": "text", "text": "d"}]},
+                               {"role": "assistant", "content": "t", "tool_calls": [call]},
+                               {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "r"}]})
+        self.assertEqual(envelope["system"], ["s", "d"])
+        state = {"status": "completed", "input": {"a": 1}, "output": "r", "title": "", "metadata": {}, "time": {"start": 0, "end": 0}}
+        self.assertEqual(envelope["conversation"], [
+            {"role": "user", "parts": [{"type": "text", "text": "q"}]},
+            {"role": "assistant", "parts": [{"type": "text", "text": "t"}, {"type": "tool", "callID": "c", "tool": "f", "state": state}]}])
+
+    def test_only_system(self):
+        self.assertEqual(envelope_of({"role": "system", "content": "s"})["conversation"],
+                         [{"role": "user", "parts": [{"type": "text", "text": " "}]}])
+
+    def test_chat_completions_is_verbatim(self):
+        fields = {"temperature": 0.5, "seed": 12345678901234567890, "logit_bias": {"50256": -100}, "unknown": {"z": 1.0, "a": None}}
+        overlay = envelope_of(USER, model="m", stream=True, n=2, **fields)["overlays"]["chat/completions"]
+        self.assertEqual(overlay["add"], '{"messages":[{"role":"user","content":"q"}],"temperature":0.5,"seed":12345678901234567890,'
+                                         '"logit_bias":{"50256":-100},"unknown":{"z":1.0,"a":null}}')
+        self.assertIn("max_tokens", overlay["remove"])
+        self.assertIn("unknown", overlay["remove"])
+        self.assertNotIn("model", overlay["remove"])
+
+    def test_text_survives(self):
+        for text in ("w\u00f6rld \u2028 \U0001f600", "\ud800 lone", "{file:/etc/passwd} {env:HOME}", "/help", '"\\\n\0'):
+            add = envelope_of({"role": "user", "content": text})["overlays"]["chat/completions"]["add"]
+            add.encode()
+            self.assertEqual(json.loads(add)["messages"][0]["content"], text)
+
+    def test_attachments_pass_as_markers(self):
+        payload = "QUJD" * 1000
+        envelope = envelope_of({"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + payload, "detail": "low"}},
+            {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}},
+            {"type": "input_audio", "input_audio": {"data": payload, "format": "mp3"}},
+            {"type": "file", "file": {"file_data": "data:application/pdf;base64," + payload, "filename": "f.pdf"}}]})
+        self.assertEqual(json.dumps(envelope).count(payload), 3)
+        image, link, audio, pdf = envelope["conversation"][0]["parts"]
+        (first, _), (second, _), (third, _) = envelope["payloads"]
+        self.assertEqual(image, {"type": "file", "mime": "image/jpeg", "url": "data:image/jpeg;base64," + first})
+        self.assertEqual(audio, {"type": "file", "mime": "audio/mpeg", "url": "data:audio/mpeg;base64," + second})
+        self.assertEqual(pdf, {"type": "file", "mime": "application/pdf", "url": "data:application/pdf;base64," + third, "filename": "f.pdf"})
+        marker = link["url"].rpartition(",")[2]
+        self.assertEqual(envelope["overlays"]["responses"]["replace"], [
+            (f'"data:image/jpeg;base64,{first}"', f'"data:image/jpeg;base64,{first}", "detail": "low"'),
+            (f'"data:image/png;base64,{marker}"', '"https://example.com/a.png"')])
+        self.assertEqual(envelope["overlays"]["messages"]["replace"], [
+            (f'{{"type":"base64","media_type":"image/png","data":"{marker}"}}', '{"type": "url", "url": "https://example.com/a.png"}')])
+
+    def test_tools_for_each_format(self):
+        function = {"name": "a.b", "description": "d", "parameters": {"type": "object", "properties": {"2": {}, "1": {}}}, "strict": True}
+        tool = {"type": "function", "function": function}
+        schema = '{"type":"object","properties":{"2":{},"1":{}}}'
+        responses_tool = '"tools":[{"type":"function","name":"a.b","description":"d","parameters":' + schema + ',"strict":true}]'
+        messages_tool = '"tools":[{"name":"a.b","description":"d","input_schema":' + schema + "}]"
+        one = {"type": "function", "function": {"name": "a.b"}}
+        for choice, in_responses, in_messages in (
+                ("auto", '"auto"', '{"type":"auto"}'), ("none", '"none"', '{"type":"none"}'), ("required", '"required"', '{"type":"any"}'),
+                (one, '{"type":"function","name":"a.b"}', '{"type":"tool","name":"a.b"}')):
+            overlays = envelope_of(USER, tools=[tool], tool_choice=choice)["overlays"]
+            self.assertEqual(overlays["responses"]["add"], "{" + responses_tool + ',"tool_choice":' + in_responses + "}")
+            self.assertEqual(overlays["messages"]["add"], "{" + messages_tool + ',"tool_choice":' + in_messages + "}")
+        overlays = envelope_of(USER, tools=[tool], parallel_tool_calls=False)["overlays"]
+        self.assertEqual(overlays["responses"]["add"], '{"parallel_tool_calls":false,' + responses_tool + "}")
+        self.assertEqual(overlays["messages"]["add"],
+                         "{" + messages_tool + ',"tool_choice":{"type":"auto","disable_parallel_tool_use":true}}')
+
+    def test_response_format(self):
+        wanted = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": {"type": "object"}}}
+        overlays = envelope_of(USER, response_format=wanted, verbosity="low")["overlays"]
+        self.assertEqual(overlays["responses"]["merge"], {"text": {"verbosity": "low", "format": {
+            "type": "json_schema", "name": "n", "strict": True, "schema": {"type": "object"}}}})
+        self.assertEqual(overlays["messages"]["merge"], {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}})
+        overlays = envelope_of(USER, response_format={"type": "json_object"})["overlays"]
+        self.assertEqual((overlays["responses"]["merge"], overlays["messages"]["merge"]), ({"text": {"format": {"type": "json_object"}}}, {}))
+
+    def test_own_settings(self):
+        envelope = envelope_of(USER, temperature=0, top_p=1, max_tokens=5, max_completion_tokens=6, reasoning_effort="high", stop="x", user="u")
+        self.assertEqual(envelope["params"], {"temperature": 0, "topP": 1, "maxOutputTokens": 6})
+        self.assertEqual(envelope["effort"], "high")
+        self.assertEqual(envelope["overlays"]["messages"]["add"], '{"stop_sequences":["x"],"metadata":{"user_id":"u"}}')
+
+
+# ----------------------------------------------------------------------------------------------------- opencode
+
+class CatalogTest(unittest.TestCase):
+    catalog = proxy.Catalog(("p/a", "p/b", "q/a"), "p/a", frozenset({"p", "q"}))
+
+    def test_resolve(self):
+        for name, model in ((None, "p/a"), ("", "p/a"), ("p/b", "p/b"), ("b", "p/b"), ("q/a", "q/a"), ("gpt-3.5-turbo", "p/a")):
+            self.assertEqual(self.catalog.resolve(name), model)
+
+    def test_not_offered(self):
+        for name in ("p/c", "x/a", "q/b", "/", "p/"):
+            with self.assertRaises(proxy.APIError) as caught:
+                self.catalog.resolve(name)
+            self.assertEqual((caught.exception.status, caught.exception.code, caught.exception.param), (404, "model_not_found", "model"))
+
+    def test_not_logged_in(self):
+        catalog = proxy.Catalog((), proxy.DEFAULT_MODEL, frozenset({"q"}))
+        for name in (None, "gpt-4", "github-copilot/gpt-4.1", "github-copilot/other"):
+            with self.assertRaises(proxy.APIError) as caught:
+                catalog.resolve(name)
+            self.assertEqual(caught.exception.status, 503)
+            self.assertIn("opencode auth login", caught.exception.message)
+
+    def test_default_and_successors(self):
+        def default(names, wanted=None, logins=("github-copilot",)):
+            models = [fake_model(name) for name in names]
+            catalog = proxy.make_catalog(models, logins, wanted)
+            return catalog.default, catalog.models, catalog.declared
+        mini, four, copilot = "github-copilot/gpt-5-mini", "github-copilot/gpt-4.1", "github-copilot/"
+        self.assertEqual(default([mini, four]), (four, (four, mini), False))
+        self.assertEqual(default([copilot + "gpt-5.5", copilot + "x", mini]), (mini, (mini, copilot + "gpt-5.5", copilot + "x"), False))
+        self.assertEqual(default([copilot + "x"]), (four, (four, copilot + "x"), True))
+        self.assertEqual(default([mini], four), (four, (four, mini), True))
+        self.assertEqual(default([mini, "q/a"], "q/a"), ("q/a", ("q/a", mini), False))
+        self.assertEqual(default(["opencode/free", mini]), (mini, (mini,), False))  # a cloud service that nobody chose
+        self.assertEqual(default(["opencode/free"], "opencode/free"), ("opencode/free", ("opencode/free",), False))
+        self.assertEqual(default(["q/a"]), (four, ("q/a",), False))
+
+    def test_parse_models(self):
+        text = "p/a\n" + json.dumps({"id": "a", "note": "\n{"}, indent=2) + "\np/b\n" + json.dumps({"id": "b"}, indent=2) + "\n"
+        self.assertEqual([model["id"] for model in proxy.parse_models("\n" + text)], ["a", "b"])
+        self.assertEqual(proxy.parse_models("nothing"), [])
+
+
+def fake_model(name):
+    provider, _, model = name.partition("/")
+    able = {"text": True, "audio": False, "image": False, "video": False, "pdf": False}
+    return {"id": model, "providerID": provider, "name": model, "api": {"id": model, "url": "", "npm": "x"}, "status": "active",
+            "cost": {"input": 0, "output": 0, "cache": {"read": 0, "write": 0}}, "limit": {"context": 0, "output": 0},
+            "capabilities": {"temperature": True, "reasoning": False, "attachment": False, "toolcall": True, "input": able, "output": able,
+                             "interleaved": False}, "release_date": "", "variants": {}}
+
+
+# ------------------------------------------------------------------------------------------------------- process
+
+class EventTest(unittest.TestCase):
+    def test_usage(self):
+        self.assertEqual(proxy.usage_of({"input": 7, "output": 13, "reasoning": 7, "cache": {"read": 4, "write": 2}}),
+                         {"prompt_tokens": 13, "completion_tokens": 20, "total_tokens": 33, "prompt_tokens_details": {"cached_tokens": 4},
+                          "completion_tokens_details": {"reasoning_tokens": 7}})
+        self.assertEqual(proxy.usage_of({"input": None})["total_tokens"], 0)
+
+    def test_events(self):
+        calls = proxy.ArgumentTexts()
+        for method, params, event in (
+                ("delta", {"type": "text", "text": "x"}, proxy.TextDelta("x")), ("delta", {"type": "reasoning", "text": "x"}, proxy.ReasoningDelta("x")),
+                ("tool_call", {"id": "c", "name": "f", "input": {"a": 1}}, proxy.ToolCall("c", "f", '{"a":1}')),
+                ("finish", {"finish": "length", "tokens": None}, proxy.Finish("length", proxy.usage_of({}))), ("upstream", {}, None)):
+            self.assertEqual(proxy.to_event("proxy/" + method, params, calls), event)
+
+    def test_failures(self):
+        for method, params, status, text in (
+                ("finish", {"finish": "unknown"}, 502, "without saying why"), ("error", {"message": "Internal error: x"}, 502, "The answer failed: x"),
+                ("error", {"network": "ECONNREFUSED", "message": "no"}, 502, "cannot be reached: no"),
+                ("error", {"status": 418, "headers": {}, "body": "{}"}, 418, "418")):
+            with self.assertRaises(proxy.APIError) as caught:
+                proxy.to_event("proxy/" + method, params, proxy.ArgumentTexts())
+            self.assertEqual(caught.exception.status, status)
+            self.assertIn(text, caught.exception.message)
+
+    def test_argument_texts(self):
+        pieces = ['{"a": ', "1.0}"]
+        for wire_format in FORMATS:
+            calls = proxy.ArgumentTexts()
+            for event in stream_of(wire_format, [("text", "x"), ("call", "c1", "f", pieces), ("call", "c2", "a.b", [])], "tool_calls"):
+                calls.add("data: " + (event if isinstance(event, str) else json.dumps(event)))
+            self.assertEqual(calls.call("c1", "invalid", {}), proxy.ToolCall("c1", "f", '{"a": 1.0}'), wire_format)
+            self.assertEqual(calls.call("c2", "a.b", {}), proxy.ToolCall("c2", "a.b", "{}"), wire_format)
+            self.assertEqual(calls.call("c3", "g", {"z": 1}), proxy.ToolCall("c3", "g", '{"z":1}'), wire_format)
+
+    def test_argument_texts_of_rubbish(self):
+        calls = proxy.ArgumentTexts()
+        for line in ("", "data", "data: x", "data: []", 'data: {"choices":[]}', 'data: {"choices":[{"delta":{"tool_calls":[1]}}]}',
+                     'data: {"content_block":{"type":"tool_use"}}', 'data: {"item":3}'):
+            calls.add(line)
+        self.assertEqual(calls.call("c", "f", {}), proxy.ToolCall("c", "f", "{}"))
+
+
+class InboxTest(unittest.TestCase):
+    def test_order_end_and_silence(self):
+        inbox = proxy.Inbox()
+        inbox.put(b"a")
+        inbox.put(b"b")
+        self.assertEqual((inbox.get(0), inbox.get(0), inbox.get(0.01)), (b"a", b"b", None))
+        inbox.close()
+        self.assertEqual(inbox.get(0), b"")
+
+    def test_interruption_comes_first(self):
+        inbox = proxy.Inbox()
+        inbox.put(b"a")
+        inbox.interrupt(proxy.ClientDisconnected())
+        self.assertRaises(proxy.ClientDisconnected, inbox.get, 0)
+
+    def test_bounded(self):
+        inbox, block = proxy.Inbox(), b"x" * (proxy.MAX_INBOX_BYTES // 2)
+        writer = threading.Thread(target=lambda: [inbox.put(block) for _ in range(4)])
+        writer.start()
+        self.assertTrue(eventually(lambda: inbox._size == 2 * len(block)))
+        self.assertTrue(writer.is_alive())
+        self.assertEqual([len(inbox.get(DEADLINE)) for _ in range(4)], [len(block)] * 4)
+        writer.join()
+
+
+# ------------------------------------------------------------------------------------------------------ response
+
+class ResponseTest(unittest.TestCase):
+    def test_stop_filter_at_every_split(self):
+        for text, stops, expected in (("one STOP two", ("STOP",), "one "), ("aab", ("ab",), "a"), ("abcab", ("abd", "cab"), "ab"),
+                                      ("no stop", ("x", "opz"), "no stop"), ("xyz", ("yz", "xy"), ""), ("aaa", ("aaaa",), "aaa")):
+            for first in range(len(text) + 1):
+                for second in range(first, len(text) + 1):
+                    stop = proxy.StopFilter(stops)
+                    shown = ""
+                    for piece in (text[:first], text[first:second], text[second:]):
+                        if not stop.hit:
+                            shown += stop.feed(piece)
+                    self.assertEqual((shown + stop.flush(), stop.hit), (expected, expected != text), (text, first, second))
+
+    def test_choice(self):
+        choice = proxy.Choice()
+        deltas = [delta for event in (proxy.ReasoningDelta("r"), proxy.TextDelta("t"), proxy.ToolCall("c", "f", '{"a": 1}'), proxy.Silence(),
+                                      proxy.ToolCall("d", "g", "{}"), proxy.Finish("tool_calls", USAGE)) for delta in choice.deltas(event)]
+        self.assertEqual(deltas, [
+            {"reasoning_content": "r"}, {"content": "t"},
+            {"tool_calls": [{"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}]},
+            {"tool_calls": [{"index": 0, "function": {"arguments": '{"a": 1}'}}]},
+            {"tool_calls": [{"index": 1, "id": "d", "type": "function", "function": {"name": "g", "arguments": ""}}]},
+            {"tool_calls": [{"index": 1, "function": {"arguments": "{}"}}]}])
+        self.assertEqual((choice.finish_reason, choice.usage), ("tool_calls", USAGE))
+        self.assertEqual(proxy.message_of(deltas), {
+            "role": "assistant", "content": "t", "refusal": None, "reasoning_content": "r", "tool_calls": [
+                {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}},
+                {"id": "d", "type": "function", "function": {"name": "g", "arguments": "{}"}}]})
+
+    def test_choice_with_legacy_functions(self):
+        choice = proxy.Choice(legacy_functions=True)
+        deltas = choice.deltas(proxy.ToolCall("c", "f", "{}")) + choice.deltas(proxy.Finish("tool_calls", USAGE))
+        self.assertEqual(proxy.message_of(deltas), {"role": "assistant", "content": None, "refusal": None,
+                                                    "function_call": {"name": "f", "arguments": "{}"}})
+        self.assertEqual(choice.finish_reason, "function_call")
+
+    def test_choice_cut_at_stop(self):
+        choice = proxy.Choice(("##",))
+        self.assertEqual(choice.deltas(proxy.TextDelta("a#")) + choice.deltas(proxy.TextDelta("#b")), [{"content": "a"}])
+        self.assertEqual((choice.finish_reason, choice.usage), ("stop", None))
+        choice = proxy.Choice(("##",))
+        choice.deltas(proxy.TextDelta("a#"))
+        self.assertEqual(choice.deltas(proxy.Finish("length", USAGE)), [{"content": "#"}])
+        self.assertEqual(choice.finish_reason, "length")
+
+    def test_empty_answer(self):
+        self.assertEqual(proxy.message_of([]), {"role": "assistant", "content": "", "refusal": None})
+
+    def test_total_usage(self):
+        self.assertEqual(proxy.total_usage([USAGE]), USAGE)
+        self.assertEqual(proxy.total_usage([USAGE, USAGE])["prompt_tokens_details"], {"cached_tokens": 8})
+        self.assertEqual(proxy.total_usage([USAGE, USAGE])["total_tokens"], 62)
+        self.assertIsNone(proxy.total_usage([USAGE, None]))
+
+    def test_bytes(self):
+        with unittest.mock.patch("time.time", lambda: 7.9), unittest.mock.patch("uuid.uuid4", lambda: unittest.mock.Mock(hex="u")):
+            plain, counted = proxy.Completion("p/m"), proxy.Completion("p/m", include_usage=True)
+        head = b'data: {"id":"chatcmpl-u","object":"chat.completion.chunk","created":7,"model":"p/m","system_fingerprint":"fp_opencode","choices":['
+        self.assertEqual(plain.chunk(0, {"content": '"\u2028\ud800'}),
+                         head + b'{"index":0,"delta":{"content":"\\"\\u2028\\ud800"},"logprobs":null,"finish_reason":null}]}\n\n')
+        self.assertEqual(counted.chunk(1, {}, "stop"), head + b'{"index":1,"delta":{},"logprobs":null,"finish_reason":"stop"}],"usage":null}\n\n')
+        self.assertEqual(counted.usage_chunk({"a": 1}), head + b'],"usage":{"a":1}}\n\n')
+        choice = proxy.Choice()
+        choice.deltas(proxy.Finish("stop", USAGE))
+        self.assertEqual(plain.whole([(choice, [{"content": "x"}])]), {
+            "id": "chatcmpl-u", "object": "chat.completion", "created": 7, "model": "p/m", "system_fingerprint": "fp_opencode", "choices": [
+                {"index": 0, "message": {"role": "assistant", "content": "x", "refusal": None}, "logprobs": None, "finish_reason": "stop"}],
+            "usage": USAGE})
+
+
+# --------------------------------------------------------------------------------------------- a fake opencode
+
+FAKE = r'''
+import json, os, signal, subprocess, sys, threading, time
+MODE = os.environ.get("FAKE_MODE", "")
+NAMES = (os.environ.get("FAKE_MODELS") or "github-copilot/gpt-5-mini github-copilot/gpt-5.4-mini local/m").split()
+if sys.argv[1] == "models":
+    if MODE == "models-fail":
+        sys.exit("\x1b[91mError: \x1b[0mConfig file at /x/opencode.json is not valid JSON(C)")
+    models = json.loads(os.environ["FAKE_CATALOG"])
+    for name in NAMES:
+        print(name + "\n" + json.dumps({**models, "id": name.partition("/")[2], "providerID": name.partition("/")[0]}, indent=2))
+    sys.exit()
+
+def out(**message):
+    sys.stdout.write(json.dumps({"jsonrpc": "2.0", **message}, separators=(",", ":")) + "\n")
+    sys.stdout.flush()
+
+def tell(method, session, **params):
+    out(method="proxy/" + method, params={"sessionId": session, **params})
+
+def delta(session, text, kind="text"):
+    tell("delta", session, type=kind, text=text)
+
+def turn(session, envelope):
+    if envelope.get("warmup"):
+        if MODE == "no-warm":
+            return
+        return tell("warm", session)
+    words = envelope["conversation"][-1]["parts"][0]["text"].split() if envelope["conversation"][-1]["parts"] else [""]
+    act, count = words[0] if words else "", int(words[1]) if len(words) > 1 and words[1].isdigit() else 1
+    if act == "die-first":
+        os._exit(3)
+    tell("upstream", session, format="chat/completions")
+    if act == "die":
+        sys.stderr.write("last words\n"); sys.stderr.flush(); delta(session, "a"); os._exit(3)
+    if act == "rubbish":
+        delta(session, "a"); sys.stdout.write("Segmentation fault\n"); sys.stdout.flush(); time.sleep(60)
+    if act == "long-line":
+        block = "x" * (1 << 20)
+        for _ in range(100):
+            sys.stdout.write(block)
+        sys.stdout.flush(); time.sleep(60)
+    if act == "flood":
+        for _ in range(200):
+            sys.stderr.write("e" * 100000 + "\n")
+    if act == "stubborn":
+        delta(session, "a"); time.sleep(60)
+    if act == "grandchild":
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]); os._exit(0)
+    if act == "escaped":
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(5)"], start_new_session=True); os._exit(0)
+    if act == "silent":
+        time.sleep(count)
+    if act == "pause":
+        delta(session, "a"); time.sleep(count)
+    if act == "ask":
+        out(id=99, method="session/request_permission", params={"sessionId": session})
+        delta(session, json.loads(sys.stdin.readline())["error"]["message"])
+    if act == "deltas":
+        line = json.dumps({"jsonrpc": "2.0", "method": "proxy/delta", "params": {"sessionId": session, "type": "text", "text": "tok "}}) + "\n"
+        sys.stdout.write(line * count)
+    elif act == "slowly":
+        for index in range(count):
+            delta(session, str(index) + " "); time.sleep(0.05)
+    elif act != "nothing":
+        delta(session, " ".join(words))
+    tell("finish", session, finish="stop", tokens={"input": 1, "output": 2})
+
+if MODE == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if MODE == "crash":
+    sys.exit("cannot start")
+if MODE == "hang":
+    time.sleep(60)
+sessions = 0
+for line in iter(sys.stdin.readline, ""):
+    message = json.loads(line)
+    method, number = message.get("method"), message.get("id")
+    if method == "initialize":
+        if MODE != "no-plugin":
+            tell("loaded", None)
+        out(id=number, result={"agentInfo": {"version": "1.16.9" if MODE == "old" else "1.18.33"}})
+    elif method == "session/new":
+        sessions += 1
+        config = json.loads(os.environ["OPENCODE_CONFIG_CONTENT"])
+        offered = [{"value": name} for name in NAMES] + [{"value": config["model"]}] * (MODE == "declares")
+        out(id=number, result={"sessionId": "ses_%d_%d" % (os.getpid(), sessions), "configOptions": [
+            {"id": "model", "currentValue": config["model"], "options": offered}]})
+    elif method == "session/set_model":
+        out(id=number, result={})
+    elif method == "session/prompt":
+        turn(message["params"]["sessionId"], json.loads(message["params"]["prompt"][0]["text"]))
+        out(id=number, error={"code": -32603, "message": "Internal error: over"})
+'''
+
+
+class FakeCase(unittest.TestCase):
+    """A proxy with a fake opencode, new for every test."""
+
+    changes = {}
+    environment = {}
+
+    def setUp(self):
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        self.before = children()
+        stack.callback(self.assert_nothing_left)
+        self.folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        (self.folder / "tmp").mkdir()
+        stack.enter_context(unittest.mock.patch.object(tempfile, "tempdir", str(self.folder / "tmp")))
+        self.fake = self.folder / "opencode"
+        self.fake.write_text(f"#!{sys.executable}\n{FAKE}")
+        self.fake.chmod(0o700)
+        self.auth = self.folder / ".local/share/opencode/auth.json"
+        self.auth.parent.mkdir(parents=True)
+        self.auth.write_text("{}")
+        clean = {name: value for name, value in os.environ.items() if name not in XDG and not name.startswith("OPENCODE_PROXY")}
+        self.clean = {**clean, "HOME": str(self.folder), "FAKE_CATALOG": json.dumps(fake_model("x/y")), **self.environment}
+        stack.enter_context(unittest.mock.patch.dict(os.environ, self.clean, clear=True))
+        self.logged = []
+        stack.enter_context(unittest.mock.patch.object(proxy, "log", self.logged.append))
+        self.stack = stack
+
+    def start(self, **changes):
+        running = Running(str(self.fake), **{"spares": 0, **self.changes, **changes})
+        self.stack.callback(running.close)
+        return running
+
+    def assert_nothing_left(self):
+        gone = eventually(lambda: not self.leftovers(), 10)
+        self.assertTrue(gone, self.leftovers())
+        self.assertEqual([thread.name for thread in threading.enumerate() if thread is not threading.main_thread()
+                          and not eventually(lambda: not thread.is_alive(), 10)], [])
+
+    def leftovers(self):
+        known = {line.split()[0] for line in self.before}
+        return [line for line in children() if line.split()[0] not in known] + (
+            list((self.folder / "tmp").iterdir()) if (self.folder / "tmp").exists() else [])
+
+
+class FaultTest(FakeCase):
+    def fails(self, running, content, status, text, **fields):
+        got, answer = running.chat(content, **fields)
+        self.assertEqual(got, status, answer)
+        self.assertIn(text, answer["error"]["message"])
+        self.assertEqual(running.chat("well")[1]["choices"][0]["message"]["content"], "well")
+
+    def test_child_that_dies(self):
+        running = self.start()
+        self.fails(running, "die", 502, "opencode ended: last words")
+        self.fails(running, "die-first", 502, "opencode ended")
+        events = running.stream("die")
+        self.assertEqual(deltas_of(events), [{"role": "assistant", "content": ""}, {"content": "a"}])
+        self.assertEqual(events[-2]["error"]["code"], "opencode_failed")
+        self.assertEqual(events[-1], "[DONE]")
+
+    def test_child_that_prints_rubbish(self):
+        self.fails(self.start(), "rubbish", 502, "Segmentation fault")
+
+    def test_child_that_prints_a_long_line(self):
+        self.fails(self.start(), "long-line", 502, "a line of more than")
+
+    def test_child_that_floods_stderr(self):
+        status, answer = self.start().chat("flood")
+        self.assertEqual((status, answer["choices"][0]["message"]["content"]), (200, "flood"))
+
+    def test_child_that_ignores_sigterm(self):
+        os.environ["FAKE_MODE"] = "stubborn"
+        with unittest.mock.patch.object(proxy, "STOP_SECONDS", 0.3):
+            running = self.start(timeout=0.5)
+            self.fails(running, "stubborn", 504, "sent nothing for 0.5 seconds")
+            self.assertTrue(eventually(lambda: not running.pool._processes))
+
+    def test_grandchild_that_holds_the_pipe(self):
+        self.fails(self.start(), "grandchild", 502, "opencode ended")
+
+    def test_grandchild_that_leaves_the_group(self):
+        self.fails(self.start(), "escaped", 502, "opencode ended")
+
+    def test_requests_of_the_child_are_refused(self):
+        self.assertEqual(self.start().chat("ask")[1]["choices"][0]["message"]["content"], "refusedask")
+
+    def test_silence(self):
+        running = self.start(timeout=0.5)
+        self.fails(running, "silent 30", 504, "sent nothing for 0.5 seconds")
+        events = running.stream("pause 30")
+        self.assertEqual(events[-2]["error"]["code"], "timeout")
+        self.assertEqual([choice["finish_reason"] for event in events[:-2] for choice in event["choices"]], [None, None])
+
+    def test_pings(self):
+        with unittest.mock.patch.object(proxy, "PING_SECONDS", 0.2):
+            running = self.start()
+            for content in ("silent 1", "pause 1"):
+                body = {"messages": [{"role": "user", "content": content}], "stream": True}
+                _, _, data = running.request("POST", "/v1/chat/completions", body)
+                self.assertGreaterEqual(data.count(b": keep-alive\n\n"), 2)
+                self.assertTrue(data.startswith(b'data: {"id":"chatcmpl-'), data[:50])
+                self.assertEqual(deltas_of(sse_events(data))[0], {"role": "assistant", "content": ""})
+                self.assertTrue(data.endswith(b"data: [DONE]\n\n"))
+            self.assertEqual(running.chat("silent 1")[0], 200)
+
+    def test_error_after_a_ping_is_an_event(self):
+        with unittest.mock.patch.object(proxy, "PING_SECONDS", 0.2):
+            events = self.start(timeout=0.7).stream("silent 30")
+        self.assertEqual((events[-2]["error"]["code"], events[-1]), ("timeout", "[DONE]"))
+
+    def test_client_that_leaves(self):
+        running = self.start()
+        for stream in (True, False):
+            with running.connect().sock or socket.create_connection(("127.0.0.1", running.port)) as connection:
+                body = json.dumps({"messages": [{"role": "user", "content": "silent 60"}], "stream": stream})
+                connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+                self.assertTrue(eventually(lambda: running.pool._processes))
+            start = time.monotonic()
+            self.assertTrue(eventually(lambda: not running.pool._processes, 2), "noticed within 2 s")
+            self.assertLess(time.monotonic() - start, 2)
+        self.assertTrue(eventually(lambda: len([line for line in self.logged if " 499 " in line]) == 2), self.logged)
+
+    def test_slow_client_does_not_fill_the_memory(self):
+        running = self.start()
+        body = json.dumps({"messages": [{"role": "user", "content": "deltas 300000"}], "stream": True})
+        with socket.create_connection(("127.0.0.1", running.port), timeout=DEADLINE) as connection:
+            connection.sendall(f"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            self.assertTrue(connection.recv(100).startswith(b"HTTP/1.1 200"))
+            process = next(iter(running.pool._processes))
+            self.assertTrue(eventually(lambda: process.inbox._size >= proxy.MAX_INBOX_BYTES))
+            time.sleep(0.3)
+            self.assertLess(process.inbox._size, proxy.MAX_INBOX_BYTES + (1 << 17))
+
+
+class StartTest(FakeCase):
+    def refused(self, text, **changes):
+        with self.assertRaises(proxy.StartError) as caught:
+            self.start(**changes)
+        self.assertIn(text, str(caught.exception))
+
+    def test_what_does_not_work_is_said(self):
+        for mode, text in (("models-fail", "Config file at /x/opencode.json is not valid JSON(C)"), ("crash", "opencode ended: cannot start"),
+                           ("old", "opencode 1.16.9 is too old: 1.17.0 or newer"), ("no-plugin", "did not load the proxy's plugin"),
+                           ("no-warm", "did not reach the model in the start-up proof")):
+            os.environ["FAKE_MODE"] = mode
+            with self.subTest(mode):
+                self.refused(text)
+
+    def test_opencode_that_hangs(self):
+        os.environ["FAKE_MODE"] = "hang"
+        with unittest.mock.patch.object(proxy, "START_SECONDS", 0.5):
+            self.refused("opencode did not answer initialize within")
+
+    def test_opencode_that_cannot_be_run(self):
+        self.fake.write_text("#!/no/such/interpreter\n")
+        self.refused("cannot be run")
+
+    def test_find_opencode(self):
+        self.assertEqual(proxy.find_opencode(str(self.fake)), str(self.fake))
+        for path, text in ((str(self.folder), "not executable"), ("/no/such/file", "not found")):
+            with self.assertRaisesRegex(proxy.StartError, text):
+                proxy.find_opencode(path)
+        os.environ["PATH"] = "/nowhere"
+        if not any(pathlib.Path(folder, "opencode").exists() for folder in ("/usr/local/bin", "/opt/homebrew/bin")):
+            with self.assertRaisesRegex(proxy.StartError, "npm install -g opencode-ai"):
+                proxy.find_opencode(None)
+        installed = self.folder / ".opencode/bin/opencode"
+        installed.parent.mkdir(parents=True)
+        shutil.copy2(self.fake, installed)
+        self.assertEqual(proxy.find_opencode(None), str(installed))
+
+    def test_not_logged_in(self):
+        os.environ["FAKE_MODELS"] = "opencode/free"
+        running = self.start(spares=1)
+        status, answer = running.chat()
+        self.assertEqual((status, answer["error"]["code"]), (503, "provider_not_logged_in"))
+        status, _, health = running.request("GET", "/health")
+        self.assertEqual((status, json.loads(health)["status"]), (503, "unhealthy"))
+        self.assertIn("opencode auth login", json.loads(health)["reason"])
+        self.assertIn("warning: opencode is not logged in to github-copilot: run `opencode auth login`", proxy.banner(running.server))
+
+        os.environ["FAKE_MODELS"] = "github-copilot/gpt-5-mini"  # the user logs in
+        self.auth.write_text('{"github-copilot":{}}')
+        self.assertEqual(running.chat("now")[1]["choices"][0]["message"]["content"], "now")
+        self.assertEqual(running.request("GET", "/health")[0], 200)
+
+    def test_model_of_the_command_line(self):
+        os.environ["FAKE_MODE"] = "declares"
+        running = self.start(model="github-copilot/gpt-4.1")
+        self.assertEqual(running.chat()[1]["model"], "github-copilot/gpt-4.1")
+        self.assertEqual(running.pool.catalog().models[0], "github-copilot/gpt-4.1")
+        self.assertNotIn("is not offered", " ".join(proxy.banner(running.server)))
+
+    def test_model_that_opencode_does_not_take(self):
+        running = self.start(model="github-copilot/gpt-4.1")  # declared, but not among what the session offers
+        status, answer = running.chat()
+        self.assertEqual((status, answer["error"]["code"]), (404, "model_not_found"))
+
+    def test_early_requests_wait_for_the_proof(self):
+        started, proven = threading.Event(), []
+        real = proxy.Pool._read_catalog
+
+        def slowly(pool):
+            started.set()
+            time.sleep(0.5)
+            proven.append(time.monotonic())
+            return real(pool)
+
+        with unittest.mock.patch.object(proxy.Pool, "_read_catalog", slowly):
+            values = settings(spares=0)
+            pool = proxy.Pool(proxy.Opencode(str(self.fake)), spares=0)
+            server = proxy.ProxyServer(values, pool)
+            threads = [threading.Thread(target=server.serve_forever), threading.Thread(target=pool.prove)]
+            for thread in threads:
+                thread.start()
+            started.wait()
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.server_port)) as connection:
+                connection.request("GET", "/v1/models")
+                self.assertEqual(connection.getresponse().status, 200)
+                self.assertTrue(proven)
+            server.stop(0, threading.Event())
+            for thread in threads:
+                thread.join()
+
+
+class LoadTest(FakeCase):
+    def test_hundred_at_once(self):
+        running, answers = self.start(max_concurrency=4, max_queue=200), {}
+        most = [0]
+
+        def ask(number):
+            most[0] = max(most[0], len(running.pool._processes))
+            answers[number] = running.chat(f"number {number} x")
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(100)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for number, (status, answer) in answers.items():
+            self.assertEqual((status, answer["choices"][0]["message"]["content"]), (200, f"number {number} x"))
+        self.assertEqual(len(answers), 100)
+        self.assertLessEqual(most[0], 4)
+
+    def test_queue(self):
+        running = self.start(max_concurrency=1, max_queue=1)
+        order = []
+
+        def ask(name, content):
+            order.append((name, running.chat(content)[0]))
+
+        first = threading.Thread(target=ask, args=("first", "silent 2"))
+        first.start()
+        self.assertTrue(eventually(lambda: running.pool._processes))
+        second = threading.Thread(target=ask, args=("second", "x"))
+        second.start()
+        self.assertTrue(eventually(lambda: running.pool.slots.waiting()))
+        status, headers, body = running.request("POST", "/v1/chat/completions", chat_body())
+        self.assertEqual((status, json.loads(body)["error"]["code"], headers["Retry-After"]), (503, "queue_full", "5"))
+        first.join()
+        second.join()
+        self.assertEqual(order, [("first", 200), ("second", 200)])
+
+    def test_waiting_client_that_leaves_frees_its_place(self):
+        running = self.start(max_concurrency=1, max_queue=1)
+        first = threading.Thread(target=running.chat, args=("silent 2",))
+        first.start()
+        self.assertTrue(eventually(lambda: running.pool._processes))
+        body = chat_body()
+        with socket.create_connection(("127.0.0.1", running.port)) as connection:
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            self.assertTrue(eventually(lambda: running.pool.slots.waiting()))
+        self.assertTrue(eventually(lambda: not running.pool.slots.waiting(), 2))
+        self.assertEqual(running.chat("x")[0], 200)
+        first.join()
+
+    def test_spare(self):
+        running = self.start(spares=1)
+        self.assertEqual(running.pool.status()["spares"], 1)
+        spare = running.pool._spares[0].result()
+        self.assertEqual(running.chat("x")[0], 200)
+        self.assertTrue(eventually(lambda: running.pool.status()["spares"] == 1))
+        self.assertIsNot(running.pool._spares[0].result(), spare)
+        self.assertTrue(eventually(lambda: not spare.alive()))
+
+    def test_spare_that_died(self):
+        running = self.start(spares=1)
+        os.kill(running.pool._spares[0].result()._popen.pid, signal.SIGKILL)
+        self.assertEqual(running.chat("x")[0], 200)
+
+    def test_spare_that_dies_when_it_is_used(self):
+        running = self.start(spares=1)
+        process = running.pool._spares[0].result()
+        with unittest.mock.patch.object(process, "_call", side_effect=proxy.ProcessDied("opencode ended")):
+            self.assertEqual(running.chat("x", model="local/m")[0], 200)
+
+    def test_spare_that_keeps_dying(self):
+        running = self.start(spares=1)
+        os.environ["FAKE_MODE"] = "no-warm"
+        self.assertEqual(running.chat("x")[0], 200)
+        self.assertTrue(eventually(lambda: running.pool.last_error))
+        self.assertGreater(running.pool._retry_at, time.monotonic())
+        os.environ["FAKE_MODE"] = ""
+        self.assertEqual(running.chat("x")[0], 200)
+
+    def test_spares_that_died_or_are_old_are_replaced(self):
+        with unittest.mock.patch.object(proxy, "TEND_SECONDS", 0.1):
+            running = self.start(spares=1)
+            for end in (lambda process: os.kill(process._popen.pid, signal.SIGKILL),
+                        lambda process: setattr(process, "born", process.born - proxy.SPARE_SECONDS)):
+                old = running.pool._spares[0].result()
+                end(old)
+                self.assertTrue(eventually(lambda: running.pool.status()["spares"] == 1 and running.pool._spares[0].result() is not old))
+
+    def test_new_login_renews_catalog_and_spares(self):
+        with unittest.mock.patch.object(proxy, "TEND_SECONDS", 0.1):
+            running = self.start(spares=1)
+            old = running.pool._spares[0].result()
+            os.environ["FAKE_MODELS"] = "github-copilot/gpt-5-mini new/model"
+            self.auth.write_text('{"new":{}}')
+            self.assertTrue(eventually(lambda: "new/model" in running.pool.catalog().models))
+            self.assertTrue(eventually(lambda: running.pool.status()["spares"] == 1 and running.pool._spares[0].result() is not old))
+            self.assertEqual(running.chat("x", model="new/model")[1]["model"], "new/model")
+
+    def test_reuse(self):
+        running = self.start(requests_per_process=3, spares=1)
+        pids, threads, answers = set(), [], {}
+
+        def ask(number):
+            answers[number] = running.chat(f"number {number} x")[1]["choices"][0]["message"]["content"]
+
+        for number in range(12):
+            pids |= {process._popen.pid for process in running.pool._processes}
+            threads.append(threading.Thread(target=ask, args=(number,)))
+            threads[-1].start()
+            if number % 2:
+                threads[-1].join()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(answers, {number: f"number {number} x" for number in range(12)})
+        self.assertLess(len(pids), 12)
+
+    def test_reuse_only_after_a_clean_turn(self):
+        running = self.start(requests_per_process=50, timeout=0.5)
+        running.chat("x")
+        self.assertTrue(eventually(lambda: running.pool.status()["spares"] == 1))
+        pid = next(iter(running.pool._processes))._popen.pid
+        self.assertEqual(running.chat("silent 30")[0], 504)
+        self.assertEqual(running.chat("x")[0], 200)
+        self.assertNotIn(pid, [process._popen.pid for process in running.pool._processes])
+
+    def test_reused_processes_end_when_idle(self):
+        with unittest.mock.patch.object(proxy, "KEEP_WARM_SECONDS", 0.5), unittest.mock.patch.object(proxy, "TEND_SECONDS", 0.1):
+            running = self.start(requests_per_process=50)
+            running.chat("x")
+            self.assertTrue(eventually(lambda: not running.pool._processes))
+
+    def test_choices_each_have_a_process(self):
+        running = self.start(max_concurrency=2)
+        status, answer = running.chat("x", n=5)
+        self.assertEqual([choice["index"] for choice in answer["choices"]], [0, 1, 2, 3, 4])
+        self.assertEqual(answer["usage"]["total_tokens"], 15)
+        events = running.stream("slowly 3", n=2, stream_options={"include_usage": True})
+        for index in (0, 1):
+            mine = [c for event in events[:-1] for c in event["choices"] if c["index"] == index]
+            self.assertEqual("".join(c["delta"].get("content", "") for c in mine), "0 1 2 ")
+            self.assertEqual(mine[-1]["finish_reason"], "stop")
+        self.assertEqual(events[-2]["usage"]["total_tokens"], 6)
+        status, answer = running.chat("die", n=3)
+        self.assertEqual(status, 502)
+
+    def test_stop_sequence_ends_the_process(self):
+        running = self.start()
+        status, answer = running.chat("slowly 1000", stop=["5 6"])
+        self.assertEqual(answer["choices"][0], {"index": 0, "message": {"role": "assistant", "content": "0 1 2 3 4 ", "refusal": None},
+                                                "logprobs": None, "finish_reason": "stop"})
+        self.assertIsNone(answer["usage"])
+        self.assertTrue(eventually(lambda: not running.pool._processes))
+        self.assertEqual(len(running.stream("slowly 1000", stop="5")), 8)
+
+
+# --------------------------------------------------------------------------------------------------------- http
+
+class HTTPTest(FakeCase):
+    @staticmethod
+    def post(body=b"", *headers, path="/v1/chat/completions", version="1.1", host="Host: x\r\n"):
+        lines = "".join(header + "\r\n" for header in headers)
+        return f"POST {path} HTTP/{version}\r\n{host}{lines}\r\n".encode() + body
+
+    def answer(self, running, data, half_close=True):
+        """Return the status and body of the last answer to `data`, and how many answers came.
+
+        A client that closes its side has hung up: `half_close` is for requests that do not wait for a model.
+        """
+        got = running.raw(data, half_close)
+        self.assertNotIn(b"Traceback", got)
+        head, _, body = got[got.rindex(b"HTTP/1.1 "):].partition(b"\r\n\r\n")
+        return int(head.split()[1]), body, got.count(b"HTTP/1.1 ")
+
+    def test_routes(self):
+        running = self.start()
+        status, headers, body = running.request("GET", "/v1/models")
+        self.assertEqual(json.loads(body), {"object": "list", "data": [
+            {"id": name, "object": "model", "created": running.server.created, "owned_by": name.partition("/")[0]}
+            for name in ("github-copilot/gpt-5-mini", "github-copilot/gpt-5.4-mini", "local/m")]})
+        for path in ("/v1/models/local/m", "/models/local%2Fm", "/v1/models/local%2fm?x=1", "http://h/v1/models/local/m"):
+            self.assertEqual(json.loads(running.request("GET", path)[2])["id"], "local/m", path)
+        self.assertEqual(json.loads(running.request("GET", "/v1/models/gpt-5.4-mini")[2])["id"], "github-copilot/gpt-5.4-mini")
+        for path in ("/v1/models/nothing", "/v1/models/local/none"):
+            status, _, body = running.request("GET", path)
+            self.assertEqual((status, json.loads(body)["error"]["code"]), (404, "model_not_found"))
+        self.assertEqual(json.loads(running.request("GET", "/health")[2]), {
+            "status": "healthy", "reason": None, "version": proxy.__version__, "opencode": "1.18.33", "model": "github-copilot/gpt-5-mini",
+            "running": 0, "waiting": 0, "spares": 0, "last_error": None})
+        about = running.request("GET", "/")[2].decode()
+        self.assertEqual(about.splitlines()[1:], ["status: healthy", f"base URL for apps: http://127.0.0.1:{running.port}/v1"])
+        self.assertEqual(running.request("POST", "/chat/completions", chat_body())[0], 200)
+        for path in ("/nothing", "/v1", "/v1/completions", "/v1/v1/models", "/modelsx", "//"):
+            self.assertEqual(running.request("GET", path)[0], 404 if path != "//" else 200, path)
+
+    def test_methods(self):
+        running = self.start()
+        for method, path, allow in (("GET", "/v1/chat/completions", "OPTIONS, POST"), ("DELETE", "/v1/models", "GET, HEAD, OPTIONS"),
+                                    ("PUT", "/health", "GET, HEAD, OPTIONS")):
+            status, headers, body = running.request(method, path)
+            self.assertEqual((status, headers["Allow"], json.loads(body)["error"]["code"]), (405, allow, "method_not_allowed"))
+        status, headers, body = running.request("HEAD", "/v1/models")
+        self.assertEqual((status, body), (200, b""))
+        self.assertGreater(int(headers["Content-Length"]), 100)
+        status, headers, body = running.request("OPTIONS", "/v1/models")
+        self.assertEqual((status, headers["Allow"], headers["Access-Control-Allow-Methods"]), (204, "GET, HEAD, OPTIONS", None))
+        status, body, _ = self.answer(running, b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.assertEqual((status, json.loads(body)["error"]["type"]), (501, "server_error"))
+
+    def test_model_in_the_answer(self):
+        running = self.start()
+        for asked, answered in ((None, "github-copilot/gpt-5-mini"), ("gpt-5-mini", "gpt-5-mini"), ("github-copilot/gpt-5.4-mini",) * 2,
+                                ("gpt-3.5-turbo", "github-copilot/gpt-5-mini"), ("local/m", "local/m"), ("m", "github-copilot/gpt-5-mini")):
+            self.assertEqual(running.chat("x", model=asked)[1]["model"], answered)
+        status, answer = running.chat("x", model="no/such")
+        self.assertEqual((status, answer["error"]["code"], answer["error"]["param"]), (404, "model_not_found", "model"))
+        self.assertIn("GET /v1/models", answer["error"]["message"])
+
+    def test_keep_alive_and_pipelining(self):
+        running = self.start()
+        body = chat_body()
+        one = self.post(body, f"Content-Length: {len(body)}")
+        get, end = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        bad = self.post(b"{}", "Content-Length: 2")
+        status, _, count = self.answer(running, one + get + bad + one + end, half_close=False)
+        self.assertEqual((status, count), (200, 5))
+        with_body = b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nGET /"
+        self.assertEqual(self.answer(running, with_body + get)[::2], (200, 2))
+
+    def test_refused_bodies_are_not_taken_for_requests(self):
+        running = self.start(api_key=["k"])
+        body = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+        for data in (self.post(body, f"Content-Length: {len(body)}"), self.post(body, f"Content-Length: {len(body)}", path="/none")):
+            status, answer, count = self.answer(running, data + body)
+            self.assertIn(status, (401, 404))
+            self.assertEqual(count, 1)
+
+    def test_framing(self):
+        running = self.start()
+        body = chat_body()
+        length = f"Content-Length: {len(body)}"
+        for headers, expected in (
+                ([length], 200), ([length, length], 200), ([f"{length}, {len(body)}"], 200), (["Content-Length: +5"], 400), (["Content-Length: 1_0"], 400),
+                (["Content-Length: -1"], 400), (["Content-Length: 5", "Content-Length: 6"], 400), (["Content-Length: "], 400),
+                (["Content-Length: \u0665"], 400), (["Content-Length: 99999999999999999999"], 400), ([length, "Transfer-Encoding: chunked"], 400),
+                (["Transfer-Encoding: gzip"], 501), (["Transfer-Encoding: gzip, chunked"], 501), (["Content-Length : 5"], 400),
+                ([length, "Host: y"], 400), ([length, "X Y: 1"], 400), ([length, "no colon"], 400), ([length, "X: " + "y" * 70000], 431),
+                ([length] + [f"X-{n}: y" for n in range(120)], 431), (["Content-Length: 99999999999"], 413)):
+            with self.subTest(headers=str(headers)[:60]):
+                status, answer, _ = self.answer(running, self.post(body, *headers, "Connection: close"), half_close=expected != 200)
+                self.assertEqual(status, expected, answer)
+                self.assertIn("choices" if expected == 200 else "error", json.loads(answer))
+        self.assertEqual(self.answer(running, self.post(body, length, host=""))[0], 400)
+        self.assertEqual(self.answer(running, self.post(body, length, host="", version="1.0"), half_close=False)[0], 200)
+        for data, expected in ((b"GET\r\n\r\n", 400), (b"GET /health HTTP/x\r\n\r\n", 400), (b"GET /health HTTP/2.0\r\n\r\n", 505),
+                               (b"GET / " + b"x" * 70000 + b"\r\n\r\n", 414), (b"\x16\x03\x01\x02\x00\r\n\r\n", 400)):
+            status, answer, _ = self.answer(running, data)
+            self.assertEqual(status, expected, data[:30])
+            self.assertIn("error", json.loads(answer))
+
+    def test_chunked_body(self):
+        running = self.start()
+        body = chat_body()
+        chunked = b"".join(b"%x;ext=1\r\n%b\r\n" % (len(body[n:n + 7]), body[n:n + 7]) for n in range(0, len(body), 7)) + b"0\r\nTrailer: x\r\n\r\n"
+        get = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        status, _, count = self.answer(running, self.post(chunked, "Transfer-Encoding: Chunked") + get, half_close=False)
+        self.assertEqual((status, count), (200, 2))
+        for bad in (b"x\r\n", b"-1\r\n\r\n", b"2\r\nabc\r\n0\r\n\r\n", b"ffffffffffffffffff\r\n"):
+            status, answer, count = self.answer(running, self.post(bad, "Transfer-Encoding: chunked") + get)
+            self.assertEqual((status, count), (400, 1), bad)
+        self.assertEqual(self.answer(running, self.post(b"fffffffff\r\n", "Transfer-Encoding: chunked"))[0], 413)
+
+    def test_body_limit_with_a_readable_refusal(self):
+        running = self.start(max_body_size=1000)
+        for size in (1001, 5_000_000):
+            with contextlib.closing(running.connect()) as connection:
+                connection.putrequest("POST", "/v1/chat/completions")
+                connection.putheader("Content-Length", str(size))
+                connection.endheaders()
+                connection.send(b"x" * size)
+                response = connection.getresponse()
+                self.assertEqual((response.status, json.loads(response.read())["error"]["code"]), (413, "body_too_large"))
+        self.assertEqual(running.chat("x" * 900)[0], 200)
+
+    def test_expect_continue(self):
+        running = self.start(api_key=["k"])
+        body = chat_body()
+        for headers, expected in (([], b"HTTP/1.1 401"), (["Authorization: Bearer k"], b"HTTP/1.1 100")):
+            with socket.create_connection(("127.0.0.1", running.port), timeout=DEADLINE) as connection:
+                connection.sendall(self.post(b"", f"Content-Length: {len(body)}", "Expect: 100-continue", "Connection: close", *headers))
+                self.assertEqual(connection.recv(12), expected)
+                if not headers:
+                    continue
+                connection.sendall(body)
+                self.assertIn(b"HTTP/1.1 200", b"".join(iter(lambda: connection.recv(65536), b"")))
+
+    def test_slow_requests_end(self):
+        with unittest.mock.patch.multiple(proxy, IDLE_SECONDS=0.5, BODY_SECONDS=0.5):
+            running = self.start()
+            self.assertEqual(running.raw(b"GET / HT"), b"")
+            self.assertEqual(running.raw(b""), b"")
+            self.assertEqual(self.answer(running, self.post(b"{", "Content-Length: 10"), half_close=False)[0], 408)
+            with socket.create_connection(("127.0.0.1", running.port), timeout=DEADLINE) as connection:
+                with contextlib.suppress(OSError):  # a drip does not extend the deadline
+                    for _ in range(40):
+                        connection.sendall(b"G")
+                        time.sleep(0.05)
+                    self.fail("the connection stayed open")
+
+    def test_many_idle_connections(self):
+        with unittest.mock.patch.object(proxy, "MAX_CONNECTIONS", 50):
+            running = self.start()
+            with contextlib.ExitStack() as stack:
+                for number in range(120):
+                    connection = stack.enter_context(socket.create_connection(("127.0.0.1", running.port), timeout=DEADLINE))
+                    connection.sendall(b"GET / HTTP/1.1\r\n" if number % 2 else b"")
+                self.assertEqual(running.chat("x")[0], 200)
+                self.assertTrue(eventually(lambda: len(running.server._handlers) <= 51), len(running.server._handlers))
+
+    def test_http_1_0(self):
+        running = self.start()
+        body = json.dumps({"messages": [{"role": "user", "content": "x"}], "stream": True}).encode()
+        got = running.raw(self.post(body, f"Content-Length: {len(body)}", version="1.0"))
+        head, _, data = got.partition(b"\r\n\r\n")
+        self.assertNotIn(b"chunked", head)
+        self.assertEqual(sse_events(data)[-1], "[DONE]")
+
+    def test_stream_bytes(self):
+        running = self.start()
+        body = json.dumps({"messages": [{"role": "user", "content": "x"}], "stream": True}).encode()
+        got = running.raw(self.post(body, f"Content-Length: {len(body)}", "Connection: close"))
+        self.assertTrue(got.endswith(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"), got[-60:])
+        for header in (b"Transfer-Encoding: chunked", b"Content-Type: text/event-stream", b"X-Accel-Buffering: no", b"Cache-Control: no-cache"):
+            self.assertIn(header, got)
+
+    def test_api_keys(self):
+        running = self.start(api_key=["first", "se cond\u20ac"])
+        for headers, expected in (({}, 401), ({"Authorization": "Bearer first"}, 200), ({"authorization": "bearer first"}, 200),
+                                  ({"X-Api-Key": "first"}, 200), ({"Authorization": "Bearer firs"}, 401), ({"Authorization": "Bearer"}, 401),
+                                  ({"Authorization": "Basic first"}, 401), ({"X-Api-Key": "\xff"}, 401)):
+            status, answer_headers, body = running.request("GET", "/v1/models", headers=headers)
+            self.assertEqual(status, expected, headers)
+            if status == 401:
+                self.assertEqual(json.loads(body)["error"]["code"], "invalid_api_key")
+                self.assertEqual(answer_headers["WWW-Authenticate"], "Bearer")
+        self.assertEqual(running.request("POST", "/chat/completions", chat_body())[0], 401)
+        self.assertEqual(running.request("GET", "/health")[0], 200)
+        self.assertEqual(running.request("OPTIONS", "/v1/models")[0], 204)
+        self.assertNotIn("first", " ".join(self.logged))
+
+    def test_origins(self):
+        running = self.start(cors_origin=["https://app.example"])
+        for origin, allowed in (("http://localhost:3000", True), ("https://127.0.0.1", True), ("http://[::1]:80", True), ("https://app.example", True),
+                                ("https://evil.example", False), ("null", False), ("http://localhost.evil.example", False), ("", False),
+                                ("http://localhost:3000\u00e9", False)):
+            status, headers, body = running.request("POST", "/v1/chat/completions", chat_body(), {"Origin": origin})
+            self.assertEqual((status, headers["Access-Control-Allow-Origin"]), (200, origin) if allowed else (403, None), origin)
+            if not allowed:
+                self.assertEqual(json.loads(body)["error"]["code"], "origin_not_allowed")
+        status, headers, _ = running.request("OPTIONS", "/v1/chat/completions", headers={
+            "Origin": "https://app.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"})
+        self.assertEqual((status, headers["Access-Control-Allow-Origin"], headers["Access-Control-Allow-Methods"],
+                          headers["Access-Control-Allow-Headers"], headers["Vary"]),
+                         (204, "https://app.example", "OPTIONS, POST", "authorization,content-type", "Origin"))
+        body = json.dumps({"messages": [{"role": "user", "content": "x"}], "stream": True})
+        status, headers, _ = running.request("POST", "/v1/chat/completions", body, {"Origin": "https://app.example"})
+        self.assertEqual(headers["Access-Control-Allow-Origin"], "https://app.example")
+        everyone = self.start(cors_origin=["*"])
+        self.assertEqual(everyone.request("GET", "/v1/models", headers={"Origin": "https://any.example"})[0], 200)
+        self.assertEqual(everyone.request("GET", "/v1/models", headers={"Origin": "null"})[0], 403)
+
+    def assert_logged(self, pattern):
+        self.assertTrue(eventually(lambda: any(re.search(pattern, line) for line in self.logged), 5), (pattern, self.logged))
+
+    def test_log(self):
+        running = self.start()
+        running.request("POST", "/v1/chat/completions", chat_body(), {"X-Request-Id": "abc-1"})
+        self.assert_logged(r"^127\.0\.0\.1 POST /v1/chat/completions 200 model=github-copilot/gpt-5-mini first=\d+\.\d+ "
+                           r"in=1 out=2 seconds=\d+\.\d+ id=abc-1$")
+        status, headers, _ = running.request("GET", "/nothing", headers={"X-Request-Id": "a b\u00e9"})
+        self.assertRegex(headers["X-Request-Id"], "^[0-9a-f]{32}$")
+        self.assert_logged(r' GET /nothing 404 error="There is nothing at /nothing" seconds=\S+ id=' + headers["X-Request-Id"])
+        self.answer(running, b"GET /a\x1b[31m\x00b HTTP/1.1\r\nHost: x\r\n\r\n")
+        running.request("POST", "/v1/chat/completions", b'{"messages":"SECRET"}')
+        running.chat("SECRET")
+        self.assertTrue(eventually(lambda: len(self.logged) == 5))
+        for line in self.logged:
+            self.assertRegex(line, r"^[\x20-\x7e]+$")
+            self.assertNotIn("SECRET", line)
+
+    def test_defects_are_contained(self):
+        running = self.start()
+        with unittest.mock.patch.object(proxy, "envelope", side_effect=ZeroDivisionError("x")):
+            status, answer = running.chat()
+        self.assertEqual((status, answer["error"]["code"]), (500, "internal_error"))
+        self.assert_logged("internal error: ZeroDivisionError")
+        self.assertEqual(running.chat()[0], 200)
+
+    def test_fuzz(self):
+        """Whatever bytes come, the connection is answered in JSON or closed, and the next request is served."""
+        running, seeded = self.start(max_body_size=2000), random.Random(4141)
+        body = chat_body()
+        good = [self.post(body, f"Content-Length: {len(body)}", path="/v1/models"), b"GET /v1/models/local%2Fm HTTP/1.1\r\nHost: x\r\n\r\n",
+                self.post(b"5\r\n{\"a\":\r\n0\r\n\r\n", "Transfer-Encoding: chunked", "Expect: 100-continue"), b"OPTIONS / HTTP/1.0\r\nOrigin: null\r\n\r\n"]
+        with unittest.mock.patch.multiple(proxy, IDLE_SECONDS=2.0, BODY_SECONDS=2.0, DRAIN_SECONDS=0.5):
+            for _ in range(int(os.environ.get("OPENCODE_PROXY_TEST_FUZZ", "3000")) // 3):
+                data = bytearray(b"".join(seeded.choice(good) for _ in range(seeded.randint(1, 3))))
+                for _ in range(seeded.randint(0, 6)):
+                    place = seeded.randrange(len(data))
+                    data[place:place + seeded.randint(0, 3)] = bytes(seeded.choice(b"\r\n\0 :;,0123456789abcXYZ\xff/") for _ in range(seeded.randint(0, 3)))
+                with contextlib.suppress(ConnectionError):
+                    got = running.raw(bytes(data), half_close=True)
+                    self.assertNotIn(b"Traceback", got)
+                    self.assertNotIn(b"internal_error", got, data)
+        self.assertEqual(running.chat()[0], 200)
+        self.assertFalse([line for line in self.logged if "internal error" in line or "connection failed" in line])
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+class CommandTest(FakeCase):
+    def command(self, *arguments, **environment):
+        """Start the program; return its process. `self.lines` gets what it writes."""
+        command = [sys.executable, "-W", "error::ResourceWarning", str(HERE / "opencode_proxy.py"), "--opencode", str(self.fake), *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={
+            **self.clean, "TMPDIR": str(self.folder / "tmp"), **environment}, cwd=self.folder, universal_newlines=True)
+        self.stack.callback(process.stdout.close)
+        self.stack.callback(process.wait)
+        self.stack.callback(process.kill)
+        self.lines = []
+        return process
+
+    def run_to_end(self, *arguments, **environment):
+        process = self.command(*arguments, **environment)
+        return process.communicate(timeout=DEADLINE)[0], process.returncode
+
+    def serving(self, *arguments, **environment):
+        """Start the program; return its process and port when it serves."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        process = self.command("--host", "127.0.0.1", "--port", str(port), *arguments, **environment)
+        for line in iter(process.stdout.readline, ""):
+            self.lines.append(line.rstrip())
+            if "base URL" in line:
+                break
+        return process, port
+
+    def asking(self, port, content, stream=True):
+        """Send a chat request; return the connection."""
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
+        self.stack.callback(connection.close)
+        connection.request("POST", "/v1/chat/completions", json.dumps({"messages": [{"role": "user", "content": content}], "stream": stream}))
+        return connection
+
+    def test_version_and_bad_values(self):
+        self.assertEqual(self.run_to_end("--version"), (f"opencode_proxy {proxy.__version__}\n", 0))
+        for arguments in (["--port", "x"], ["--port", "70000"], ["--timeout", "0"], ["--timeout", "nan"], ["--max-concurrency", "0"],
+                          ["--model", "bare"], ["--spares", "-1"], ["--api-key-file", "/no/such/file"], ["--nonsense"]):
+            output, code = self.run_to_end(*arguments)
+            self.assertEqual((code, output.count("Traceback")), (2, 0), output)
+            self.assertIn("error: ", output.splitlines()[-1])
+
+    def test_failures_are_one_line(self):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            for arguments, text in ((["--host", "127.0.0.1", "--port", str(taken.getsockname()[1])], "cannot listen on 127.0.0.1:"),
+                                    (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid:"),
+                                    (["--opencode", "/no/such"], "--opencode /no/such: not found")):
+                output, code = self.run_to_end(*arguments)
+                self.assertEqual((code, len(output.splitlines())), (1, 1), output)
+                self.assertIn(text, output)
+        output, code = self.run_to_end("--port", "0", "--host", "127.0.0.1", FAKE_MODE="models-fail")
+        self.assertEqual((code, len(output.splitlines())), (1, 1), output)
+        self.assertIn("is not valid JSON(C)", output)
+
+    def test_banner(self):
+        process, port = self.serving("--model", "local/m", "--api-key", "k")
+        self.assertRegex(self.lines[0], rf"opencode_proxy {proxy.__version__} with opencode 1\.18\.33, model local/m$")
+        self.assertTrue(self.lines[1].endswith(f"base URL for apps: http://127.0.0.1:{port}/v1"))
+        running = self.start(host="0.0.0.0")
+        self.assertEqual(proxy.banner(running.server)[1:], [
+            f"base URL for apps: http://localhost:{running.port}/v1",
+            "warning: github-copilot/gpt-4.1 is not offered, github-copilot/gpt-5-mini answers instead; choose with --model",
+            "warning: whoever reaches this port can use your models; set --api-key or --host 127.0.0.1"])
+
+    def test_sigterm_lets_answers_finish(self):
+        process, port = self.serving("--spares", "1")
+        answer = self.asking(port, "slowly 20").getresponse()
+        answer.readline()
+        process.send_signal(signal.SIGTERM)
+        self.assertTrue(eventually(lambda: self.refuses(port)))
+        self.assertEqual(sse_events(answer.read().partition(b"\n")[2])[-1], "[DONE]")
+        self.assertEqual(process.wait(DEADLINE), 0)
+
+    def test_sigterm_ends_answers_after_the_grace(self):
+        for signals in (1, 2):
+            process, port = self.serving("--grace", "0.5" if signals == 1 else "60")
+            stream = self.asking(port, "pause 60").getresponse()
+            stream.readline()
+            whole = self.asking(port, "silent 60", stream=False)
+            self.assertTrue(eventually(lambda: self.health(port)["running"] == 2))
+            for _ in range(signals):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.2)
+            events = sse_events(stream.read().partition(b"\n\n")[2])
+            self.assertEqual((events[-2]["error"]["code"], events[-1]), ("shutting_down", "[DONE]"))
+            response = whole.getresponse()
+            self.assertEqual((response.status, json.loads(response.read())["error"]["code"]), (503, "shutting_down"))
+            self.assertEqual(process.wait(DEADLINE), 0)
+
+    def test_sigkill_leaves_no_opencode(self):
+        process, port = self.serving("--spares", "1")
+        self.asking(port, "slowly 1000").getresponse().readline()
+        mine = [line for line in children() if str(self.fake) in line and "acp" in line]
+        self.assertGreaterEqual(len(mine), 1)
+        process.kill()
+        process.wait()
+
+        def alive():
+            return subprocess.run(["ps", "-p", ",".join(line.split()[0] for line in mine), "-o", "pid="], stdout=subprocess.PIPE).stdout.strip()
+        self.assertTrue(eventually(lambda: not alive(), 10))
+        shutil.rmtree(self.folder / "tmp")  # SIGKILL leaves the run directory
+
+    def refuses(self, port):
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            return True
+        return False
+
+    def health(self, port):
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)) as connection:
+            connection.request("GET", "/health")
+            return json.loads(connection.getresponse().read())
