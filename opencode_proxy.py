@@ -384,8 +384,8 @@ def envelope(request: ChatRequest) -> Json:
         "params": {key: value for key, value in params.items() if value is not None},
         "effort": body.get("reasoning_effort"),
         "overlays": {name: {"remove": sorted({*REMOVED[name], *added}), "add": compact_json(added),
-                            "merge": merged.get(name, {}), "replace": attachments.links[name]} for name, added in fields.items()},
-        "payloads": attachments.payloads,
+                            "merge": merged.get(name, {}), "replace": attachments.replacements[name]} for name, added in fields.items()},
+        "payloads": attachments.payloads, "token": attachments.token,
         "watch": WATCHED if body.get("tools") else {},
     }
 
@@ -413,47 +413,69 @@ def text_of(content: Any) -> str:
 class Attachments:
     """Images, audio and files of a conversation, which pass through opencode only as short markers.
 
-    opencode would scale large images and download http ones. What it gets is a data URL with a marker in place of
-    the payload; the plugin puts the payload back when the body leaves (`payloads`), or turns the whole data URL into
-    what the wire format says instead (`links`: http URLs, and details that opencode does not know).
+    opencode would scale large images, download http ones and refuse what it does not know. It gets a tiny image with
+    a marker for each. When the body leaves, the plugin puts what the wire format says instead of that image
+    (`replacements`) and, last, the base64 text of the attachments in its places (`payloads`).
     """
 
     def __init__(self) -> None:
-        self.payloads: list[tuple[str, str]] = []  # marker, base64 text
-        self.links: dict[str, list[tuple[str, str]]] = {"chat/completions": [], "responses": [], "messages": []}
+        self.token = secrets.token_hex(10)  # the plugin lets no body out that still has it
+        self.payloads: list[tuple[str, str]] = []
+        self.replacements: dict[str, list[tuple[str, str]]] = {"chat/completions": [], "responses": [], "messages": []}
+        self._count = 0
 
-    @staticmethod
-    def _marker() -> str:
-        return secrets.token_hex(12)  # also valid base64 that no library changes when it decodes and encodes it
+    def _marker(self) -> str:
+        self._count += 1
+        return f"{self.token}{self._count:04x}"  # also valid base64, which no library changes on its way
 
     def shortened(self, message: Json) -> Json:
-        """Return `message` with markers in place of the payloads of its attachments."""
+        """Return `message` with markers in place of the base64 texts in it."""
         if not isinstance(message.get("content"), list):
             return message
         return {**message, "content": [self._shortened_part(part) for part in message["content"]]}
 
     def _shortened_part(self, part: Json) -> Json:
-        field = part["type"]
-        key = {"image_url": "url", "input_audio": "data", "file": "file_data"}.get(field, "")
-        value = part[field].get(key) if key else None
-        head, comma, payload = value.rpartition(",") if isinstance(value, str) else ("", "", "")
+        kind = part["type"]
+        key = {"image_url": "url", "input_audio": "data", "file": "file_data"}.get(kind)
+        value = part[kind].get(key) if key else None
+        if not isinstance(value, str):
+            return part
+        head, comma, payload = value.rpartition(",")
         if not re.fullmatch(r"[A-Za-z0-9+/=\s]+", payload) or (comma and not head.endswith(";base64")):
             return part
         self.payloads.append((self._marker(), payload))
-        return {**part, field: {**part[field], key: head + comma + self.payloads[-1][0]}}
+        return {**part, kind: {**part[kind], key: head + comma + self.payloads[-1][0]}}
 
-    def part(self, mime: str, url: str, detail: str | None = None, filename: str | None = None) -> Json:
-        """Return the opencode part for an attachment at `url`, a data URL or an http one."""
-        shown = url
-        if not url.startswith("data:"):
-            marker = self._marker()
-            shown = f"data:{mime};base64,{marker}"
-            found = json.dumps({"type": "base64", "media_type": mime, "data": marker}, separators=(",", ":"))
-            self.links["messages"].append((found, json.dumps({"type": "url", "url": url})))
-        if shown != url or detail:
-            details = json.dumps(url) + (', "detail": ' + json.dumps(detail) if detail else "")
-            self.links["responses"].append((json.dumps(shown), details))
-        return {"type": "file", "mime": mime, "url": shown, **({"filename": filename} if filename else {})}
+    def stand_in(self, part: Json) -> Json:
+        """Return the opencode part that stands for `part`, a shortened content part."""
+        marker = self._marker()
+        url = "data:image/png;base64," + marker
+        image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": marker}}
+        for wire_format, found, meant in (("responses", {"type": "input_image", "image_url": url}, responses_part(part)),
+                                          ("messages", image, messages_part(part))):
+            self.replacements[wire_format].append((compact_json(found)[1:-1], compact_json(meant)[1:-1]))
+        return {"type": "file", "mime": "image/png", "url": url}
+
+
+def responses_part(part: Json) -> Json:
+    """Return a content part as /responses has it; what it does not have is left to the provider to refuse."""
+    if part["type"] == "image_url":
+        detail = part["image_url"].get("detail")
+        return {"type": "input_image", "image_url": part["image_url"]["url"], **({"detail": detail} if detail else {})}
+    return {"type": "input_file", **part["file"]} if part["type"] == "file" else part
+
+
+def messages_part(part: Json) -> Json:
+    """Return a content part as Anthropic's /messages has it; what it does not have is left to the provider to refuse."""
+    kind, url = ("image", part["image_url"]["url"]) if part["type"] == "image_url" else (
+        "document", part["file"].get("file_data")) if part["type"] == "file" else ("", None)
+    if not isinstance(url, str):
+        return part
+    match = re.match(r"(?is)data:([^;,]*)[^,]*;base64,(.*)", url)
+    source = ({"type": "base64", "media_type": match.group(1).lower(), "data": match.group(2)} if match
+              else {"type": "url", "url": url})
+    title = part["file"].get("filename") if kind == "document" else None
+    return {"type": kind, "source": source, **({"title": title} if title else {})}
 
 
 def to_conversation(messages: Sequence[Json], attachments: Attachments) -> list[Json]:
@@ -464,7 +486,8 @@ def to_conversation(messages: Sequence[Json], attachments: Attachments) -> list[
         if message["role"] == "user":
             content = message["content"]
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else [
-                user_part(part, attachments) for part in content]
+                attachments.stand_in(part) if part["type"] in ("image_url", "input_audio", "file")
+                else {"type": "text", "text": text_of([part])} for part in content]
             conversation.append({"role": "user", "parts": parts})
         elif message["role"] == "assistant":
             text = text_of(message.get("content"))
@@ -473,26 +496,6 @@ def to_conversation(messages: Sequence[Json], attachments: Attachments) -> list[
             conversation.append({"role": "assistant", "parts": parts})
     # opencode insists on a user's message
     return conversation or [{"role": "user", "parts": [{"type": "text", "text": " "}]}]
-
-
-def user_part(part: Json, attachments: Attachments) -> Json:
-    """Return a content part of a user's message in opencode's shape."""
-    if part["type"] == "image_url":
-        url = part["image_url"]["url"]
-        return attachments.part(mime_of(url) or "image/png", url, detail=part["image_url"].get("detail"))
-    if part["type"] == "input_audio":
-        mime = "audio/" + {"mp3": "mpeg"}.get(part["input_audio"]["format"], part["input_audio"]["format"])
-        return attachments.part(mime, "data:{};base64,{}".format(mime, part["input_audio"]["data"]))
-    if part["type"] == "file" and isinstance(part["file"].get("file_data"), str):
-        data = part["file"]["file_data"]
-        return attachments.part(mime_of(data) or "application/pdf", data, filename=part["file"].get("filename"))
-    return {"type": "text", "text": text_of([part])}
-
-
-def mime_of(url: str) -> str | None:
-    """Return the media type that a data URL names."""
-    match = re.match(r"(?i)data:([^;,]+)", url)
-    return match.group(1).lower() if match else None
 
 
 def tool_part(call: Json, results: Mapping[str, str]) -> Json:
@@ -603,6 +606,7 @@ const outgoing = (body, overlay, turn) => {
     for (const [found, replacement] of overlay.replace) text = text.replaceAll(found, () => replacement)
   }
   for (const [marker, payload] of turn.payloads) text = text.replaceAll(marker, () => payload)
+  if (text.includes(turn.token)) throw new Error("this provider's wire format is not known: attachments cannot be sent")
   return text
 }
 
@@ -1561,7 +1565,7 @@ class Pool:
                 future = self._spares.popleft()
             try:
                 process = future.result(3 * START_SECONDS)
-            except (APIError, StartError, OSError):
+            except Exception:  # whatever it was, it is not this request's fault
                 return None
             if self._usable(process):
                 return process
@@ -1708,9 +1712,8 @@ class Turn:
         """Make `events` raise `error`, whatever it is waiting for."""
         with self._lock:
             self._error = self._error or error
-            target = self._target
-        if target is not None:
-            target.interrupt(error)
+            if self._target is not None:
+                self._target.interrupt(error)
 
     def _depend_on(self, target: Slot | OpencodeProcess) -> None:
         with self._lock:
@@ -1759,7 +1762,10 @@ class Turn:
                 self._pool.give_back(process, clean)
 
 
-def run_turns(turns: Sequence[Turn]) -> Generator[tuple[int, Event], None, None]:
+Events = Generator[tuple[int, Event], None, None]  # with the index of the choice
+
+
+def run_turns(turns: Sequence[Turn]) -> Events:
     """Yield the events of all turns as they come, each with the index of its turn; one failure ends all."""
     if len(turns) == 1:
         yield from ((0, event) for event in turns[0].events())
@@ -2351,7 +2357,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             else:
                 self._complete(choices, events, completion)
 
-    def _deltas(self, choices: Sequence[Choice], events: Iterator[tuple[int, Event]]) -> Iterator[tuple[int, Event, list[Json]]]:
+    def _deltas(self, choices: Sequence[Choice], events: Events) -> Iterator[tuple[int, Event, list[Json]]]:
         """Yield each event with its deltas until every choice is finished; note times and tokens for the log."""
         for index, event in events:
             choice = choices[index]
@@ -2363,17 +2369,18 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             yield index, event, deltas
             if all(choice.finish_reason is not None for choice in choices):
                 break
+        events.close()  # a client that has its answer may hang up: that is no news for the process any more
         usage = total_usage(choice.usage for choice in choices)
         if usage is not None:
             self._facts.update({"in": usage["prompt_tokens"], "out": usage["completion_tokens"]})
 
-    def _complete(self, choices: Sequence[Choice], events: Iterator[tuple[int, Event]], completion: Completion) -> None:
+    def _complete(self, choices: Sequence[Choice], events: Events, completion: Completion) -> None:
         collected: list[list[Json]] = [[] for _ in choices]
         for index, _, deltas in self._deltas(choices, events):
             collected[index] += deltas
         self._send_json(completion.whole(list(zip(choices, collected))))
 
-    def _stream(self, choices: Sequence[Choice], events: Iterator[tuple[int, Event]], completion: Completion,
+    def _stream(self, choices: Sequence[Choice], events: Events, completion: Completion,
                 include_usage: bool) -> None:
         try:
             for index, event, deltas in self._deltas(choices, events):

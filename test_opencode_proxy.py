@@ -83,6 +83,10 @@ class Exchange(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
+    def finish(self):
+        if not self.wfile.closed:
+            super().finish()
+
     def do_POST(self):
         self.raw = self.rfile.read(int(self.headers["Content-Length"]))
         self.body = json.loads(self.raw)
@@ -121,9 +125,10 @@ class Exchange(http.server.BaseHTTPRequestHandler):
 
     def drop(self):
         """Close the connection in the middle of an answer, with a reset."""
-        self.wfile.flush()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        self.connection.close()
+        for stream in (self.rfile, self.wfile, self.connection):
+            stream.close()
+        self.close_connection = True
 
 
 def urlpath(path):
@@ -335,6 +340,7 @@ def real_opencode():
 
 
 CHAT, RESPONSES, MESSAGES = "github-copilot/gpt-5-mini", "github-copilot/gpt-5.4-mini", "github-copilot/claude-sonnet-4.6"
+OLD_CLAUDE = "github-copilot/claude-3-5-sonnet"
 FORMATS = {"chat/completions": CHAT, "responses": RESPONSES, "messages": MESSAGES}
 
 
@@ -342,7 +348,7 @@ def make_home(folder, upstream, **more):
     """Make a HOME whose opencode is logged in to GitHub Copilot, at `upstream`; return the environment for it."""
     login = {"github-copilot": {"type": "oauth", "refresh": "x", "access": "x", "expires": 0}}
     copilot = {"options": {"baseURL": upstream.url},
-               "models": {"claude-sonnet-4.6": {"provider": {"npm": "@ai-sdk/anthropic"}}}}
+               "models": {name: {"provider": {"npm": "@ai-sdk/anthropic"}} for name in ("claude-sonnet-4.6", "claude-3-5-sonnet")}}
     local = {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": upstream.url + "/v1", "apiKey": "k"}, "models": {"m": {}}}
     config = {"provider": {"github-copilot": copilot, "local": local}, **more}
     for path, content in ((".local/share/opencode/auth.json", login), (".config/opencode/opencode.json", config)):
@@ -354,6 +360,39 @@ def make_home(folder, upstream, **more):
 XDG = ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME")
 
 
+class RealCase(unittest.TestCase):
+    """A proxy with the real opencode and an upstream, shared by the tests of a class."""
+
+    changes = {"requests_per_process": 40, "timeout": 30.0}
+
+    @classmethod
+    def setUpClass(cls):
+        path = real_opencode()
+        cls.resources = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            cls.folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            cls.upstream = Upstream()
+            stack.callback(cls.upstream.close)
+            clean = {name: value for name, value in os.environ.items() if name not in XDG}
+            stack.enter_context(unittest.mock.patch.dict(os.environ, {**clean, **make_home(cls.folder, cls.upstream)}, clear=True))
+            cls.proxy = Running(path, **cls.changes)
+            stack.callback(cls.proxy.close)
+            stack.enter_context(unittest.mock.patch.object(proxy, "log", lambda text: cls.logged.append(text)))
+            cls.logged = []
+            cls.resources = stack.pop_all()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.resources.close()
+
+    def setUp(self):
+        self.upstream.respond = answer_text
+        self.upstream.exchanges.clear()
+
+    def exchange(self):
+        """Return the one exchange with the upstream that the test led to."""
+        self.assertEqual(len(self.upstream.exchanges), 1)
+        return self.upstream.exchanges[0]
 
 
 # ------------------------------------------------------------------------------------------------------- errors
@@ -571,22 +610,32 @@ class EnvelopeTest(unittest.TestCase):
     def test_attachments_pass_as_markers(self):
         payload = "QUJD" * 1000
         envelope = envelope_of({"role": "user", "content": [
-            {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + payload, "detail": "low"}},
+            {"type": "image_url", "image_url": {"url": "data:image/JPEG;base64," + payload, "detail": "low"}},
             {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}},
             {"type": "input_audio", "input_audio": {"data": payload, "format": "mp3"}},
-            {"type": "file", "file": {"file_data": "data:application/pdf;base64," + payload, "filename": "f.pdf"}}]})
+            {"type": "file", "file": {"file_data": "data:application/pdf;base64," + payload, "filename": "f.pdf"}},
+            {"type": "image_url", "image_url": {"url": "data:image/svg+xml,<svg/>"}}, {"type": "file", "file": {"file_id": "f"}}]})
         self.assertEqual(json.dumps(envelope).count(payload), 3)
-        image, link, audio, pdf = envelope["conversation"][0]["parts"]
+        token = envelope["token"]
         (first, _), (second, _), (third, _) = envelope["payloads"]
-        self.assertEqual(image, {"type": "file", "mime": "image/jpeg", "url": "data:image/jpeg;base64," + first})
-        self.assertEqual(audio, {"type": "file", "mime": "audio/mpeg", "url": "data:audio/mpeg;base64," + second})
-        self.assertEqual(pdf, {"type": "file", "mime": "application/pdf", "url": "data:application/pdf;base64," + third, "filename": "f.pdf"})
-        marker = link["url"].rpartition(",")[2]
-        self.assertEqual(envelope["overlays"]["responses"]["replace"], [
-            (f'"data:image/jpeg;base64,{first}"', f'"data:image/jpeg;base64,{first}", "detail": "low"'),
-            (f'"data:image/png;base64,{marker}"', '"https://example.com/a.png"')])
-        self.assertEqual(envelope["overlays"]["messages"]["replace"], [
-            (f'{{"type":"base64","media_type":"image/png","data":"{marker}"}}', '{"type": "url", "url": "https://example.com/a.png"}')])
+        self.assertEqual([first, second, third], [token + "0001", token + "0002", token + "0003"])
+        markers = [token + f"{n:04x}" for n in range(4, 10)]
+        self.assertEqual(envelope["conversation"][0]["parts"],
+                         [{"type": "file", "mime": "image/png", "url": "data:image/png;base64," + marker} for marker in markers])
+        self.assertEqual([found for found, _ in envelope["overlays"]["responses"]["replace"]],
+                         [f'"type":"input_image","image_url":"data:image/png;base64,{marker}"' for marker in markers])
+        self.assertEqual([found for found, _ in envelope["overlays"]["messages"]["replace"]],
+                         [f'"type":"image","source":{{"type":"base64","media_type":"image/png","data":"{marker}"}}' for marker in markers])
+        audio = f'"type":"input_audio","input_audio":{{"data":"{second}","format":"mp3"}}'
+        self.assertEqual([meant for _, meant in envelope["overlays"]["responses"]["replace"]], [
+            f'"type":"input_image","image_url":"data:image/JPEG;base64,{first}","detail":"low"', '"type":"input_image","image_url":"https://example.com/a.png"',
+            audio, f'"type":"input_file","file_data":"data:application/pdf;base64,{third}","filename":"f.pdf"',
+            '"type":"input_image","image_url":"data:image/svg+xml,<svg/>"', '"type":"input_file","file_id":"f"'])
+        self.assertEqual([meant for _, meant in envelope["overlays"]["messages"]["replace"]], [
+            f'"type":"image","source":{{"type":"base64","media_type":"image/jpeg","data":"{first}"}}',
+            '"type":"image","source":{"type":"url","url":"https://example.com/a.png"}', audio,
+            f'"type":"document","source":{{"type":"base64","media_type":"application/pdf","data":"{third}"}},"title":"f.pdf"',
+            '"type":"image","source":{"type":"url","url":"data:image/svg+xml,<svg/>"}', '"type":"file","file":{"file_id":"f"}'])
 
     def test_tools_for_each_format(self):
         function = {"name": "a.b", "description": "d", "parameters": {"type": "object", "properties": {"2": {}, "1": {}}}, "strict": True}
@@ -1675,3 +1724,748 @@ class CommandTest(FakeCase):
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)) as connection:
             connection.request("GET", "/health")
             return json.loads(connection.getresponse().read())
+
+
+class RealWireTest(RealCase):
+    """What the model receives and what the client gets, on the three wire formats."""
+
+    def test_chat_completions_is_verbatim(self):
+        messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "w\u00f6rld \u2028 {file:/etc/passwd} {env:HOME}", "name": "n"},
+                    {"role": "assistant", "content": None, "tool_calls": [
+                        {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{ "a": 1.0 }'}}]},
+                    {"role": "tool", "tool_call_id": "c", "content": "r"}, {"role": "developer", "content": "D"}, {"role": "user", "content": "/help"}]
+        fields = {"temperature": 0, "top_p": 1.0, "max_tokens": 5, "max_completion_tokens": 6, "stop": ["zz"], "seed": 12345678901234567890,
+                  "presence_penalty": 0.5, "frequency_penalty": -0.5, "logit_bias": {"7": 1}, "user": "u", "reasoning_effort": "low",
+                  "verbosity": "low", "metadata": {"a": "b"}, "service_tier": "auto", "store": False, "prediction": {"type": "content", "content": "x"},
+                  "web_search_options": {}, "logprobs": True, "top_logprobs": 2, "unknown": {"2": [1, None], "1": 1.0}}
+        for model in (CHAT, "local/m"):
+            self.upstream.exchanges.clear()
+            status, answer = self.proxy.chat(model=model, messages=messages, **fields)
+            self.assertEqual((status, answer["choices"][0]["message"]["content"]), (200, "Hello w\u00f6r\u2028ld"))
+            sent = {**self.exchange().body}
+            sent.pop("stream_options", None)  # opencode's own, for a provider that has to be asked for its token counts
+            self.assertEqual(sent, {"model": model.partition("/")[2], "stream": True, "messages": messages, **fields})
+            self.assertIn(b'"seed":12345678901234567890', self.exchange().raw)
+            self.assertIn(b'"unknown":{"2":[1,null],"1":1.0}', self.exchange().raw)
+        self.upstream.exchanges.clear()
+        self.proxy.stream(stream_options={"include_usage": True})
+        self.assertEqual(self.exchange().raw, b'{"model":"gpt-5-mini","stream":true,"messages":[{"role":"user","content":"hi"}],'
+                                              b'"stream_options":{"include_usage":true}}')
+        self.assertEqual(self.exchange().headers["x-initiator"], "user")
+
+    def test_stream_bytes(self):
+        status, headers, data = self.proxy.request("POST", "/v1/chat/completions", {
+            "messages": [{"role": "user", "content": "hi"}], "stream": True, "stream_options": {"include_usage": True}})
+        head = json.loads(data.split(b"\n\n")[0][6:])
+        self.assertRegex(head["id"], "^chatcmpl-[0-9a-f]{32}$")
+        self.assertLess(abs(head["created"] - time.time()), 600)
+        frame = (f'data: {{"id":"{head["id"]}","object":"chat.completion.chunk","created":{head["created"]},"model":"github-copilot/gpt-5-mini",'
+                 '"system_fingerprint":"fp_opencode","choices":[')
+        chunk = frame + '{"index":0,"delta":%s,"logprobs":null,"finish_reason":%s}],"usage":null}\n\n'
+        expected = [chunk % ('{"role":"assistant","content":""}', "null"), chunk % ('{"content":"Hel"}', "null"), chunk % ('{"content":"lo "}', "null"),
+                    chunk % ('{"content":"w\\u00f6r\\u2028ld"}', "null"), chunk % ("{}", '"stop"'),
+                    frame + '],"usage":' + json.dumps(USAGE, separators=(",", ":")) + "}\n\n", "data: [DONE]\n\n"]
+        self.assertEqual(data.decode(), "".join(expected))
+        self.assertEqual((status, headers["Content-Type"], headers["Transfer-Encoding"]), (200, "text/event-stream; charset=utf-8", "chunked"))
+
+    def test_other_formats(self):
+        messages = [{"role": "system", "content": "S"}, {"role": "developer", "content": "D"}, {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"}, {"role": "user", "content": [{"type": "text", "text": "c"}]}]
+        fields = {"temperature": 0.5, "top_p": 0.5, "max_tokens": 50, "user": "u"}
+        bodies = {
+            RESPONSES: {"model": "gpt-5.4-mini", "stream": True, "store": False, "max_output_tokens": 50, "user": "u", "input": [
+                {"role": "developer", "content": "S"}, {"role": "developer", "content": "D"}, {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+                {"role": "assistant", "content": [{"type": "output_text", "text": "b"}]}, {"role": "user", "content": [{"type": "input_text", "text": "c"}]}]},
+            OLD_CLAUDE: {"model": "claude-3-5-sonnet", "stream": True, "max_tokens": 50, "temperature": 0.5, "metadata": {"user_id": "u"},
+                         "system": [{"type": "text", "text": "S"}, {"type": "text", "text": "D"}], "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
+                {"role": "user", "content": [{"type": "text", "text": "c"}]}]}}
+        for model, body in bodies.items():
+            self.upstream.exchanges.clear()
+            status, answer = self.proxy.chat(messages=messages, model=model, **fields)
+            self.assertEqual((status, answer["choices"][0]["message"]["content"], answer["model"]), (200, "Hello w\u00f6r\u2028ld", model))
+            self.assertEqual({key: answer["usage"][key] for key in ("prompt_tokens", "completion_tokens", "total_tokens")},
+                             {"prompt_tokens": 11, "completion_tokens": 20, "total_tokens": 31})
+            # opencode marks what Anthropic may cache, and leaves out what it knows a model not to take: temperature and
+            # top_p together (Claude), or at all (models that reason)
+            self.assertEqual(without(self.exchange().body, "cache_control"), body)
+
+    def test_finish_reasons(self):
+        for wire_format, model in FORMATS.items():
+            for finish in ("stop", "length") + (("content_filter",) if wire_format == "chat/completions" else ()):
+                self.upstream.respond = answering(("text", "x"), finish=finish)
+                with self.subTest(model=model, finish=finish):
+                    self.assertEqual(self.proxy.chat(model=model)[1]["choices"][0]["finish_reason"], finish)
+                    chunks = self.proxy.stream(model=model)[:-1]
+                    self.assertEqual([chunk["choices"][0]["finish_reason"] for chunk in chunks], [None, None, finish])
+
+    def test_empty_answer(self):
+        self.upstream.respond = answering()
+        for model in FORMATS.values():
+            status, answer = self.proxy.chat(model=model)
+            self.assertEqual((status, answer["choices"][0]["message"]["content"], answer["choices"][0]["finish_reason"]), (200, "", "stop"))
+        self.assertEqual(len(self.upstream.exchanges), 3)
+
+    def test_deltas_arrive_as_they_come(self):
+        go_on = threading.Event()
+
+        def respond(exchange):
+            first, *rest = stream_of(exchange.format, [("text", "one"), ("text", "two")], "stop")
+            place = next(n for n, event in enumerate(rest) if "one" in json.dumps(event)) + 1
+            exchange.begin()
+            exchange.send(first, *rest[:place])
+            go_on.wait(DEADLINE)
+            exchange.send(*rest[place:])
+
+        self.upstream.respond = respond
+        for model in FORMATS.values():
+            go_on.clear()
+            with contextlib.closing(self.proxy.connect()) as connection:
+                connection.request("POST", "/v1/chat/completions", json.dumps(
+                    {"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": True}))
+                response = connection.getresponse()
+                data = b""
+                while b'"one"' not in data:  # the upstream is still in the middle of its answer
+                    data += response.readline()
+                self.assertNotIn(b'"two"', data)
+                go_on.set()
+                self.assertIn(b'"two"', response.read())
+
+    def test_client_hangs_up(self):
+        def respond(exchange):
+            exchange.begin()
+            exchange.send(chat_chunk({"content": "one"}))
+            exchange.wait_closed()
+
+        self.upstream.respond = respond
+        for stream in (True, False):
+            self.upstream.exchanges.clear()
+            body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "stream": stream})
+            with socket.create_connection(("127.0.0.1", self.proxy.port), timeout=DEADLINE) as connection:
+                connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+                self.assertTrue(eventually(lambda: self.upstream.exchanges))
+                if stream:
+                    self.assertIn(b"200 OK", connection.recv(20))
+            start = time.monotonic()
+            self.assertTrue(self.upstream.exchanges[0].closed_by_client.wait(DEADLINE))
+            report("client hangs up", "stream" if stream else "whole", "-", time.monotonic() - start, 1)
+            self.assertLess(time.monotonic() - start, 1)
+
+    def test_reasoning(self):
+        self.upstream.respond = lambda exchange: (exchange.begin(), exchange.send(
+            chat_chunk({"reasoning_text": "hm"}), *chat_stream([("text", "x")], "stop")))
+        self.assertEqual(self.proxy.chat()[1]["choices"][0]["message"]["reasoning_content"], "hm")
+        self.upstream.respond = answering(("thought", "hm"), ("thought", "mm"), ("text", "x"))
+        for model in ("local/m", RESPONSES, MESSAGES):
+            self.upstream.exchanges.clear()
+            status, answer = self.proxy.chat(model=model, reasoning_effort="high")
+            self.assertEqual(answer["choices"][0]["message"], {"role": "assistant", "content": "x", "refusal": None, "reasoning_content": "hmmm"}, model)
+            self.assertEqual(deltas_of(self.proxy.stream(model=model))[1:3], [{"reasoning_content": "hm"}, {"reasoning_content": "mm"}])
+            first, second = (exchange.body for exchange in self.upstream.exchanges)
+            if model == RESPONSES:
+                self.assertEqual((first["reasoning"]["effort"], second.get("reasoning")), ("high", None))
+                self.assertEqual(answer["usage"]["completion_tokens_details"], {"reasoning_tokens": 7})
+            elif model == MESSAGES:
+                self.assertEqual((first["thinking"]["type"], first["output_config"]["effort"], "thinking" in second), ("adaptive", "high", False))
+
+    TOOLS = [{"type": "function", "function": {"name": name, "description": "d", "parameters": {
+        "type": "object", "properties": {"b": {"type": "string"}, "a": {"type": "number"}}, "required": ["b"], "additionalProperties": False}}}
+        for name in ("bash", "task", "edit", "a.b")]
+
+    def test_tools(self):
+        target = self.folder / "made-by-bash"
+        arguments = ['{"command": "touch ', f'{target}", "n": 1.0,', ' "big": 12345678901234567890}']
+        self.upstream.respond = answering(("text", "Let me "), ("call", "call_1", "bash", arguments), ("call", "call_2", "a.b", ["{}"]),
+                                          ("call", "call_3", "a.b", ["{}"]), ("call", "call_4", "a.b", ["{}"]), finish="tool_calls")
+        calls = [{"id": "call_1", "type": "function", "function": {"name": "bash", "arguments": "".join(arguments)}}] + [
+            {"id": f"call_{n}", "type": "function", "function": {"name": "a.b", "arguments": "{}"}} for n in (2, 3, 4)]
+        for wire_format, model in [*FORMATS.items(), ("chat/completions", "local/m")]:
+            self.upstream.exchanges.clear()
+            status, answer = self.proxy.chat(model=model, tools=self.TOOLS, tool_choice="auto", parallel_tool_calls=True)
+            self.assertEqual(answer["choices"][0], {"index": 0, "logprobs": None, "finish_reason": "tool_calls", "message": {
+                "role": "assistant", "content": "Let me ", "refusal": None, "tool_calls": calls}}, model)
+            functions = [tool["function"] for tool in self.TOOLS]
+            self.assertEqual(self.exchange().body["tools"], {
+                "chat/completions": self.TOOLS,
+                "responses": [{"type": "function", **function, "strict": False} for function in functions],
+                "messages": [{"name": f["name"], "description": "d", "input_schema": f["parameters"]} for f in functions]}[wire_format])
+            self.assertIn(b'{"b":{"type":"string"},"a":{"type":"number"}}', self.exchange().raw)
+            self.upstream.exchanges.clear()
+            deltas = deltas_of(self.proxy.stream(model=model, tools=self.TOOLS))
+            expected = [{"role": "assistant", "content": ""}, {"content": "Let me "}]
+            for index, call in enumerate(calls):
+                expected += [{"tool_calls": [{"index": index, **call, "function": {"name": call["function"]["name"], "arguments": ""}}]},
+                             {"tool_calls": [{"index": index, "function": {"arguments": call["function"]["arguments"]}}]}]
+            self.assertEqual(deltas, expected + [{}], model)
+            self.exchange()
+        self.assertFalse(target.exists())
+
+    def test_tool_results(self):
+        call = {"id": "call_1", "type": "function", "function": {"name": "bash", "arguments": '{"b":"x"}'}}
+        messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "t", "tool_calls": [call, {**call, "id": "call_2"}]},
+                    {"role": "tool", "tool_call_id": "call_1", "content": "r1"}, {"role": "tool", "tool_call_id": "call_2", "content": "r2"}]
+        expected = {
+            "responses": ("input", [
+                {"role": "user", "content": [{"type": "input_text", "text": "q"}]}, {"role": "assistant", "content": [{"type": "output_text", "text": "t"}]},
+                {"type": "function_call", "call_id": "call_1", "name": "bash", "arguments": '{"b":"x"}'},
+                {"type": "function_call", "call_id": "call_2", "name": "bash", "arguments": '{"b":"x"}'},
+                {"type": "function_call_output", "call_id": "call_1", "output": "r1"}, {"type": "function_call_output", "call_id": "call_2", "output": "r2"}]),
+            "messages": ("messages", [
+                {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "t"}, {"type": "tool_use", "id": "call_1", "name": "bash", "input": {"b": "x"}},
+                                                  {"type": "tool_use", "id": "call_2", "name": "bash", "input": {"b": "x"}}]},
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "call_1", "content": "r1"},
+                                             {"type": "tool_result", "tool_use_id": "call_2", "content": "r2"}]}]),
+            "chat/completions": ("messages", messages)}
+        for wire_format, model in FORMATS.items():
+            self.upstream.exchanges.clear()
+            self.assertEqual(self.proxy.chat(model=model, messages=messages, tools=self.TOOLS)[0], 200)
+            key, value = expected[wire_format]
+            self.assertEqual(without(self.exchange().body[key], "cache_control"), value)
+            self.assertEqual(self.exchange().headers["x-initiator"], "agent")
+
+    def test_tool_choice_of_the_old_api(self):
+        self.upstream.respond = answering(("call", "c", "f", ['{"a":1}']), finish="tool_calls")
+        status, answer = self.proxy.chat(functions=[{"name": "f", "parameters": {"type": "object"}}], function_call={"name": "f"})
+        self.assertEqual(answer["choices"][0]["message"], {"role": "assistant", "content": None, "refusal": None,
+                                                           "function_call": {"name": "f", "arguments": '{"a":1}'}})
+        self.assertEqual(answer["choices"][0]["finish_reason"], "function_call")
+        self.assertEqual(self.exchange().body["tool_choice"], {"type": "function", "function": {"name": "f"}})
+
+    PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+    def test_images(self):
+        url = "http://127.0.0.1:1/never-fetched.png"
+        content = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + self.PNG, "detail": "high"}},
+                   {"type": "image_url", "image_url": {"url": url}}]
+        expected = {
+            "chat/completions": content,
+            "responses": [{"type": "input_text", "text": "see"},
+                          {"type": "input_image", "image_url": "data:image/jpeg;base64," + self.PNG, "detail": "high"}, {"type": "input_image", "image_url": url}],
+            "messages": [{"type": "text", "text": "see"}, {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": self.PNG}},
+                         {"type": "image", "source": {"type": "url", "url": url}}]}
+        for wire_format, model in FORMATS.items():
+            self.upstream.exchanges.clear()
+            self.assertEqual(self.proxy.chat(content, model=model)[0], 200)
+            exchange = self.exchange()
+            self.assertEqual(without(exchange.body["input" if wire_format == "responses" else "messages"][0]["content"], "cache_control"), expected[wire_format])
+            self.assertEqual((exchange.headers["Copilot-Vision-Request"], exchange.headers["x-initiator"]), ("true", "user"))
+
+    def test_big_image(self):
+        payload = self.PNG.rstrip("=") * 90000
+        payload = payload[:len(payload) // 4 * 4]
+        for model in FORMATS.values():
+            self.upstream.exchanges.clear()
+            content = [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + payload}}]
+            self.assertEqual(self.proxy.chat(content, model=model)[0], 200)
+            self.assertIn(payload.encode(), self.exchange().raw)
+
+    def test_files_and_audio(self):
+        pdf = {"type": "file", "file": {"file_data": "data:application/pdf;base64,JVBERi0=", "filename": "f.pdf"}}
+        audio = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
+        self.assertEqual(self.proxy.chat([pdf, audio], model=CHAT)[0], 200)
+        self.assertEqual(self.exchange().body["messages"][0]["content"], [pdf, audio])
+        for model, key, part in (
+                (RESPONSES, "input", {"type": "input_file", "filename": "f.pdf", "file_data": "data:application/pdf;base64,JVBERi0="}),
+                (MESSAGES, "messages", {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}, "title": "f.pdf"})):
+            self.upstream.exchanges.clear()
+            self.assertEqual(self.proxy.chat([pdf], model=model)[0], 200)
+            self.assertEqual(without(self.exchange().body[key][0]["content"], "cache_control"), [part])
+
+    def test_what_a_format_cannot_carry_is_the_providers_to_refuse(self):
+        audio = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
+        self.upstream.respond = failing(400, {"error": {"message": "no audio here"}})
+        for model, key in ((MESSAGES, "messages"), (RESPONSES, "input")):
+            self.upstream.exchanges.clear()
+            status, answer = self.proxy.chat([audio], model=model)
+            self.assertEqual((status, answer["error"]["message"]), (400, "no audio here"))
+            self.assertEqual(without(self.exchange().body[key][0]["content"], "cache_control"), [audio])
+
+    def test_response_format(self):
+        schema = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"type": "number"}}, "required": ["b", "a"], "additionalProperties": False}
+        wanted = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": schema}}
+        for model, key, value in ((CHAT, "response_format", wanted), (MESSAGES, "output_config", {"format": {"type": "json_schema", "schema": schema}}),
+                                  (RESPONSES, "text", {"format": {"type": "json_schema", "name": "n", "strict": True, "schema": schema}})):
+            self.upstream.exchanges.clear()
+            self.assertEqual(self.proxy.chat(model=model, response_format=wanted)[0], 200)
+            self.assertEqual(self.exchange().body[key], value)
+        for kind in ("json_object", "text"):
+            for model, key, value in ((CHAT, "response_format", {"type": kind}), (RESPONSES, "text", {"format": {"type": kind}}), (MESSAGES, "output_config", None)):
+                self.upstream.exchanges.clear()
+                self.assertEqual(self.proxy.chat(model=model, response_format={"type": kind})[0], 200)
+                self.assertEqual(self.exchange().body.get(key), value)
+
+    def test_stop(self):
+        self.upstream.respond = answering(("text", "one ST"), ("text", "OP two"))
+        for model, key, value in ((CHAT, "stop", "STOP"), (RESPONSES, "stop", None), (MESSAGES, "stop_sequences", ["STOP"])):
+            self.upstream.exchanges.clear()
+            events = self.proxy.stream(model=model, stop="STOP")
+            self.assertEqual("".join(delta.get("content", "") for delta in deltas_of(events)), "one ")
+            self.assertEqual(events[-2]["choices"][0]["finish_reason"], "stop")
+            self.assertEqual(self.exchange().body.get(key), value)
+
+    def test_several_choices(self):
+        self.upstream.respond = lambda exchange: answering(("text", f"answer {self.upstream.exchanges.index(exchange)}"))(exchange)
+        status, answer = self.proxy.chat(n=3)
+        self.assertEqual([choice["index"] for choice in answer["choices"]], [0, 1, 2])
+        self.assertEqual({choice["message"]["content"] for choice in answer["choices"]}, {"answer 0", "answer 1", "answer 2"})
+        self.assertEqual((answer["usage"]["prompt_tokens"], answer["usage"]["total_tokens"]), (33, 93))
+        self.assertEqual(len(self.upstream.exchanges), 3)
+        self.assertEqual([exchange.body.get("n") for exchange in self.upstream.exchanges], [None] * 3)
+
+    def test_interleaved_requests_do_not_mix(self):
+        def respond(exchange):
+            word = exchange.body["messages"][-1]["content"]
+            exchange.begin()
+            for _ in range(10):
+                exchange.send(chat_chunk({"content": word + " "}))
+                time.sleep(0.01)
+            exchange.send(chat_chunk({}, "stop"), "[DONE]")
+
+        self.upstream.respond = respond
+        answers = {}
+
+        def ask(number):
+            answers[number] = self.proxy.chat(f"word{number}")[1]["choices"][0]["message"]["content"]
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(answers, {number: f"word{number} " * 10 for number in range(12)})
+        self.assertEqual(len(self.upstream.exchanges), 12)
+
+    def test_model_that_is_not_offered(self):
+        for name in ("github-copilot/no-such", "anthropic/claude", "opencode/big-pickle"):
+            status, answer = self.proxy.chat(model=name)
+            self.assertEqual((status, answer["error"]["code"]), (404, "model_not_found"))
+        self.assertEqual(self.upstream.exchanges, [])
+
+    def test_models(self):
+        names = [model["id"] for model in json.loads(self.proxy.request("GET", "/v1/models")[2])["data"]]
+        self.assertEqual(names[0], CHAT)
+        self.assertIn("local/m", names)
+        self.assertEqual({name.partition("/")[0] for name in names}, {"github-copilot", "local"})
+        self.assertIsNotNone(self.proxy.opencode.catalog.trimmed)
+        self.assertEqual(self.proxy.server.health()["opencode"], self.proxy.opencode.version)
+
+
+def without(value, key):
+    """Return `value` without the entries `key` at any depth."""
+    if isinstance(value, dict):
+        return {name: without(entry, key) for name, entry in value.items() if name != key}
+    return [without(entry, key) for entry in value] if isinstance(value, list) else value
+
+
+REPORT = []
+
+
+def report(fault, kind, outcome, seconds, posts):
+    """Note a row of the table of faults, which is printed after the tests."""
+    REPORT.append(f"| {fault} | {kind} | {outcome} | {seconds:.2f} s | {posts} |")
+
+
+def tearDownModule():
+    if REPORT:
+        print("\n| fault | request | client got | after | upstream POSTs |\n|---|---|---|---|---|\n" + "\n".join(REPORT), file=sys.stderr)
+
+
+class RealFaultTest(RealCase):
+    """What goes wrong at the provider, and what the client gets: at once, and exactly once."""
+
+    changes = {"requests_per_process": 40, "timeout": 5.0, "spares": 2}
+
+    def check(self, name, respond, status, kind, text, headers=None, posts=1, begun=False, **fields):
+        """Ask whole and streamed; assert the error, or, where the answer has `begun`, the error event."""
+        for stream in (False, True):
+            self.upstream.respond = respond
+            self.upstream.exchanges.clear()
+            self.assertTrue(eventually(lambda: self.proxy.pool.status()["spares"]))
+            start = time.monotonic()
+            body = {"messages": [{"role": "user", "content": "hi"}], "stream": stream, **fields}
+            got, got_headers, data = self.proxy.request("POST", "/v1/chat/completions", body)
+            seconds = time.monotonic() - start
+            if stream and begun:
+                events = sse_events(data)
+                self.assertEqual((got, events[-1]), (200, "[DONE]"))
+                error = events[-2]["error"]
+                self.assertEqual(sum(delta.get("content") == "part" for delta in deltas_of(events[:-2])), 1, "no text twice")
+                self.assertNotIn("finish_reason\":\"stop", data.decode())
+            else:
+                self.assertEqual(got, status, data)
+                error = json.loads(data)["error"]
+            self.assertEqual(error["type"], kind)
+            self.assertIn(text, error["message"])
+            for key, value in (headers or {}).items():
+                self.assertEqual(got_headers[key], value)
+            self.assertEqual(len(self.upstream.exchanges), posts)
+            report(name, "stream" if stream else "whole", f"{'event ' + str(error['code']) if stream and begun else got} {kind}", seconds, posts)
+        self.upstream.respond = answer_text
+        self.assertEqual(self.proxy.chat(**fields)[0], 200)
+
+    def test_refusals(self):
+        error = {"error": {"message": "the upstream's words", "type": None, "code": "its_code", "param": "its_param"}}
+        for status, kind in ((400, "invalid_request_error"), (401, "authentication_error"), (403, "permission_error"), (404, "invalid_request_error"),
+                             (413, "invalid_request_error"), (429, "rate_limit_error"), (500, "server_error"), (503, "server_error")):
+            with self.subTest(status):
+                self.check(str(status), failing(status, error), status, kind, "the upstream's words")
+
+    def test_refusals_in_the_other_formats(self):
+        for model in (RESPONSES, MESSAGES):
+            self.check("429 " + model.partition("/")[2], failing(429, {"type": "error", "error": {"type": "rate_limit_error", "message": "slow down"}}), 429,
+                       "rate_limit_error", "slow down", model=model)
+
+    def test_retry_after(self):
+        self.check("429 with Retry-After", failing(429, {"error": {"message": "slow down"}}, Retry_After="17"), 429, "rate_limit_error", "slow down",
+                   {"Retry-After": "17"})
+
+    def test_gateway_page(self):
+        self.check("502, an HTML page", failing(502, "<html><body><h1>Bad gateway</h1></body></html>", "text/html"), 502, "server_error", "Bad gateway")
+
+    def test_context_length(self):
+        self.check("400 context length", failing(400, {"error": {"message": "maximum context length exceeded", "code": "context_length_exceeded"}}), 400,
+                   "invalid_request_error", "maximum context length")
+
+    def test_dropped_mid_stream(self):
+        def respond(exchange):
+            exchange.begin()
+            exchange.send(chat_chunk({"content": "part"}))
+            time.sleep(0.3)
+            exchange.drop()
+        self.check("connection dropped mid-stream", respond, 502, "server_error", "", begun=True)
+
+    def test_dropped_before_the_answer(self):
+        self.check("connection dropped before the answer", lambda exchange: exchange.drop(), 502, "server_error", "cannot be reached")
+
+    def test_stalls(self):
+        def before(exchange):
+            exchange.wait_closed()
+
+        def within(exchange):
+            exchange.begin()
+            exchange.send(chat_chunk({"content": "part"}))
+            exchange.wait_closed()
+        self.check("stalled before the first byte (--timeout 5)", before, 504, "server_error", "sent nothing for 5 seconds")
+        self.check("stalled mid-stream (--timeout 5)", within, 504, "server_error", "sent nothing for 5 seconds", begun=True)
+
+    def test_rubbish(self):
+        def rubbish(exchange):
+            exchange.begin()
+            exchange.wfile.write(b"\x00\xff<html>not SSE</html>\n\ndata: {not json\n\n")
+        self.check("garbage instead of SSE", rubbish, 502, "server_error", "")
+
+    def test_no_finish_reason(self):
+        def respond(exchange):
+            exchange.begin()
+            exchange.send(chat_chunk({"content": "part"}), "[DONE]")
+        self.check("stream without finish_reason", respond, 502, "server_error", "without saying why", begun=True)
+
+    def test_error_in_the_stream(self):
+        def respond(exchange):
+            exchange.begin()
+            exchange.send({"error": {"message": "overloaded", "code": 500}})
+        self.check("error object in the stream", respond, 502, "server_error", "overloaded")
+
+    def test_nothing_left(self):
+        self.proxy.chat()
+        self.upstream.respond = failing(500, "no")
+        self.proxy.chat()
+        self.assertTrue(eventually(lambda: len([line for line in children() if "acp" in line]) <= 6))
+        home = [str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()]
+        self.assertEqual(sorted(home), [".config/opencode/opencode.json", ".local/share/opencode/auth.json"])
+
+
+class UnreachableTest(RealCase):
+    def test_connection_refused_and_unknown_name(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            nobody = free.getsockname()[1]
+        config = self.folder / ".config/opencode/opencode.json"
+        changed = json.loads(config.read_text())
+        for name, url in (("refused", f"http://127.0.0.1:{nobody}/v1"), ("noname", "http://no.such.name.invalid/v1")):
+            changed["provider"][name] = {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": url, "apiKey": "k"}, "models": {"m": {}}}
+        config.write_text(json.dumps(changed))  # a changed configuration is noticed
+        for name in ("refused/m", "noname/m"):
+            start = time.monotonic()
+            status, answer = self.proxy.chat(model=name)
+            self.assertEqual((status, answer["error"]["code"]), (502, "upstream_unreachable"), answer)
+            report({"refused/m": "connection refused"}.get(name, "name not resolved"), "whole", "502 server_error", time.monotonic() - start, 0)
+
+
+class IsolationTest(RealCase):
+    """The default: a process for each request, and nothing of the user's coding set-up in it."""
+
+    changes = {"spares": 1, "timeout": 30.0}
+
+    @classmethod
+    def setUpClass(cls):
+        cls.trap = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(cls.trap.cleanup)
+        trap = pathlib.Path(cls.trap.name)
+        touch = ["sh", "-c", f"touch {trap}/ran-$0; sleep 60", "x"]
+        more = {"mcp": {"m": {"type": "local", "command": touch}}, "instructions": ["/etc/passwd"], "lsp": {"l": {"command": touch, "extensions": [".x"]}},
+                "command": {"c": {"template": f"!`touch {trap}/ran-command`"}}, "permission": {"*": "allow"}, "share": "auto",
+                "formatter": {"f": {"command": touch, "extensions": [".x"]}}, "agent": {"build": {"prompt": "PROMPT OF THE USER"}}}
+        real = make_home
+        with unittest.mock.patch.dict(globals(), {"make_home": lambda folder, upstream: real(folder, upstream, **more)}):
+            super().setUpClass()
+        plugins = cls.folder / ".config/opencode/plugin"
+        plugins.mkdir()
+        (plugins / "p.js").write_text(f'import fs from "fs"; fs.writeFileSync("{trap}/ran-plugin", ""); export const P = async () => ({{}})')
+        (cls.folder / ".config/opencode/AGENTS.md").write_text("AGENTS OF THE USER")
+        (cls.folder / ".claude").mkdir()
+        (cls.folder / ".claude/CLAUDE.md").write_text("CLAUDE OF THE USER")
+
+    def test_nothing_of_the_user_reaches_the_model(self):
+        for content in ("hi", "/c", "@general hello", "!touch x"):
+            self.upstream.exchanges.clear()
+            self.assertEqual(self.proxy.chat(content)[0], 200)
+            self.assertEqual(self.exchange().body["messages"], [{"role": "user", "content": content}])
+            self.assertEqual(sorted(self.exchange().body), ["messages", "model", "stream"])
+        self.assertEqual(list(pathlib.Path(self.trap.name).iterdir()), [])
+
+    def test_each_request_has_a_process_and_leaves_nothing(self):
+        self.assertTrue(eventually(lambda: self.proxy.pool.status()["spares"]))
+        before = next(iter(self.proxy.pool._processes))
+        run = self.proxy.opencode.run_directory
+        self.assertEqual(run.stat().st_mode & 0o777, 0o700)
+        self.assertEqual(before.home.stat().st_mode & 0o777, 0o700)
+        self.assertEqual(self.proxy.chat("the secret words")[0], 200)
+        self.assertTrue(eventually(lambda: not before.alive() and not before.home.exists()))
+        self.assertTrue(eventually(lambda: self.proxy.pool.status()["spares"]))
+        after = next(iter(self.proxy.pool._processes))
+        self.assertIsNot(before, after)
+        for root in (run, self.folder):
+            for path in root.rglob("*"):
+                if path.is_file():
+                    self.assertNotIn(b"the secret words", path.read_bytes(), path)
+        self.assertNotIn("the secret words", " ".join(children()))
+
+    def test_port_of_opencode_has_a_password(self):
+        self.assertTrue(eventually(lambda: self.proxy.pool.status()["spares"]))
+        process = self.proxy.pool._spares[0].result()
+        pids = {line.split()[0] for line in children() if "acp" in line} | {str(process._popen.pid)}
+        ports = set()
+        inodes = {os.readlink(f"/proc/{pid}/fd/{fd}") for pid in pids for fd in os.listdir(f"/proc/{pid}/fd")
+                  if os.path.islink(f"/proc/{pid}/fd/{fd}")}
+        for line in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                ports.add(int(fields[1].split(":")[1], 16))
+        self.assertTrue(ports)
+        for port in ports:
+            for path in ("/config", "/session", "/provider", "/"):
+                with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)) as connection:
+                    connection.request("GET", path)
+                    self.assertEqual(connection.getresponse().status, 401, path)
+
+
+class LoginTest(unittest.TestCase):
+    """Starting with the real opencode where something is not as it should be."""
+
+    def setUp(self):
+        self.path = real_opencode()
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        self.folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        self.upstream = Upstream()
+        stack.callback(self.upstream.close)
+        clean = {name: value for name, value in os.environ.items() if name not in XDG and not name.endswith("_API_KEY")}
+        stack.enter_context(unittest.mock.patch.dict(os.environ, {**clean, "HOME": str(self.folder)}, clear=True))
+        stack.enter_context(unittest.mock.patch.object(proxy, "log", lambda text: None))
+        self.stack = stack
+
+    def test_login_while_running(self):
+        running = Running(self.path)
+        self.stack.callback(running.close)
+        status, answer = running.chat()
+        self.assertEqual((status, answer["error"]["code"]), (503, "provider_not_logged_in"))
+        self.assertEqual(json.loads(running.request("GET", "/v1/models")[2])["data"], [])
+        make_home(self.folder, self.upstream)
+        self.assertEqual(running.chat()[1]["choices"][0]["message"]["content"], "Hello w\u00f6r\u2028ld")
+        self.assertIn(CHAT, [model["id"] for model in json.loads(running.request("GET", "/v1/models")[2])["data"]])
+
+    def test_model_that_the_catalog_lacks(self):
+        make_home(self.folder, self.upstream)
+        running = Running(self.path, model=proxy.DEFAULT_MODEL)
+        self.stack.callback(running.close)
+        status, answer = running.chat()
+        self.assertEqual((status, answer["model"]), (200, "github-copilot/gpt-4.1"))
+        self.assertEqual(self.upstream.exchanges[0].body["model"], "gpt-4.1")
+
+    def test_configuration_that_opencode_rejects(self):
+        make_home(self.folder, self.upstream)
+        (self.folder / ".config/opencode/opencode.json").write_text('{"provider": [}')
+        with self.assertRaisesRegex(proxy.StartError, "opencode.json") as caught:
+            Running(self.path)
+        self.assertNotIn("\x1b", str(caught.exception))
+
+    def test_refreshed_login_reaches_the_users_file(self):
+        """opencode renews logins by writing auth.json: the link in a process's home must lead to the user's file."""
+        make_home(self.folder, self.upstream)
+        opencode = proxy.Opencode(self.path)
+        self.stack.callback(opencode.close)
+        home = opencode.new_home()
+        environment = opencode.environment(home, None)
+        subprocess.run([self.path, "auth", "logout", "github-copilot"], env=environment, cwd=home / "cwd", stdin=subprocess.DEVNULL,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=DEADLINE, check=False)
+        self.assertTrue((home / "data/opencode/auth.json").is_symlink())
+
+
+# ------------------------------------------------------------------------------------------------- real clients
+
+class OpenAIClientTest(RealCase):
+    """The `openai` library, unchanged."""
+
+    @classmethod
+    def setUpClass(cls):
+        try:
+            import openai
+        except ImportError:
+            missing("the library openai (pip install openai)")
+        cls.openai = openai
+        super().setUpClass()
+
+    def setUp(self):
+        super().setUp()
+        self.client = self.openai.OpenAI(base_url=f"http://127.0.0.1:{self.proxy.port}/v1", api_key="any", max_retries=1)
+        self.addCleanup(self.client.close)
+
+    HELLO = [{"role": "user", "content": "hi"}]
+
+    def test_models(self):
+        names = [model.id for model in self.client.models.list()]
+        self.assertEqual(names[0], CHAT)
+        self.assertEqual(self.client.models.retrieve(CHAT).id, CHAT)
+        with self.assertRaises(self.openai.NotFoundError):
+            self.client.models.retrieve("no/such")
+
+    def test_whole_and_streamed(self):
+        answer = self.client.chat.completions.create(model="gpt-5-mini", messages=self.HELLO)
+        self.assertEqual((answer.choices[0].message.content, answer.model, answer.usage.total_tokens), ("Hello w\u00f6r\u2028ld", "gpt-5-mini", 31))
+        with self.client.chat.completions.create(model=CHAT, messages=self.HELLO, stream=True, stream_options={"include_usage": True}) as stream:
+            chunks = list(stream)
+        self.assertEqual("".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]), "Hello w\u00f6r\u2028ld")
+        self.assertEqual(chunks[-1].usage.completion_tokens_details.reasoning_tokens, 7)
+        with self.client.chat.completions.stream(model=CHAT, messages=self.HELLO) as stream:
+            self.assertEqual(stream.get_final_completion().choices[0].message.content, "Hello w\u00f6r\u2028ld")
+
+    def test_async(self):
+        async def ask():
+            async with self.openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{self.proxy.port}/v1", api_key="any") as client:
+                stream = await client.chat.completions.create(model=CHAT, messages=self.HELLO, stream=True)
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+        self.assertEqual(asyncio.run(ask()), "Hello w\u00f6r\u2028ld")
+
+    def test_tools(self):
+        def respond(exchange):
+            if exchange.body["messages"][-1]["role"] == "tool":
+                return answering(("text", "It is " + exchange.body["messages"][-1]["content"]))(exchange)
+            return answering(("call", "call_1", "weather", ['{"city": "Par', 'is"}']), finish="tool_calls")(exchange)
+        self.upstream.respond = respond
+        tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]
+        messages = list(self.HELLO)
+        with self.client.chat.completions.stream(model=CHAT, messages=messages, tools=tools) as stream:
+            message = stream.get_final_completion().choices[0].message
+        self.assertEqual((message.tool_calls[0].function.name, message.tool_calls[0].function.arguments), ("weather", '{"city": "Paris"}'))
+        messages += [message.model_dump(exclude_none=True, exclude={"parsed"}), {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "sunny"}]
+        answer = self.client.chat.completions.create(model=CHAT, messages=messages, tools=tools)
+        self.assertEqual(answer.choices[0].message.content, "It is sunny")
+
+    def test_parse_with_a_schema(self):
+        from pydantic import BaseModel
+
+        class City(BaseModel):
+            name: str
+            people: int
+
+        self.upstream.respond = answering(("text", '{"name":"Paris",'), ("text", '"people":2000000}'))
+        for model in FORMATS.values():
+            answer = self.client.chat.completions.parse(model=model, messages=self.HELLO, response_format=City)
+            self.assertEqual(answer.choices[0].message.parsed, City(name="Paris", people=2000000))
+
+    def test_errors_and_retries(self):
+        for status, error, posts in ((400, self.openai.BadRequestError, 1), (401, self.openai.AuthenticationError, 1), (403, self.openai.PermissionDeniedError, 1),
+                                     (404, self.openai.NotFoundError, 1), (429, self.openai.RateLimitError, 2), (500, self.openai.InternalServerError, 2)):
+            self.upstream.exchanges.clear()
+            self.upstream.respond = failing(status, {"error": {"message": "the words", "code": "c"}}, Retry_After="0")
+            with self.assertRaises(error) as caught:
+                self.client.chat.completions.create(model=CHAT, messages=self.HELLO)
+            self.assertIn("the words", str(caught.exception))
+            self.assertEqual((caught.exception.code, len(self.upstream.exchanges)), ("c", posts))
+        with self.assertRaises(self.openai.BadRequestError) as caught:
+            self.client.chat.completions.create(model=CHAT, messages=[])
+        self.assertEqual(caught.exception.param, "messages")
+
+    def test_retry_succeeds(self):
+        self.upstream.respond = lambda exchange: (failing(429, "{}", Retry_After="0") if len(self.upstream.exchanges) == 1 else answer_text)(exchange)
+        self.assertEqual(self.client.chat.completions.create(model=CHAT, messages=self.HELLO).choices[0].message.content, "Hello w\u00f6r\u2028ld")
+
+    def test_error_in_the_stream(self):
+        def respond(exchange):
+            exchange.begin()
+            exchange.send(chat_chunk({"content": "part"}))
+            time.sleep(0.2)
+            exchange.drop()
+        self.upstream.respond = respond
+        with self.assertRaises(self.openai.APIError):
+            for _ in self.client.chat.completions.create(model=CHAT, messages=self.HELLO, stream=True):
+                pass
+
+
+AI_SDK = r"""
+import { createOpenAICompatible } from "@ai-sdk/openai-compatible"
+import { generateObject, generateText, stepCountIs, streamText, tool } from "ai"
+import { z } from "zod"
+const provider = createOpenAICompatible({ name: "proxy", baseURL: process.argv[2], includeUsage: true, supportsStructuredOutputs: true })
+const model = provider(process.argv[3])
+const out = {}
+const whole = await generateText({ model, prompt: "plain" })
+Object.assign(out, { text: whole.text, tokens: whole.usage.totalTokens })
+const stream = streamText({ model, prompt: "plain" })
+out.pieces = []
+for await (const piece of stream.textStream) out.pieces.push(piece)
+const weather = tool({ description: "d", inputSchema: z.object({ city: z.string() }), execute: async ({ city }) => "sunny in " + city })
+out.tools = (await generateText({ model, prompt: "tools", tools: { weather }, stopWhen: stepCountIs(3) })).text
+out.object = (await generateObject({ model, prompt: "object", schema: z.object({ name: z.string() }) })).object
+console.log(JSON.stringify(out))
+"""
+
+
+class AISDKTest(RealCase):
+    """Vercel's `ai` SDK with `@ai-sdk/openai-compatible`, in the folder that OPENCODE_PROXY_TEST_NPM names."""
+
+    @classmethod
+    def setUpClass(cls):
+        folder = pathlib.Path(os.environ.get("OPENCODE_PROXY_TEST_NPM") or "/nowhere")
+        if not (folder / "node_modules/ai").exists() or not shutil.which("node"):
+            missing("the ai SDK (npm install ai @ai-sdk/openai-compatible zod; its folder in OPENCODE_PROXY_TEST_NPM)")
+        super().setUpClass()
+        script = tempfile.NamedTemporaryFile("w", suffix=".mjs", dir=folder)  # noqa: SIM115
+        cls.addClassCleanup(script.close)
+        script.write(AI_SDK)
+        script.flush()
+        cls.script = script.name
+
+    def test_text_stream_tools_and_object(self):
+        def respond(exchange):
+            last = exchange.body["messages"][-1]
+            content = last["content"] if isinstance(last["content"], str) else "".join(part.get("text", "") for part in last["content"])
+            if last["role"] == "tool":
+                return answering(("text", "It is " + json.loads(content) if content.startswith('"') else "It is " + content))(exchange)
+            if content == "tools":
+                return answering(("call", "call_1", "weather", ['{"city":"Paris"}']), finish="tool_calls")(exchange)
+            if content == "object":
+                return answering(("text", '{"name":"Paris"}'))(exchange)
+            return answer_text(exchange)
+        self.upstream.respond = respond
+        node = subprocess.run(["node", self.script, f"http://127.0.0.1:{self.proxy.port}/v1", CHAT], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              timeout=2 * DEADLINE, check=False)
+        self.assertEqual(node.returncode, 0, node.stderr.decode())
+        self.assertEqual(json.loads(node.stdout), {
+            "text": "Hello w\u00f6r\u2028ld", "tokens": 31, "pieces": ["Hel", "lo ", "w\u00f6r\u2028ld"], "tools": "It is sunny in Paris", "object": {"name": "Paris"}})
+
+
+if __name__ == "__main__":
+    unittest.main()
