@@ -623,6 +623,9 @@ const observed = (sessionId, answer, watched) => { // reports the lines that hol
 }
 
 const fetchOnce = async (input, init) => {
+  const path = new URL(input?.url ?? input).pathname
+  // opencode's Copilot hook looks the session up, twice and over HTTP, which takes a third of the time to the first token
+  for (const [id, turn] of proxy.turns) if (turn.preparing && path.startsWith(`/session/${id}`)) return Response.json({})
   const headers = new Headers(init?.headers)
   const sessionId = headers.get(HEADER)
   if (!sessionId) return proxy.fetch(input, init)
@@ -630,7 +633,6 @@ const fetchOnce = async (input, init) => {
   const turn = proxy.turns.get(sessionId)
   if (!turn || turn.posted) return refuse(sessionId, !turn && { message: "no envelope" })
   turn.posted = true
-  const path = new URL(input?.url ?? input).pathname
   const format = Object.keys(turn.overlays).find((name) => path.endsWith("/" + name))
   try {
     const answer = await proxy.fetch(input, { ...init, headers, body: outgoing(init.body, turn.overlays[format], turn) })
@@ -676,8 +678,12 @@ export const OpencodeProxy = async () => (report("loaded"), {
     for (const key of ["reasoningEffort", "textVerbosity", ...Object.keys(picked)]) delete output.options[key]
     if (turn.effort) Object.assign(output.options, model.variants?.[turn.effort] ?? { reasoningEffort: turn.effort })
     Object.assign(model.capabilities.input, { image: true, audio: true, pdf: true }) // the provider judges, not opencode
+    turn.preparing = true
   },
-  "chat.headers": async ({ sessionID }, { headers }) => { headers[HEADER] = sessionID },
+  "chat.headers": async ({ sessionID }, { headers }) => { // runs after opencode's own
+    proxy.turns.get(sessionID).preparing = false
+    headers[HEADER] = sessionID
+  },
   event: async ({ event: { type, properties } }) => {
     const { info, part, status, error, delta } = properties
     const sessionId = properties.sessionID ?? part?.sessionID ?? info?.sessionID

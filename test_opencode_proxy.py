@@ -1726,6 +1726,80 @@ class CommandTest(FakeCase):
             return json.loads(connection.getresponse().read())
 
 
+# ------------------------------------------------------------------------------------------------------- README
+
+class ReadmeTest(unittest.TestCase):
+    text = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
+
+    def rows(self, heading):
+        """Return the rows of the first table below a heading."""
+        table = self.text.partition(f"\n{heading}\n")[2].partition("\n|---")[2].partition("\n")[2].partition("\n\n")[0]
+        return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()]
+
+    def test_options_are_those_of_the_program(self):
+        with unittest.mock.patch.dict(os.environ, {"COLUMNS": "200"}):
+            parser = proxy.build_parser()
+        documented = {row[0].strip("`").replace("\\|", "|").split()[0]: row for row in self.rows("## Options")}
+        actions = {action.option_strings[-1]: action for action in parser._actions if action.option_strings[-1] not in ("--help", "--version")}
+        self.assertEqual(list(documented), [name for name in actions if name not in ("--verbose", "--systemd-unit")] + ["--verbose", "--systemd-unit"])
+        for name, action in actions.items():
+            shown, default, meaning = documented[name]
+            self.assertEqual(default, "" if action.default in (None, False) else str(action.default), name)
+            self.assertTrue(action.help.startswith(meaning.replace("`", "")), (action.help, meaning))
+            self.assertTrue(action.nargs == "?" or shown.strip("`") == " ".join(filter(None, (name, action.metavar))), shown)
+
+    def test_every_known_field_has_a_line(self):
+        named = set(re.findall(r"`([a-z_.]+)`", " ".join(row[0] for row in self.rows("## What becomes of each field"))))
+        self.assertEqual({*proxy.FIELDS, "messages"} - {"stream_options"} - named, set())
+
+    def test_messages_are_those_of_the_program(self):
+        source = (HERE / "opencode_proxy.py").read_text(encoding="utf-8")
+        plain = re.sub(r"\"\s*\n\s*f?\"", "", source)
+        for row in self.rows("## When something does not work"):
+            for message in re.findall(r"`([^`]+)`", row[0]):
+                pieces = [piece for piece in re.split(r"\b\d[\d.:]*\b|\bX\b|\.\.\.|github-copilot|Address already in use", message) if len(piece.strip()) > 8]
+                for piece in pieces:
+                    self.assertIn(piece.strip(" :"), plain, message)
+
+    def test_length_and_plist(self):
+        import plistlib
+        self.assertLessEqual(len(self.text.splitlines()), 200)
+        plist = plistlib.loads(self.text.partition("```xml\n")[2].partition("```")[0].encode())
+        self.assertEqual((plist["Label"], plist["KeepAlive"]), ("opencode-proxy", True))
+
+
+class SystemdTest(unittest.TestCase):
+    def test_units(self):
+        for kind in ("user", "system"):
+            with self.subTest(kind):
+                unit = proxy.systemd_unit(kind, "/opt/bin/opencode")
+                self.assertIn(f"ExecStart={os.path.abspath(sys.executable)} {HERE / 'opencode_proxy.py'} --opencode /opt/bin/opencode\n", unit)
+                self.assertNotIn("{", unit)
+
+    def test_systemd_takes_them(self):
+        if not shutil.which("systemd-analyze"):
+            raise unittest.SkipTest("systemd-analyze is missing")
+        with tempfile.TemporaryDirectory() as folder:
+            for kind in ("user", "system"):
+                path = pathlib.Path(folder, f"opencode-proxy-{kind}.service")
+                path.write_text(proxy.systemd_unit(kind, sys.executable))
+                done = subprocess.run(["systemd-analyze", "verify", "--man=no", *(["--user"] if kind == "user" else []), str(path)],
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "XDG_RUNTIME_DIR": folder}, check=False)
+                mine = [line for line in done.stdout.decode().splitlines() if path.name in line]
+                self.assertEqual((done.returncode, mine), (0, []), done.stdout.decode())
+
+    def test_notify(self):
+        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            for name in (f"{folder}/notify", *(["@opencode-proxy-test"] if sys.platform == "linux" else [])):
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+                    manager.bind("\0" + name[1:] if name.startswith("@") else name)
+                    manager.settimeout(DEADLINE)
+                    with unittest.mock.patch.dict(os.environ, {"NOTIFY_SOCKET": name}):
+                        proxy.notify("READY=1")
+                    self.assertEqual(manager.recv(100), b"READY=1")
+        proxy.notify("READY=1")
+
+
 class RealWireTest(RealCase):
     """What the model receives and what the client gets, on the three wire formats."""
 
@@ -1749,13 +1823,14 @@ class RealWireTest(RealCase):
             self.assertIn(b'"unknown":{"2":[1,null],"1":1.0}', self.exchange().raw)
         self.upstream.exchanges.clear()
         self.proxy.stream(stream_options={"include_usage": True})
-        self.assertEqual(self.exchange().raw, b'{"model":"gpt-5-mini","stream":true,"messages":[{"role":"user","content":"hi"}],'
-                                              b'"stream_options":{"include_usage":true}}')
+        default = self.proxy.opencode.catalog.default.partition("/")[2].encode()  # 1.17.0 still has gpt-4.1
+        self.assertEqual(self.exchange().raw, b'{"model":"%b","stream":true,"messages":[{"role":"user","content":"hi"}],'
+                                              b'"stream_options":{"include_usage":true}}' % default)
         self.assertEqual(self.exchange().headers["x-initiator"], "user")
 
     def test_stream_bytes(self):
         status, headers, data = self.proxy.request("POST", "/v1/chat/completions", {
-            "messages": [{"role": "user", "content": "hi"}], "stream": True, "stream_options": {"include_usage": True}})
+            "model": CHAT, "messages": [{"role": "user", "content": "hi"}], "stream": True, "stream_options": {"include_usage": True}})
         head = json.loads(data.split(b"\n\n")[0][6:])
         self.assertRegex(head["id"], "^chatcmpl-[0-9a-f]{32}$")
         self.assertLess(abs(head["created"] - time.time()), 600)
@@ -2044,7 +2119,7 @@ class RealWireTest(RealCase):
 
     def test_models(self):
         names = [model["id"] for model in json.loads(self.proxy.request("GET", "/v1/models")[2])["data"]]
-        self.assertEqual(names[0], CHAT)
+        self.assertEqual(names[0], self.proxy.opencode.catalog.default)
         self.assertIn("local/m", names)
         self.assertEqual({name.partition("/")[0] for name in names}, {"github-copilot", "local"})
         self.assertIsNotNone(self.proxy.opencode.catalog.trimmed)
@@ -2336,7 +2411,7 @@ class OpenAIClientTest(RealCase):
 
     def test_models(self):
         names = [model.id for model in self.client.models.list()]
-        self.assertEqual(names[0], CHAT)
+        self.assertEqual(names[0], self.proxy.opencode.catalog.default)
         self.assertEqual(self.client.models.retrieve(CHAT).id, CHAT)
         with self.assertRaises(self.openai.NotFoundError):
             self.client.models.retrieve("no/such")
