@@ -48,6 +48,7 @@ from typing import Any, Callable, Union
 __version__ = "1.0.0"
 
 Json = dict[str, Any]
+Trace = Callable[[str], None]  # takes what --verbose shows
 
 DEFAULT_MODEL = "github-copilot/gpt-4.1"
 # GitHub took gpt-4.1 out of Copilot in June 2026: tried in this order when no model was asked for on the command line.
@@ -59,6 +60,7 @@ MAX_LINE_BYTES = 16 << 20   # one line of a child's stdout: a runaway child must
 MAX_INBOX_BYTES = 1 << 20   # stdout read ahead of a slow client; beyond it the child's pipe fills and the child waits
 MAX_STDERR_BYTES = 4 << 10  # what is kept of a child's stderr to explain a failure
 MAX_CONNECTIONS = 2000      # threads; one more connection closes the one that has been idle longest
+RESERVED_FILES = 200        # of the open files allowed: for the processes' pipes, so that connections cannot take them all
 MAX_DRAIN_BYTES = 64 << 20  # unread body taken in after a refusal, so that the client can read the refusal
 DRAIN_SECONDS = 5.0         # ... and for how long
 IDLE_SECONDS = 60.0         # a connection without a complete request header is closed after this
@@ -368,7 +370,8 @@ def envelope(request: ChatRequest) -> Json:
     `system` and `conversation` are the client's messages in opencode's shapes (it derives Copilot's headers from
     them, and the bodies of all wire formats but /chat/completions). `overlays` hold, for each wire format, the keys
     to `remove` from the body that opencode built, the objects to `merge` into it, the JSON text to `add` (text, not an
-    object: numbers and order of keys stay as they are), and texts to `replace`. `params` and `effort` are opencode's own settings.
+    object: numbers and order of keys stay as they are), and texts to `replace`. `params` and `effort` are opencode's own
+    settings.
     """
     body, attachments = request.body, Attachments()
     messages = [attachments.shortened(message) for message in request.messages]
@@ -383,8 +386,9 @@ def envelope(request: ChatRequest) -> Json:
         "conversation": conversation,
         "params": {key: value for key, value in params.items() if value is not None},
         "effort": body.get("reasoning_effort"),
-        "overlays": {name: {"remove": sorted({*REMOVED[name], *added}), "add": compact_json(added),
-                            "merge": merged.get(name, {}), "replace": attachments.replacements[name]} for name, added in fields.items()},
+        "overlays": {name: {"remove": sorted({*REMOVED[name], *added}), "merge": merged.get(name, {}),
+                            "add": compact_json(added), "replace": attachments.replacements[name]}
+                     for name, added in fields.items()},
         "payloads": attachments.payloads, "token": attachments.token,
         "watch": WATCHED if body.get("tools") else {},
     }
@@ -760,9 +764,13 @@ class Catalog:
             return model
         provider = model.partition("/")[0]
         if provider not in self.providers and provider in {m.partition("/")[0] for m in (self.default, DEFAULT_MODEL)}:
-            raise APIError(503, f"opencode is not logged in to {provider}: run `opencode auth login`",
-                           code="provider_not_logged_in")
+            raise APIError(503, not_logged_in(provider), code="provider_not_logged_in")
         raise model_not_found(model)
+
+
+def not_logged_in(provider: str) -> str:
+    """Return what to do about a provider that opencode is not logged in to."""
+    return f"opencode is not logged in to {provider}: run `opencode auth login`"
 
 
 def model_not_found(model: str) -> APIError:
@@ -824,6 +832,20 @@ def trimmed_catalog(models: Sequence[Json], logins: Iterable[str]) -> Json:
     return providers
 
 
+RUN_PREFIX = "opencode-proxy-"
+
+
+def remove_stale_directories() -> None:
+    """Remove what proxies that were killed have left in the temporary directory."""
+    for path in pathlib.Path(tempfile.gettempdir()).glob(RUN_PREFIX + "*"):
+        try:
+            os.kill(int(path.name[len(RUN_PREFIX):].partition("-")[0]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)  # of another user: it stays
+        except (OSError, ValueError):
+            continue
+
+
 class Opencode:
     """The installed opencode and what every process of it is started with.
 
@@ -835,7 +857,8 @@ class Opencode:
         self.wanted = wanted
         self.version = ""
         self.catalog = Catalog((), wanted or DEFAULT_MODEL, frozenset())
-        self.run_directory = pathlib.Path(tempfile.mkdtemp(prefix="opencode-proxy-"))
+        remove_stale_directories()
+        self.run_directory = pathlib.Path(tempfile.mkdtemp(prefix=f"{RUN_PREFIX}{os.getpid()}-"))
         self._auth = user_folder("XDG_DATA_HOME", "~/.local/share") / "auth.json"
         self._config = user_folder("XDG_CONFIG_HOME", "~/.config")
         self._plugin = self.run_directory / "plugin.js"
@@ -1085,7 +1108,7 @@ class OpencodeProcess:
     ACP = ("acp", "--hostname", "127.0.0.1", "--port", "0")
     MODELS = ("models", "--verbose")
 
-    def __init__(self, opencode: Opencode, arguments: Sequence[str] = ACP, trace: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, opencode: Opencode, arguments: Sequence[str] = ACP, trace: Trace = lambda text: None) -> None:
         self._trace = trace
         self.catalog = opencode.catalog
         self.version = ""
@@ -1387,12 +1410,12 @@ class Slots:
         with self._lock:
             if self._free:
                 self._free -= 1
-                slot.granted.put(None)
-            elif len(self._waiting) >= self._queue_size:
+                slot.grant()
+            elif len(self._waiting) < self._queue_size:
+                self._waiting.append(slot)
+            else:
                 raise APIError(503, f"All {self._queue_size} places in the queue are taken: try again later",
                                code="queue_full", headers={"Retry-After": str(QUEUE_RETRY_SECONDS)})
-            else:
-                self._waiting.append(slot)
         return slot
 
     def give_back(self, slot: Slot) -> None:
@@ -1401,7 +1424,7 @@ class Slots:
             if slot in self._waiting:
                 self._waiting.remove(slot)
             elif self._waiting:
-                self._waiting.popleft().granted.put(None)
+                self._waiting.popleft().grant()
             else:
                 self._free += 1
 
@@ -1414,18 +1437,22 @@ class Slot:
     """One claim to run a process."""
 
     def __init__(self, slots: Slots) -> None:
-        self.granted: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._slots = slots
+        self._news: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
-    def wait(self) -> None:
-        """Wait until the slot is granted; raise an interruption."""
-        error = self.granted.get()
-        if error is not None:
-            raise error
+    def grant(self) -> None:
+        """Let `wait` return."""
+        self._news.put(None)
 
     def interrupt(self, error: Exception) -> None:
         """Make `wait` raise `error`."""
-        self.granted.put(error)
+        self._news.put(error)
+
+    def wait(self) -> None:
+        """Wait until the slot is granted; raise an interruption."""
+        error = self._news.get()
+        if error is not None:
+            raise error
 
     def release(self) -> None:
         """Give the slot, or the place in the queue, back."""
@@ -1436,7 +1463,7 @@ class Pool:
     """Owns every opencode process: the running ones, the spares started ahead, and their ends."""
 
     def __init__(self, opencode: Opencode, concurrency: int = 4, queue_size: int = 64, spares: int = 1,
-                 requests_per_process: int = 1, trace: Callable[[str], None] = lambda text: None) -> None:
+                 requests_per_process: int = 1, trace: Trace = lambda text: None) -> None:
         self.opencode = opencode
         self.slots = Slots(concurrency, queue_size)
         self.proven = threading.Event()  # set when the start-up proof has passed, or failed for good
@@ -1448,7 +1475,7 @@ class Pool:
         self._lock = threading.Lock()
         self._spares: collections.deque[Future[OpencodeProcess]] = collections.deque()
         self._processes: set[OpencodeProcess] = set()
-        self._turns: set[Turn] = set()
+        self.turns: set[Turn] = set()  # the running ones
         self._threads: set[threading.Thread] = set()
         self._failures = 0          # spares that died one after the other
         self._retry_at = 0.0
@@ -1654,38 +1681,16 @@ class Pool:
 
     # -- turns
 
-    def run(self, turn: Turn) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which `turn` is known, so that `interrupt_all` reaches it."""
-        @contextlib.contextmanager
-        def known() -> Iterator[None]:
-            with self._lock:
-                self._turns.add(turn)
-            try:
-                yield
-            finally:
-                with self._lock:
-                    self._turns.discard(turn)
-        return known()
-
     def status(self) -> Json:
         """Return what /health tells."""
         with self._lock:
             ready = sum(future.done() and not future.exception() for future in self._spares)
-            return {"running": len(self._turns), "waiting": self.slots.waiting(), "spares": ready}
+            return {"running": len(self.turns), "waiting": self.slots.waiting(), "spares": ready}
 
     def interrupt_all(self, error: Exception) -> None:
         """End all running turns with `error`."""
-        with self._lock:
-            turns = list(self._turns)
-        for turn in turns:
+        for turn in list(self.turns):
             turn.interrupt(error)
-
-    def wait_idle(self, seconds: float, hurry: threading.Event) -> bool:
-        """Wait until no turn runs, `seconds` have passed or `hurry` is set; tell whether no turn runs."""
-        deadline = time.monotonic() + seconds
-        while self._turns and time.monotonic() < deadline and not hurry.wait(0.02):
-            pass
-        return not self._turns
 
     def close(self) -> None:
         """Stop every process and wait for the threads."""
@@ -1730,24 +1735,25 @@ class Turn:
     def events(self) -> Iterator[Event]:
         """Yield the events of the turn; the process is stopped, or kept, when the iteration ends, however it does."""
         slot = self._pool.slots.claim()
+        self._pool.turns.add(self)
         try:
-            with self._pool.run(self):
-                self._depend_on(slot)
-                slot.wait()
-                spare = self._pool.take()
-                if spare is not None:
-                    try:
-                        yield from self._run(spare)
-                        return
-                    except ProcessDied:  # a request never fails because a spare did
-                        if spare.posted:
-                            raise
-                yield from self._run(None)
+            self._depend_on(slot)
+            slot.wait()
+            spare = self._pool.take()
+            if spare is not None:
+                try:
+                    yield from self._run(spare)
+                    return
+                except ProcessDied:  # a request never fails because a spare did
+                    if spare.posted:
+                        raise
+            yield from self._run(None)
         finally:
+            self._pool.turns.discard(self)
             slot.release()
 
     def _run(self, process: OpencodeProcess | None) -> Iterator[Event]:
-        clean = False
+        clean = process is not None
         try:
             if process is None:
                 process = self._pool._new_process()
@@ -1755,6 +1761,7 @@ class Turn:
                 process.start()
             else:
                 self._depend_on(process)
+            clean = False
             for event in process.prompt(self._model, self._content, self._timeout):
                 clean = isinstance(event, Finish)
                 yield event
@@ -2124,7 +2131,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if self.command == "OPTIONS":
             preflight = {"Access-Control-Allow-Methods": ", ".join(allowed), "Access-Control-Max-Age": "600",
                          "Access-Control-Allow-Headers": self.headers.get("Access-Control-Request-Headers") or "*"}
-            return self._send(204, b"", headers={"Allow": ", ".join(allowed), **(preflight if origin else {})})
+            self._send(204, b"", headers={"Allow": ", ".join(allowed), **(preflight if origin else {})})
+            return
         if path not in OPEN_ROUTES:
             self._check_key()
         name = methods.get("GET" if self.command == "HEAD" else self.command)
@@ -2187,7 +2195,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         return None if coding else length
 
     def _too_large(self) -> APIError:
-        return APIError(413, f"The body is larger than {self.server.settings.max_body_size} bytes (--max-body-size)", code="body_too_large")
+        limit = self.server.settings.max_body_size
+        return APIError(413, f"The body is larger than {limit} bytes (--max-body-size)", code="body_too_large")
 
     def _read_body(self) -> bytes:
         """Return the body of the request; raise APIError when it is malformed, too large or late."""
@@ -2322,9 +2331,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _about(self) -> None:
         status = self.server.health()
-        text = "opencode_proxy {}: OpenAI's chat completions API for the models of opencode\nstatus: {}\nbase URL for apps: {}\n"
-        self._send(200, text.format(__version__, status.get("reason") or status["status"], self.server.base_url()).encode(),
-                   "text/plain; charset=utf-8")
+        text = (f"opencode_proxy {__version__}: OpenAI's chat completions API for the models of opencode\n"
+                f"status: {status['reason'] or status['status']}\nbase URL for apps: {self.server.base_url()}\n")
+        self._send(200, text.encode(), "text/plain; charset=utf-8")
 
     def _health(self) -> None:
         status = self.server.health()
@@ -2432,6 +2441,19 @@ def log(text: str) -> None:
         sys.stderr.flush()
 
 
+def open_files_allowed() -> int:
+    """Return how many files this process may have open, after raising the soft limit to the hard one."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 1 << 20
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 class ProxyServer(http.server.ThreadingHTTPServer):
     """Accepts connections, one thread each; owns the pool."""
 
@@ -2446,6 +2468,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.created = int(time.time())
         self._handlers: dict[ProxyHandler, bool] = collections.OrderedDict()  # idle or not, longest idle first
         self._lock = threading.Lock()
+        self._most_handlers = min(MAX_CONNECTIONS, open_files_allowed() - RESERVED_FILES)
         self.address_family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
         try:
             super().__init__((settings.host, settings.port), ProxyHandler)
@@ -2474,7 +2497,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if not self.pool.proven.is_set():
             reason = "starting"
         elif not catalog.ready:
-            reason = "opencode is not logged in to {}: run `opencode auth login`".format(catalog.default.partition("/")[0])
+            reason = not_logged_in(catalog.default.partition("/")[0])
         return {"status": "unhealthy" if reason else "healthy", "reason": reason, "version": __version__,
                 "opencode": opencode.version or None, "model": catalog.default, **self.pool.status(),
                 "last_error": self.pool.last_error or None}
@@ -2490,7 +2513,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Make room for the new connection where there are too many, then serve it in a thread."""
         with self._lock:
-            full = len(self._handlers) >= MAX_CONNECTIONS
+            full = len(self._handlers) >= self._most_handlers
         if full:
             self._hang_up_idle(1)
         super().process_request(request, client_address)
@@ -2507,6 +2530,12 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         with self._lock:
             self._handlers.pop(handler, None)
 
+    def _wait_idle(self, seconds: float, hurry: threading.Event) -> None:
+        """Wait until no request is being answered, `seconds` have passed or `hurry` is set."""
+        deadline = time.monotonic() + seconds
+        while not all(list(self._handlers.values())) and time.monotonic() < deadline and not hurry.wait(0.02):
+            pass
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what no handler caught, on one line."""
         error = sys.exc_info()[1]
@@ -2518,9 +2547,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
         self._hang_up_idle(MAX_CONNECTIONS)
-        self.pool.wait_idle(grace, hurry)
+        self._wait_idle(grace, hurry)
         self.pool.interrupt_all(APIError(503, "The server is shutting down", code="shutting_down"))
-        self.pool.wait_idle(STOP_SECONDS, hurry)
+        self._wait_idle(STOP_SECONDS, threading.Event())
         self.pool.close()
         self.watcher.close()
 
@@ -2557,9 +2586,9 @@ def build_parser() -> argparse.ArgumentParser:
             ("host", "0.0.0.0", str, "ADDRESS", "address to listen on"),
             ("port", 4141, bounded(int, 0, 65535), "N", "port to listen on"),
             ("opencode", None, str, "PATH", "the opencode program (default: PATH, then where its installers put it)"),
-            ("model", None, full_model, "P/M", f"default model (default: {DEFAULT_MODEL}, or a successor where that is not offered)")],
+            ("model", None, full_model, "P/M", f"default model (default: {DEFAULT_MODEL}, or its successor)")],
         "who may ask": [
-            ("api-key", None, None, "KEY", "key that clients must show; may be repeated (in the environment: separated by spaces)"),
+            ("api-key", None, None, "KEY", "key that clients must show; may be repeated (in the environment: spaces between)"),
             ("api-key-file", None, str, "FILE", "file with such keys, one a line"),
             ("cors-origin", None, None, "ORIGIN", "web pages that may ask besides those on loopback, or *; may be repeated")],
         "how much": [
@@ -2576,7 +2605,7 @@ def build_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for name, default, kind, unit, text in options:
             variable = "OPENCODE_PROXY_" + name.upper().replace("-", "_")
-            shown = "" if default is None else f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
+            shown = "" if default is None else f" (default: {default})"
             if kind is None:
                 group.add_argument("--" + name, metavar=unit, action="append", help=text)
             else:
@@ -2683,7 +2712,7 @@ def banner(server: ProxyServer) -> list[str]:
     if not settings.model and catalog.default != DEFAULT_MODEL:
         lines.append(f"warning: {DEFAULT_MODEL} is not offered, {catalog.default} answers instead; choose with --model")
     if not catalog.ready:
-        lines.append("warning: opencode is not logged in to {}: run `opencode auth login`".format(catalog.default.partition("/")[0]))
+        lines.append("warning: " + not_logged_in(catalog.default.partition("/")[0]))
     if not settings.api_key and settings.host not in ("localhost", "::1") and not settings.host.startswith("127."):
         lines.append("warning: whoever reaches this port can use your models; set --api-key or --host 127.0.0.1")
     return lines

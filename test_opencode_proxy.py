@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import http.client
 import http.server
-import io
 import json
 import os
 import pathlib
@@ -22,7 +21,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import unittest
@@ -246,6 +244,8 @@ def settings(**changes):
 class Running:
     """A proxy in this process."""
 
+    closed = False
+
     def __init__(self, opencode_path, **changes):
         self.settings = settings(**changes)
         self.opencode = proxy.Opencode(opencode_path, self.settings.model)
@@ -262,6 +262,9 @@ class Running:
             raise
 
     def close(self, grace=0.0):
+        if self.closed:
+            return
+        self.closed = True
         self.server.stop(grace, threading.Event())
         self.thread.join()
 
@@ -1497,15 +1500,26 @@ class HTTPTest(FakeCase):
                         time.sleep(0.05)
                     self.fail("the connection stayed open")
 
-    def test_many_idle_connections(self):
+    def test_thousand_idle_connections(self):
+        most = min(1000, (proxy.open_files_allowed() - 300) // 2)
+        self.assertGreater(most, 300)
+        running = self.start()
+        self.crowd(running, most)
+        self.assertGreaterEqual(len(running.server._handlers), 1)
+
+    def test_connections_are_bounded(self):
         with unittest.mock.patch.object(proxy, "MAX_CONNECTIONS", 50):
             running = self.start()
-            with contextlib.ExitStack() as stack:
-                for number in range(120):
-                    connection = stack.enter_context(socket.create_connection(("127.0.0.1", running.port), timeout=DEADLINE))
-                    connection.sendall(b"GET / HTTP/1.1\r\n" if number % 2 else b"")
-                self.assertEqual(running.chat("x")[0], 200)
-                self.assertTrue(eventually(lambda: len(running.server._handlers) <= 51), len(running.server._handlers))
+            self.crowd(running, 120)
+            self.assertTrue(eventually(lambda: len(running.server._handlers) <= 51), len(running.server._handlers))
+
+    def crowd(self, running, count):
+        """Open `count` connections, half of them with half a request; assert that others are served."""
+        with contextlib.ExitStack() as stack:
+            for number in range(count):
+                connection = stack.enter_context(socket.create_connection(("127.0.0.1", running.port), timeout=DEADLINE))
+                connection.sendall(b"GET / HTTP/1.1\r\n" if number % 2 else b"")
+            self.assertEqual(running.chat("x")[0], 200)
 
     def test_http_1_0(self):
         running = self.start()
@@ -1665,6 +1679,30 @@ class CommandTest(FakeCase):
         self.assertEqual((code, len(output.splitlines())), (1, 1), output)
         self.assertIn("is not valid JSON(C)", output)
 
+    def test_environment_and_options(self):
+        for name, value, attribute, expected in (
+                ("PORT", "7", "port", 7), ("API_KEY", "a b", "api_key", ["a", "b"]), ("CORS_ORIGIN", "*", "cors_origin", ["*"]),
+                ("MAX_BODY_SIZE", "9", "max_body_size", 9), ("MODEL", "p/m", "model", "p/m"), ("VERBOSE", "1", "verbose", True)):
+            with unittest.mock.patch.dict(os.environ, {"OPENCODE_PROXY_" + name: value}):
+                self.assertEqual(getattr(proxy.read_settings([]), attribute), expected)
+        with unittest.mock.patch.dict(os.environ, {"OPENCODE_PROXY_PORT": "7", "OPENCODE_PROXY_API_KEY": "a"}):
+            settings = proxy.read_settings(["--port", "8", "--api-key", "c"])
+            self.assertEqual((settings.port, settings.api_key), (8, ["c"]))
+        keys = self.folder / "keys"
+        keys.write_text("one\ntwo\n")
+        self.assertEqual(proxy.read_settings(["--api-key-file", str(keys), "--api-key", "c"]).api_key, ["c", "one", "two"])
+        output, code = self.run_to_end(OPENCODE_PROXY_PORT="x")
+        self.assertEqual((code, output.splitlines()[-1]), (2, "opencode_proxy.py: error: argument --port: invalid int value: 'x'"))
+
+    def test_verbose_shows_no_contents(self):
+        running = self.start()
+        seen = []
+        running.pool._trace = seen.append
+        running.chat("SECRET")
+        self.assertTrue([line for line in seen if re.fullmatch(r"-> session/prompt \d+ bytes", line)])
+        self.assertTrue([line for line in seen if re.fullmatch(r"<- proxy/delta \d+ bytes", line)])
+        self.assertNotIn("SECRET", "".join(seen))
+
     def test_banner(self):
         process, port = self.serving("--model", "local/m", "--api-key", "k")
         self.assertRegex(self.lines[0], rf"opencode_proxy {proxy.__version__} with opencode 1\.18\.33, model local/m$")
@@ -1711,7 +1749,9 @@ class CommandTest(FakeCase):
         def alive():
             return subprocess.run(["ps", "-p", ",".join(line.split()[0] for line in mine), "-o", "pid="], stdout=subprocess.PIPE).stdout.strip()
         self.assertTrue(eventually(lambda: not alive(), 10))
-        shutil.rmtree(self.folder / "tmp")  # SIGKILL leaves the run directory
+        self.assertEqual(len(run_directories()), 1)  # SIGKILL leaves it; the next start takes it away
+        self.start().close()
+        self.assertEqual(run_directories(), [])
 
     def refuses(self, port):
         try:
@@ -1971,7 +2011,7 @@ class RealWireTest(RealCase):
             for index, call in enumerate(calls):
                 expected += [{"tool_calls": [{"index": index, **call, "function": {"name": call["function"]["name"], "arguments": ""}}]},
                              {"tool_calls": [{"index": index, "function": {"arguments": call["function"]["arguments"]}}]}]
-            self.assertEqual(deltas, expected + [{}], model)
+            self.assertEqual(deltas, [*expected, {}], model)
             self.exchange()
         self.assertFalse(target.exists())
 
@@ -2376,6 +2416,33 @@ class LoginTest(unittest.TestCase):
             Running(self.path)
         self.assertNotIn("\x1b", str(caught.exception))
 
+    def test_the_program_and_its_end(self):
+        """The program as a user runs it; killed, it leaves no opencode behind."""
+        make_home(self.folder, self.upstream)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for end, code in ((signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)):
+            before = set(run_directories())
+            program = subprocess.Popen([sys.executable, str(HERE / "opencode_proxy.py"), "--host", "127.0.0.1", "--port", str(port), "--opencode", self.path],
+                                       stderr=subprocess.PIPE, universal_newlines=True)
+            self.stack.callback(program.stderr.close)
+            self.stack.callback(program.kill)
+            while "base URL" not in program.stderr.readline():
+                self.assertIsNone(program.poll())
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)) as connection:
+                connection.request("POST", "/v1/chat/completions", chat_body())
+                self.assertEqual(connection.getresponse().status, 200)
+                running = [line for line in children() if "acp" in line]
+                self.assertTrue(running)
+            program.send_signal(end)
+            self.assertEqual(program.wait(DEADLINE), code)
+            pids = [line.split()[0] for line in running]
+            gone = eventually(lambda: not any(pathlib.Path("/proc", pid).exists() for pid in pids))
+            self.assertTrue(gone)
+            if end is signal.SIGTERM:
+                self.assertEqual(set(run_directories()) - before, set())
+
     def test_refreshed_login_reaches_the_users_file(self):
         """opencode renews logins by writing auth.json: the link in a process's home must lead to the user's file."""
         make_home(self.folder, self.upstream)
@@ -2535,7 +2602,7 @@ class AISDKTest(RealCase):
                 return answering(("text", '{"name":"Paris"}'))(exchange)
             return answer_text(exchange)
         self.upstream.respond = respond
-        node = subprocess.run(["node", self.script, f"http://127.0.0.1:{self.proxy.port}/v1", CHAT], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        node = subprocess.run(["node", self.script, f"http://127.0.0.1:{self.proxy.port}/v1", CHAT], capture_output=True,
                               timeout=2 * DEADLINE, check=False)
         self.assertEqual(node.returncode, 0, node.stderr.decode())
         self.assertEqual(json.loads(node.stdout), {

@@ -28,8 +28,8 @@ import urllib.parse
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import opencode_proxy  # noqa: E402
-import test_opencode_proxy as tests  # noqa: E402
+import opencode_proxy
+import test_opencode_proxy as tests
 
 TOKENS, INTERVAL = 20, 0.02
 PROMPT = "Say something."
@@ -42,7 +42,7 @@ class Provider(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    posts: list[int] = []  # noqa: RUF012
+    posts: list[int] = []
 
     def do_GET(self):
         self.answer(json.dumps(self.posts).encode(), "application/json")
