@@ -1098,6 +1098,9 @@ class Inbox:
             self._changed.notify_all()
 
 
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has only the latter
+
+
 class OpencodeProcess:
     """One opencode process: the only user of Popen.
 
@@ -1138,7 +1141,10 @@ class OpencodeProcess:
         self._popen = subprocess.Popen(  # a group of its own: the npm launcher may be a wrapper around the real program
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.home / "cwd",
             env=environment, bufsize=0, start_new_session=True)
-        readers = [threading.Thread(target=target, daemon=True) for target in (self._read_stdout, self._read_stderr)]
+        self._pipes = [pipe for pipe in (self._popen.stdin, self._popen.stdout, self._popen.stderr) if pipe]
+        self._stdin, stdout, stderr = (pipe.fileno() for pipe in self._pipes)
+        readers = [threading.Thread(target=self._read_stdout, args=(stdout,), daemon=True),
+                   threading.Thread(target=self._read_stderr, args=(stderr,), daemon=True)]
         self._threads = [*readers, threading.Thread(target=self._reap, args=(readers,), daemon=True)]
         for thread in self._threads:
             thread.start()
@@ -1157,24 +1163,18 @@ class OpencodeProcess:
 
     # -- threads
 
-    def _read_stdout(self) -> None:
-        for block in iter(lambda: os.read(self._stdout_fd, 1 << 16), b""):
+    def _read_stdout(self, descriptor: int) -> None:
+        for block in iter(lambda: os.read(descriptor, 1 << 16), b""):
             self.inbox.put(block)
 
-    @property
-    def _stdout_fd(self) -> int:
-        assert self._popen.stdout is not None
-        return self._popen.stdout.fileno()
-
-    def _read_stderr(self) -> None:
-        assert self._popen.stderr is not None
-        for block in iter(lambda: os.read(self._popen.stderr.fileno(), 1 << 16), b""):  # type: ignore[union-attr]
+    def _read_stderr(self, descriptor: int) -> None:
+        for block in iter(lambda: os.read(descriptor, 1 << 16), b""):
             self._stderr = (self._stderr + block)[-MAX_STDERR_BYTES:]
 
     def _reap(self, readers: Sequence[threading.Thread]) -> None:
         """Wait for the end of the process, end what it left behind, and close the inbox."""
         self._popen.wait()
-        self._signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+        self._signal(KILL)
         for reader in readers:
             reader.join(1.0)  # a grandchild that left the group may hold the pipes for ever
         self.inbox.close()
@@ -1192,14 +1192,14 @@ class OpencodeProcess:
                 self._signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._popen.wait(STOP_SECONDS)
-            self._signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+            self._signal(KILL)
             self.inbox.close()
             for thread in self._threads:
                 thread.join(2 * STOP_SECONDS)
-            for stream in (self._popen.stdin, self._popen.stdout, self._popen.stderr):
-                with contextlib.suppress(OSError):  # EPIPE again on close
-                    if stream is not None and not any(thread.is_alive() for thread in self._threads):
-                        stream.close()
+            if not any(thread.is_alive() for thread in self._threads):
+                for pipe in self._pipes:
+                    with contextlib.suppress(OSError):  # EPIPE again on close
+                        pipe.close()
             shutil.rmtree(self.home, ignore_errors=True)
 
     def _signal(self, number: int) -> None:
@@ -1231,16 +1231,17 @@ class OpencodeProcess:
         line = json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n"
         self._trace("-> {} {} bytes".format(message.get("method", "reply"), len(line)))
         # a child that has stopped reading must not hold this thread for ever: killing it breaks the pipe
-        watchdog = threading.Timer(self._timeout, self._signal, [signal.SIGTERM])
+        watchdog = threading.Timer(self._timeout, self._signal, [KILL])
         watchdog.daemon = True
         if len(line) > 1 << 15:  # a pipe holds the others
             watchdog.start()
         try:
             view = memoryview(line)
             while view:
-                view = view[os.write(self._popen.stdin.fileno(), view):]  # type: ignore[union-attr]
+                view = view[os.write(self._stdin, view):]
         except OSError:
-            self._popen.wait(STOP_SECONDS)
+            for thread in self._threads:
+                thread.join(STOP_SECONDS)  # for its last words
             raise ProcessDied("opencode ended", self.stderr_tail()) from None
         finally:
             watchdog.cancel()

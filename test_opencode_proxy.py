@@ -945,6 +945,8 @@ if MODE == "crash":
 if MODE == "hang":
     time.sleep(60)
 sessions = 0
+if MODE == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 for line in iter(sys.stdin.readline, ""):
     message = json.loads(line)
     method, number = message.get("method"), message.get("id")
@@ -958,6 +960,8 @@ for line in iter(sys.stdin.readline, ""):
         offered = [{"value": name} for name in NAMES] + [{"value": config["model"]}] * (MODE == "declares")
         out(id=number, result={"sessionId": "ses_%d_%d" % (os.getpid(), sessions), "configOptions": [
             {"id": "model", "currentValue": config["model"], "options": offered}]})
+        if MODE == "deaf":
+            time.sleep(60)
     elif method == "session/set_model":
         out(id=number, result={})
     elif method == "session/prompt":
@@ -1042,6 +1046,12 @@ class FaultTest(FakeCase):
             running = self.start(timeout=0.5)
             self.fails(running, "stubborn", 504, "sent nothing for 0.5 seconds")
             self.assertTrue(eventually(lambda: not running.pool._processes))
+
+    def test_child_that_does_not_read(self):
+        running = self.start(timeout=0.5)
+        os.environ["FAKE_MODE"] = "deaf"
+        status, answer = running.chat("x" * 1_000_000)
+        self.assertEqual((status, answer["error"]["code"]), (502, "opencode_failed"))
 
     def test_grandchild_that_holds_the_pipe(self):
         self.fails(self.start(), "grandchild", 502, "opencode ended")
