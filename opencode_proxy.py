@@ -72,6 +72,7 @@ STOP_SECONDS = 2.0          # between SIGTERM and SIGKILL
 QUEUE_RETRY_SECONDS = 5     # Retry-After of a refusal because everything is busy
 SPARE_SECONDS = 1800.0      # a spare is replaced at this age: logins and model lists change
 CATALOG_SECONDS = 6 * 3600  # likewise the catalog
+MAX_RETRY_SECONDS = 60.0    # between attempts to start a spare when they keep failing
 TEND_SECONDS = 15.0         # how often spares are looked after
 KEEP_WARM_SECONDS = 300.0   # reused processes beyond --spares end after so long without work
 MAX_PROCESS_BYTES = 1 << 30  # a reused process that has grown past this is not used again
@@ -789,7 +790,7 @@ def parse_models(text: str) -> list[Json]:
     return models
 
 
-def make_catalog(models: Sequence[Json], logins: Iterable[str], wanted: str | None) -> Catalog:
+def make_catalog(models: Sequence[Json], logins: Iterable[str], wanted: str | None, trim: bool = True) -> Catalog:
     """Return the catalog for what opencode listed, `logins` (the providers in auth.json) and --model.
 
     opencode offers its own cloud service to everybody: it counts only where the user logged in to it or named it.
@@ -802,7 +803,7 @@ def make_catalog(models: Sequence[Json], logins: Iterable[str], wanted: str | No
     default = wanted or next((name for name in (DEFAULT_MODEL, *SUCCESSORS) if name in names), DEFAULT_MODEL)
     declared = default not in names and default.partition("/")[0] in providers
     names = sorted(names + [default] * declared, key=lambda name: (name != default, name))
-    return Catalog(tuple(names), default, providers, declared, trimmed_catalog(models, logins))
+    return Catalog(tuple(names), default, providers, declared, trimmed_catalog(models, logins) if trim else None)
 
 
 def trimmed_catalog(models: Sequence[Json], logins: Iterable[str]) -> Json:
@@ -1112,6 +1113,7 @@ class OpencodeProcess:
     MODELS = ("models", "--verbose")
 
     def __init__(self, opencode: Opencode, arguments: Sequence[str] = ACP, trace: Trace = lambda text: None) -> None:
+        self._opencode = opencode
         self._trace = trace
         self.catalog = opencode.catalog
         self.version = ""
@@ -1298,7 +1300,7 @@ class OpencodeProcess:
     def start(self) -> None:
         """Make the process ready for a prompt: protocol, version, a session with the plugin loaded."""
         answer = self._call("initialize", {"protocolVersion": 1, "clientCapabilities": {}})
-        self.version = str((answer.get("agentInfo") or {}).get("version", ""))
+        self.version = self._opencode.version = str((answer.get("agentInfo") or {}).get("version", ""))
         numbers = tuple(int(number) for number in re.findall(r"\d+", self.version)[:3])
         if numbers and numbers < MIN_OPENCODE and not self.version.startswith("0.0.0"):  # a development build
             raise StartError("opencode {} is too old: {}.{}.{} or newer is needed (opencode upgrade)".format(
@@ -1478,7 +1480,8 @@ class Pool:
         self._processes: set[OpencodeProcess] = set()
         self.turns: set[Turn] = set()  # the running ones
         self._threads: set[threading.Thread] = set()
-        self._failures = 0          # spares that died one after the other
+        self.failures = 0  # spares that died one after the other
+        self._trim = True  # whether processes start with a catalog of the connected providers only
         self._retry_at = 0.0
         self._signature = opencode.login_signature()
         self._catalog_born = time.monotonic()
@@ -1496,9 +1499,9 @@ class Pool:
                 if catalog.trimmed is not None and not set(catalog.models) - {catalog.default} <= process.offered:
                     # the trimmed catalog loses a model (one that a key in the environment brings): use the whole one
                     self._discard(process)
-                    self.opencode.use_catalog(dataclasses.replace(catalog, trimmed=None))
+                    self._trim = False
+                    self._read_catalog()
                     process = self._started()
-                self.opencode.version = process.version
                 future: Future[OpencodeProcess] = Future()
                 future.set_result(process)
                 if not self._add_spare(future):
@@ -1511,18 +1514,18 @@ class Pool:
 
     def _read_catalog(self) -> Catalog:
         """Ask opencode which models it offers; raise StartError with its own words when it does not say."""
-        process = self._new_process(OpencodeProcess.MODELS)
+        process = self.new_process(OpencodeProcess.MODELS)
         try:
             models = parse_models("\n" + process.output())
         finally:
             self._discard(process)
-        catalog = make_catalog(models, self.opencode.logins(), self.opencode.wanted)
+        catalog = make_catalog(models, self.opencode.logins(), self.opencode.wanted, self._trim)
         if catalog != self.opencode.catalog:  # otherwise the spares are still good
             self.opencode.use_catalog(catalog)
         return catalog
 
     def _started(self) -> OpencodeProcess:
-        process = self._new_process()
+        process = self.new_process()
         try:
             process.start()
             process.warm_up()
@@ -1565,7 +1568,8 @@ class Pool:
 
     # -- processes
 
-    def _new_process(self, arguments: Sequence[str] = OpencodeProcess.ACP) -> OpencodeProcess:
+    def new_process(self, arguments: Sequence[str] = OpencodeProcess.ACP) -> OpencodeProcess:
+        """Start a process that `close` ends."""
         with self._lock:  # registered before it can be forgotten
             if self._closing.is_set():
                 raise APIError(503, "The server is shutting down", code="shutting_down")
@@ -1620,20 +1624,20 @@ class Pool:
         """Make a new process, or one that has served, ready for a request."""
         try:
             if process is None:
-                process = self._new_process()
+                process = self.new_process()
                 process.start()
                 if future in self._spares:  # otherwise a request waits for it, and is served sooner without the warm-up
                     process.warm_up()
             else:
                 process.new_session()
-            self._failures = 0
+            self.failures = 0
             future.set_result(process)
         except Exception as error:
             if process is not None:
                 self._discard(process)
             self.last_error = str(error)
-            self._failures += 1
-            self._retry_at = time.monotonic() + min(60.0, 2.0 ** self._failures)
+            self.failures += 1
+            self._retry_at = time.monotonic() + min(MAX_RETRY_SECONDS, 2.0 ** self.failures)
             with self._lock, contextlib.suppress(ValueError):
                 self._spares.remove(future)
             future.set_exception(error)
@@ -1757,17 +1761,21 @@ class Turn:
         clean = process is not None
         try:
             if process is None:
-                process = self._pool._new_process()
+                process = self._pool.new_process()
                 self._depend_on(process)
                 process.start()
             else:
                 self._depend_on(process)
             clean = False
+            begun = False
             for event in process.prompt(self._model, self._content, self._timeout):
                 clean = isinstance(event, Finish)
                 yield event
-                if not clean and not isinstance(event, Silence):
+                if not begun and not isinstance(event, Silence):
+                    begun = True
                     self._pool.replenish()  # now, and not earlier: a start takes the processor from the first token
+        except StartError as error:  # another opencode was installed meanwhile
+            raise APIError(502, str(error), code="opencode_failed") from None
         finally:
             with self._lock:
                 self._target = None  # what comes now must not hit the next request of the process
@@ -2104,7 +2112,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         try:
             self._dispatch()
         except APIError as error:
-            self._facts["error"] = error.message
+            self._note(error)
             self._send_error(error)
         except (ClientDisconnected, OSError) as error:
             self.close_connection = True
@@ -2306,6 +2314,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self._send_error(APIError(int(code), self._facts["error"]))
         self._log()
 
+    def _note(self, error: APIError) -> None:
+        """Remember an error for the log and, where it is not the client's, for /health."""
+        self._facts["error"] = error.message
+        if error.status >= 500:
+            self.server.pool.last_error = error.message
+
     def write_http_chunk(self, data: bytes) -> None:
         """Write one piece of a streamed body, in HTTP's chunked coding where the client knows it."""
         if self.request_version == "HTTP/1.0":
@@ -2412,7 +2426,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         except APIError as error:
             if not self._streaming:
                 raise
-            self._facts["error"] = error.message
+            self._note(error)
             self.write_http_chunk(sse_data(error.body()))
         self.write_http_chunk(SSE_DONE)
         if self.request_version != "HTTP/1.0":
@@ -2497,6 +2511,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         reason = None
         if not self.pool.proven.is_set():
             reason = "starting"
+        elif self.pool.failures >= 3:
+            reason = f"opencode does not start: {self.pool.last_error}"
         elif not catalog.ready:
             reason = not_logged_in(catalog.default.partition("/")[0])
         return {"status": "unhealthy" if reason else "healthy", "reason": reason, "version": __version__,

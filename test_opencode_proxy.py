@@ -957,6 +957,8 @@ for line in iter(sys.stdin.readline, ""):
     elif method == "session/new":
         sessions += 1
         config = json.loads(os.environ["OPENCODE_CONFIG_CONTENT"])
+        if MODE == "loses" and "OPENCODE_MODELS_PATH" in os.environ:
+            NAMES = NAMES[:-1]
         offered = [{"value": name} for name in NAMES] + [{"value": config["model"]}] * (MODE == "declares")
         out(id=number, result={"sessionId": "ses_%d_%d" % (os.getpid(), sessions), "configOptions": [
             {"id": "model", "currentValue": config["model"], "options": offered}]})
@@ -1289,6 +1291,29 @@ class LoadTest(FakeCase):
                 old = running.pool._spares[0].result()
                 end(old)
                 self.assertTrue(eventually(lambda: running.pool.status()["spares"] == 1 and running.pool._spares[0].result() is not old))
+
+    def test_opencode_that_was_exchanged(self):
+        running = self.start()
+        os.environ["FAKE_MODE"] = "old"
+        status, answer = running.chat("x")
+        self.assertEqual((status, answer["error"]["code"]), (502, "opencode_failed"))
+        self.assertIn("too old", json.loads(running.request("GET", "/health")[2])["last_error"])
+
+    def test_health_tells_that_opencode_does_not_start(self):
+        with unittest.mock.patch.multiple(proxy, TEND_SECONDS=0.1, MAX_RETRY_SECONDS=0.1):
+            running = self.start(spares=1)
+            os.environ["FAKE_MODE"] = "crash"
+            os.kill(running.pool._spares[0].result()._popen.pid, signal.SIGKILL)
+            self.assertTrue(eventually(lambda: running.request("GET", "/health")[0] == 503))
+            self.assertIn("opencode does not start: opencode ended: cannot start", json.loads(running.request("GET", "/health")[2])["reason"])
+            os.environ["FAKE_MODE"] = ""
+            self.assertTrue(eventually(lambda: running.request("GET", "/health")[0] == 200))
+
+    def test_models_that_a_trimmed_catalog_would_lose(self):
+        os.environ["FAKE_MODE"] = "loses"
+        running = self.start()
+        self.assertIsNone(running.opencode.catalog.trimmed)
+        self.assertEqual(running.chat("x", model="local/m")[0], 200)
 
     def test_new_login_renews_catalog_and_spares(self):
         with unittest.mock.patch.object(proxy, "TEND_SECONDS", 0.1):

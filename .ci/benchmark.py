@@ -78,9 +78,17 @@ class Provider(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class ProviderServer(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request, client_address):
+        pass  # `opencode run` drops its second request
+
+
 def provide():
     """Serve as the provider until stdin closes; print the port."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Provider)
+    server = ProviderServer(("127.0.0.1", 0), Provider)
     print(server.server_port, flush=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     sys.stdin.read()
