@@ -360,9 +360,6 @@ REMOVED = {
     "responses": ("tools", "tool_choice"),
     "messages": ("tools", "tool_choice"),
 }
-# Substrings of the SSE data that carries the arguments of tool calls; see arguments_of().
-WATCHED = {"chat/completions": ('"tool_calls"',), "responses": ('"function_call"',),
-           "messages": ('"tool_use"', '"input_json_delta"')}
 
 
 def envelope(request: ChatRequest) -> Json:
@@ -391,7 +388,6 @@ def envelope(request: ChatRequest) -> Json:
                             "add": compact_json(added), "replace": attachments.replacements[name]}
                      for name, added in fields.items()},
         "payloads": attachments.payloads, "token": attachments.token,
-        "watch": WATCHED if body.get("tools") else {},
     }
 
 
@@ -587,7 +583,8 @@ def messages_fields(body: Json) -> Json:
 # ---------------------------------------------------------------------------------------------------- plugin
 
 # Loaded by every opencode process. It knows opencode's hooks but nothing of any provider's JSON: it does what the
-# envelope says, lets one POST per session out and reports what comes back, as JSON-RPC notifications on stdout.
+# envelope says, lets one POST per session out and reports what comes back, as JSON-RPC notifications on stdout. An
+# answer in a known wire format does not pass through opencode at all.
 PLUGIN = r"""
 const HEADER = "x-opencode-proxy-session"
 // opencode instantiates a plugin more than once in a process: the state is shared, fetch is wrapped once
@@ -615,16 +612,17 @@ const outgoing = (body, overlay, turn) => {
   return text
 }
 
-const observed = (sessionId, answer, watched) => { // reports the lines that hold one of the watched texts
+const relay = async (sessionId, answer) => { // line by line, past opencode, which would take its time with each
   const decoder = new TextDecoder()
   let rest = ""
-  const observer = new TransformStream({ transform(bytes, output) {
-    output.enqueue(bytes)
+  const tell = (line) => { if (line.startsWith("data:")) report("sse", sessionId, { data: line.slice(5).trim() }) }
+  for await (const bytes of answer.body) {
     const lines = (rest + decoder.decode(bytes, { stream: true })).split("\n")
     rest = lines.pop()
-    for (const line of lines) if (watched.some((text) => line.includes(text))) report("sse", sessionId, { line })
-  } })
-  return new Response(answer.body.pipeThrough(observer), answer)
+    lines.forEach(tell)
+  }
+  tell(rest)
+  report("end", sessionId)
 }
 
 const fetchOnce = async (input, init) => {
@@ -644,7 +642,10 @@ const fetchOnce = async (input, init) => {
     if (!answer.ok) return refuse(sessionId, { status: answer.status, headers: Object.fromEntries(answer.headers),
       body: (await answer.text()).slice(0, 65536) })
     report("upstream", sessionId, { format })
-    return turn.watch[format] ? observed(sessionId, answer, turn.watch[format]) : answer
+    if (!format) return answer // opencode reads it, and the event hook tells
+    turn.relayed = true
+    await relay(sessionId, answer)
+    return refuse(sessionId) // ends the turn
   } catch (error) {
     return refuse(sessionId, { network: error?.code, message: String(error?.message ?? error) })
   }
@@ -693,16 +694,14 @@ export const OpencodeProxy = async () => (report("loaded"), {
     const { info, part, status, error, delta } = properties
     const sessionId = properties.sessionID ?? part?.sessionID ?? info?.sessionID
     const turn = proxy.turns.get(sessionId)
-    if (!turn) return
+    if (type === "session.status" && status.type === "idle") proxy.turns.delete(sessionId)
+    if (!turn || turn.relayed) return
     if (type === "message.part.updated") turn.types[part.id] = part.type
     if (type === "message.part.delta") report("delta", sessionId, { type: turn.types[properties.partID], text: delta })
-    if (type === "message.part.updated" && part.type === "tool" && part.state.status === "running")
-      report("tool_call", sessionId, { id: part.callID, name: part.tool, input: part.state.input })
     if (type === "message.updated" && info.role === "assistant" && info.finish)
       report("finish", sessionId, { finish: info.finish, tokens: info.tokens })
     if (type === "session.error") report("error", sessionId, { message: error?.data?.message ?? error?.name })
     if (type === "session.status" && status.type === "retry") report("error", sessionId, { message: status.message })
-    if (type === "session.status" && status.type === "idle") proxy.turns.delete(sessionId)
   },
 })
 """
@@ -978,12 +977,13 @@ class ReasoningDelta:
 
 
 @dataclasses.dataclass(frozen=True)
-class ToolCall:
-    """A complete call of one of the client's tools; `arguments` is JSON text."""
+class ToolCallDelta:
+    """A piece of a call of one of the client's tools: first its id and name, then pieces of its arguments."""
 
-    id: str
-    name: str
+    index: int
     arguments: str
+    id: str | None = None
+    name: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -999,60 +999,187 @@ class Silence:
     """Nothing has come for PING_SECONDS."""
 
 
-Event = Union[TextDelta, ReasoningDelta, ToolCall, Finish, Silence]
+Event = Union[TextDelta, ReasoningDelta, ToolCallDelta, Finish, Silence]
 
-FINISH_REASONS = {"stop": "stop", "length": "length", "content-filter": "content_filter", "tool-calls": "tool_calls",
-                  "other": "stop"}
+# The finish_reason for what wire formats and opencode call it; what is not here means "stop".
+FINISH_REASONS = {
+    "length": "length", "max_tokens": "length", "max_output_tokens": "length", "model_context_window_exceeded": "length",
+    "content_filter": "content_filter", "content-filter": "content_filter", "refusal": "content_filter",
+    "tool_calls": "tool_calls", "function_call": "tool_calls", "tool-calls": "tool_calls", "tool_use": "tool_calls"}
 
 
-def usage_of(tokens: Json) -> Json:
-    """Return OpenAI's usage for opencode's token counts, which leave cached and reasoning tokens out of the others."""
-    cache = tokens.get("cache") or {}
-    cached, reasoning = cache.get("read") or 0, tokens.get("reasoning") or 0
-    prompt = (tokens.get("input") or 0) + cached + (cache.get("write") or 0)
-    completion = (tokens.get("output") or 0) + reasoning
+def usage_of(prompt: Any, completion: Any, cached: Any, reasoning: Any) -> Json:
+    """Return OpenAI's usage; cached tokens are among the prompt's, reasoning tokens among the completion's."""
+    prompt, completion = prompt or 0, completion or 0
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
-            "completion_tokens_details": {"reasoning_tokens": reasoning}}
+            "prompt_tokens_details": {"cached_tokens": cached or 0},
+            "completion_tokens_details": {"reasoning_tokens": reasoning or 0}}
 
 
-class ArgumentTexts:
-    """The arguments of tool calls as the provider wrote them.
+def string(value: Any) -> str:
+    """Return `value` where it is a string; raise TypeError otherwise."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a string")
+    return value
 
-    opencode hands over only parsed arguments: 1.0 has become 1, and spaces are gone.
-    """
+
+class AnswerParser:
+    """Turns the data of a provider's SSE stream into events: the base of a parser for each wire format."""
 
     def __init__(self) -> None:
-        self._calls: dict[Any, list[str]] = {}  # by the wire format's own index: id, name, arguments
+        self._calls: dict[Any, int] = {}  # the wire format's own index of a tool call: ours
+        self._with_arguments: set[Any] = set()
+        self._reason: str | None = None
+        self._usage = usage_of(0, 0, 0, 0)
 
-    def add(self, line: str) -> None:
-        """Take in a line of the provider's SSE stream, of any of the three wire formats."""
+    def feed(self, data: str) -> list[Event]:
+        """Return the events that one piece of data means; raise APIError where the provider reports a failure."""
+        if data == "[DONE]":
+            return [self.end()]
         try:
-            data = json.loads(line.partition(":")[2])
-            for call in data["choices"][0]["delta"]["tool_calls"] if "choices" in data else ():
-                function = call.get("function") or {}
-                self._append(call.get("index"), call.get("id"), function.get("name"), function.get("arguments"))
-            block = data.get("content_block") or {}
-            if block.get("type") == "tool_use":
-                self._append(data["index"], block["id"], block["name"], "")
-            if data.get("type") == "content_block_delta":
-                self._append(data["index"], None, None, data["delta"].get("partial_json"))
-            item = data.get("item") or {}
-            if data.get("type") == "response.output_item.done" and item.get("type") == "function_call":
-                self._append(item["call_id"], item["call_id"], item["name"], item["arguments"])
-        except (ValueError, LookupError, TypeError, AttributeError):
-            return  # not what it looked like: the parsed arguments will do
+            message = json.loads(data)
+            if message.get("error") or message.get("type") in ("error", "response.failed"):
+                raise stream_error(message)
+            return list(self.events(message))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise APIError(502, "The model's provider sent what is not an answer", code="incomplete_answer") from error
 
-    def _append(self, index: Any, call_id: str | None, name: str | None, arguments: str | None) -> None:
-        call = self._calls.setdefault(index, [call_id or "", name or "", ""])
-        call[2] += arguments or ""
+    def events(self, message: Json) -> Iterator[Event]:
+        """Yield the events that a message of the wire format means."""
+        raise NotImplementedError
 
-    def call(self, call_id: str, name: str, parsed: Any) -> ToolCall:
-        """Return the call that opencode reported."""
-        for known_id, known_name, arguments in self._calls.values():
-            if known_id == call_id:
-                return ToolCall(call_id, known_name or name, arguments or "{}")
-        return ToolCall(call_id, name, compact_json(parsed))
+    def end(self) -> Finish:
+        """Return the last event, at the end of the stream; raise APIError when the answer is not complete."""
+        if self._reason is None:
+            raise APIError(502, "The model's provider ended its answer without saying why", code="incomplete_answer")
+        return Finish(FINISH_REASONS.get(self._reason, "stop"), self._usage)
+
+    def _begin_call(self, key: Any, call_id: str | None, name: str) -> ToolCallDelta:
+        self._calls[key] = index = len(self._calls)
+        return ToolCallDelta(index, "", string(call_id or "call_" + uuid.uuid4().hex), string(name))
+
+    def _continue_call(self, key: Any, arguments: str) -> ToolCallDelta:
+        self._with_arguments.add(key)
+        return ToolCallDelta(self._calls[key], string(arguments))
+
+
+class ChatParser(AnswerParser):
+    """Parses /chat/completions."""
+
+    def events(self, message: Json) -> Iterator[Event]:
+        """Yield the events of a chunk."""
+        usage = message.get("usage")
+        if usage:
+            details, more = usage.get("prompt_tokens_details") or {}, usage.get("completion_tokens_details") or {}
+            self._usage = {**usage_of(usage.get("prompt_tokens"), usage.get("completion_tokens"), 0, 0), **usage,
+                           "prompt_tokens_details": {"cached_tokens": 0, **details},
+                           "completion_tokens_details": {"reasoning_tokens": 0, **more}}
+        for choice in message.get("choices") or ():
+            delta = choice.get("delta") or {}
+            # DeepSeek's name for it, Copilot's, OpenRouter's
+            reasoning = delta.get("reasoning_content") or delta.get("reasoning_text") or delta.get("reasoning")
+            if reasoning:
+                yield ReasoningDelta(string(reasoning))
+            text = text_of(delta.get("content")) or delta.get("refusal")
+            if text:
+                yield TextDelta(string(text))
+            for call in delta.get("tool_calls") or ():
+                yield from self._call(call)
+            self._reason = string(choice.get("finish_reason") or self._reason or "") or None
+
+    def _call(self, call: Json) -> Iterator[Event]:
+        function = call.get("function") or {}
+        key, arguments = call.get("index") or 0, function.get("arguments") or ""
+        if key not in self._calls:
+            yield self._begin_call(key, call.get("id"), function.get("name") or "")
+        if arguments:
+            yield self._continue_call(key, arguments)
+
+
+class ResponsesParser(AnswerParser):
+    """Parses /responses."""
+
+    def events(self, message: Json) -> Iterator[Event]:
+        """Yield the events of a response event; of its many kinds, few tell something new."""
+        kind, item, key = message.get("type"), message.get("item") or {}, message.get("output_index")
+        if kind in ("response.output_text.delta", "response.refusal.delta"):
+            yield TextDelta(string(message["delta"]))
+        elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
+            yield ReasoningDelta(string(message["delta"]))
+        elif kind == "response.output_item.added" and item.get("type") == "function_call":
+            yield self._begin_call(key, item["call_id"], item["name"])
+        elif kind == "response.function_call_arguments.delta":
+            yield self._continue_call(key, message["delta"])
+        elif kind == "response.output_item.done" and key in self._calls and key not in self._with_arguments:
+            yield self._continue_call(key, item["arguments"] or "{}")
+        elif kind in ("response.completed", "response.incomplete"):
+            response = message["response"]
+            usage = response.get("usage") or {}
+            self._usage = usage_of(usage.get("input_tokens"), usage.get("output_tokens"),
+                                   (usage.get("input_tokens_details") or {}).get("cached_tokens"),
+                                   (usage.get("output_tokens_details") or {}).get("reasoning_tokens"))
+            incomplete = response.get("incomplete_details") or {}
+            self._reason = string(incomplete.get("reason") or ("tool_calls" if self._calls else "stop"))
+            yield self.end()
+
+
+class MessagesParser(AnswerParser):
+    """Parses Anthropic's /messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tokens: Json = {}
+
+    def events(self, message: Json) -> Iterator[Event]:
+        """Yield the events of a message event."""
+        kind, block, delta = message.get("type"), message.get("content_block") or {}, message.get("delta") or {}
+        self._tokens.update((message.get("message") or {}).get("usage") or message.get("usage") or {})
+        if kind == "content_block_start" and block.get("type") == "tool_use":
+            yield self._begin_call(message["index"], block["id"], block["name"])
+        elif kind == "content_block_delta":
+            if delta.get("text"):
+                yield TextDelta(string(delta["text"]))
+            if delta.get("thinking"):
+                yield ReasoningDelta(string(delta["thinking"]))
+            if delta.get("partial_json"):
+                yield self._continue_call(message["index"], delta["partial_json"])
+        elif kind == "content_block_stop" and message["index"] in self._calls.keys() - self._with_arguments:
+            yield self._continue_call(message["index"], "{}")
+        elif kind == "message_delta":
+            self._reason = string(delta.get("stop_reason") or self._reason or "") or None
+        elif kind == "message_stop":
+            read = self._tokens.get("cache_read_input_tokens") or 0
+            prompt = (self._tokens.get("input_tokens") or 0) + read + (self._tokens.get("cache_creation_input_tokens") or 0)
+            self._usage = usage_of(prompt, self._tokens.get("output_tokens"), read, 0)
+            yield self.end()
+
+
+class OpencodeParser(AnswerParser):
+    """Takes what opencode's own events tell of an answer in another wire format, through the plugin."""
+
+    def report(self, method: str, params: Json) -> list[Event]:
+        """Return the events that a report of the plugin means."""
+        if method == "proxy/delta":
+            return [(ReasoningDelta if params.get("type") == "reasoning" else TextDelta)(params["text"])]
+        if method == "proxy/finish":
+            tokens = params.get("tokens") or {}
+            cache = tokens.get("cache") or {}
+            read, reasoning = cache.get("read") or 0, tokens.get("reasoning") or 0
+            self._usage = usage_of((tokens.get("input") or 0) + read + (cache.get("write") or 0),
+                                   (tokens.get("output") or 0) + reasoning, read, reasoning)
+            self._reason = params["finish"] if params["finish"] not in ("unknown", "error") else None
+            return [self.end()]
+        return []
+
+
+PARSERS = {"chat/completions": ChatParser, "responses": ResponsesParser, "messages": MessagesParser}
+
+
+def stream_error(message: Json) -> APIError:
+    """Return the error for a failure that the provider reports within its stream."""
+    error = message.get("error") or (message.get("response") or {}).get("error") or message
+    status = error.get("code") if isinstance(error, dict) else None
+    return upstream_error(status if isinstance(status, int) else 502, {}, json.dumps({"error": error}))
 
 
 class Inbox:
@@ -1348,8 +1475,8 @@ class OpencodeProcess:
         self._select(model)
         self._timeout = timeout
         self.served += 1
-        number, calls = self._request("session/prompt", self._prompt_params(content)), ArgumentTexts()
-        last = time.monotonic()
+        number = self._request("session/prompt", self._prompt_params(content))
+        parser, last = AnswerParser(), time.monotonic()
         while True:
             message = self._message(min(PING_SECONDS, max(0.0, last + timeout - time.monotonic())))
             if message is None:
@@ -1357,36 +1484,30 @@ class OpencodeProcess:
                     raise APIError(504, f"The model's provider sent nothing for {timeout:g} seconds", code="timeout")
                 yield Silence()
                 continue
-            last = time.monotonic()
-            params = message.get("params") or {}
+            last, params = time.monotonic(), message.get("params") or {}
             if message.get("id") == number:
                 raise turn_error(message.get("error") or {})
-            if params.get("sessionId") == self.session_id:
-                self.posted = self.posted or message["method"] == "proxy/upstream"
-                event = to_event(message["method"], params, calls)
-                if event is not None:
-                    yield event
+            if params.get("sessionId") != self.session_id:
+                continue
+            if message["method"] == "proxy/upstream":
+                self.posted, parser = True, PARSERS.get(params.get("format", ""), OpencodeParser)()
+            for event in to_events(message["method"], params, parser):
+                yield event
                 if isinstance(event, Finish):
                     return
 
 
-def to_event(method: str, params: Json, calls: ArgumentTexts) -> Event | None:
-    """Return the event that a notification of the plugin means; raise APIError where it is a failure."""
-    if method == "proxy/delta":
-        return (ReasoningDelta if params.get("type") == "reasoning" else TextDelta)(params["text"])
+def to_events(method: str, params: Json, parser: AnswerParser) -> list[Event]:
+    """Return the events that a notification of the plugin means; raise APIError where it is a failure."""
     if method == "proxy/sse":
-        calls.add(params["line"])
-    elif method == "proxy/tool_call":
-        return calls.call(params["id"], params["name"], params["input"])
-    elif method == "proxy/finish":
-        if params["finish"] not in FINISH_REASONS:
-            raise APIError(502, "The model's provider ended its answer without saying why", code="incomplete_answer")
-        return Finish(FINISH_REASONS[params["finish"]], usage_of(params.get("tokens") or {}))
-    elif method == "proxy/error":
+        return parser.feed(params["data"])
+    if method == "proxy/end":
+        return [parser.end()]
+    if method == "proxy/error":
         if "status" in params:
             raise upstream_error(params["status"], params["headers"], params["body"])
         raise turn_error(params)
-    return None
+    return parser.report(method, params) if isinstance(parser, OpencodeParser) else []
 
 
 def turn_error(error: Json) -> APIError:
@@ -1868,7 +1989,6 @@ class Choice:
     def __init__(self, stop: Sequence[str] = (), legacy_functions: bool = False) -> None:
         self._filter = StopFilter(stop) if stop else None
         self._legacy = legacy_functions
-        self._calls = 0
         self.finish_reason: str | None = None
         self.usage: Json | None = None
 
@@ -1881,8 +2001,8 @@ class Choice:
             return [{"content": text}] if text else []
         if isinstance(event, ReasoningDelta):
             return [{"reasoning_content": event.text}]
-        if isinstance(event, ToolCall):
-            return self._call_deltas(event)
+        if isinstance(event, ToolCallDelta):
+            return [self._call_delta(event)]
         if isinstance(event, Finish):
             self.finish_reason, self.usage = event.reason, event.usage
             if self._legacy and event.reason == "tool_calls":
@@ -1891,33 +2011,36 @@ class Choice:
             return [{"content": held}] if held else []
         return []
 
-    def _call_deltas(self, call: ToolCall) -> list[Json]:
+    def _call_delta(self, call: ToolCallDelta) -> Json:
+        function = {**({"name": call.name} if call.id else {}), "arguments": call.arguments}
         if self._legacy:
-            return [{"function_call": {"name": call.name, "arguments": call.arguments}}]
-        index, self._calls = self._calls, self._calls + 1
-        head = {"index": index, "id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}}
-        return [{"tool_calls": [head]}, {"tool_calls": [{"index": index, "function": {"arguments": call.arguments}}]}]
+            return {"function_call": function}
+        head = {"id": call.id, "type": "function"} if call.id else {}
+        return {"tool_calls": [{"index": call.index, **head, "function": function}]}
 
 
 def message_of(deltas: Iterable[Json]) -> Json:
     """Return the assistant's message that `deltas` add up to."""
-    content: list[str] = []
-    reasoning: list[str] = []
-    calls: list[Json] = []
+    texts: dict[str, list[str]] = {"content": [], "reasoning_content": []}
+    calls: list[Json] = []  # of one tool call or, in the old API, the function call
     message: Json = {"role": "assistant", "content": None, "refusal": None}
     for delta in deltas:
-        content += [delta["content"]] if "content" in delta else []
-        reasoning += [delta["reasoning_content"]] if "reasoning_content" in delta else []
-        for call in delta.get("tool_calls", ()):
-            if "id" in call:
-                calls.append({"id": call["id"], "type": "function", "function": dict(call["function"])})
-            else:
-                calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
-        message.update({"function_call": delta["function_call"]} if "function_call" in delta else {})
-    if content or not (calls or "function_call" in message):
-        message["content"] = "".join(content)
-    message.update({"reasoning_content": "".join(reasoning)} if reasoning else {})
-    message.update({"tool_calls": calls} if calls else {})
+        for key, pieces in texts.items():
+            pieces += [delta[key]] if key in delta else []
+        for call in delta.get("tool_calls") or ([{"function": delta["function_call"]}] if "function_call" in delta else []):
+            if "name" in call["function"]:
+                calls.append({**call, "function": {**call["function"], "arguments": []}})
+            calls[call.get("index", -1)]["function"]["arguments"].append(call["function"]["arguments"])
+    for call in calls:
+        call["function"]["arguments"] = "".join(call["function"]["arguments"])
+    if texts["content"] or not calls:
+        message["content"] = "".join(texts["content"])
+    if texts["reasoning_content"]:
+        message["reasoning_content"] = "".join(texts["reasoning_content"])
+    if calls and "id" in calls[0]:
+        message["tool_calls"] = [{"id": call["id"], "type": "function", "function": call["function"]} for call in calls]
+    elif calls:
+        message["function_call"] = calls[0]["function"]
     return message
 
 
@@ -1927,10 +2050,15 @@ def total_usage(usages: Iterable[Json | None]) -> Json | None:
     for usage in usages:
         if usage is None:
             return None
-        total = usage if total is None else {
-            key: ({name: count + value[name] for name, count in total[key].items()} if isinstance(value, dict)
-                  else total[key] + value) for key, value in usage.items()}
+        total = usage if total is None else added(total, usage)
     return total
+
+
+def added(first: Json, second: Json) -> Json:
+    """Return the sum of two usages; what is not a number in both is the first's."""
+    return {key: added(value, second[key]) if isinstance(value, dict) and isinstance(second.get(key), dict)
+            else value + second[key] if CHECKS[NUMBER](value) and CHECKS[NUMBER](second.get(key)) else value
+            for key, value in first.items()}
 
 
 class Completion:

@@ -187,8 +187,9 @@ def responses_stream(parts, finish):
                         "item": {**item, "arguments": "".join(part[3]), "status": "completed"}}]
     usage = {"input_tokens": 11, "input_tokens_details": {"cached_tokens": 4}, "output_tokens": 20,
              "output_tokens_details": {"reasoning_tokens": 7}}
-    kind = "response.incomplete" if finish == "length" else "response.completed"
-    details = {"incomplete_details": {"reason": "max_output_tokens"}} if finish == "length" else {}
+    why = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(finish)
+    kind = "response.incomplete" if why else "response.completed"
+    details = {"incomplete_details": {"reason": why}} if why else {}
     return [*events, {"type": kind, "response": {"usage": usage, **details}}]
 
 
@@ -729,47 +730,103 @@ def fake_model(name):
 
 # ------------------------------------------------------------------------------------------------------- process
 
-class EventTest(unittest.TestCase):
-    def test_usage(self):
-        self.assertEqual(proxy.usage_of({"input": 7, "output": 13, "reasoning": 7, "cache": {"read": 4, "write": 2}}),
-                         {"prompt_tokens": 13, "completion_tokens": 20, "total_tokens": 33, "prompt_tokens_details": {"cached_tokens": 4},
-                          "completion_tokens_details": {"reasoning_tokens": 7}})
-        self.assertEqual(proxy.usage_of({"input": None})["total_tokens"], 0)
+def parsed(wire_format, events):
+    """Return what a parser makes of a provider's events, neighbouring pieces of a tool call joined."""
+    parser, found = proxy.PARSERS[wire_format](), []
+    for event in events:
+        found += parser.feed(event if isinstance(event, str) else json.dumps(event))
+        if found and isinstance(found[-1], proxy.Finish):
+            break
+    return found
 
-    def test_events(self):
-        calls = proxy.ArgumentTexts()
-        for method, params, event in (
-                ("delta", {"type": "text", "text": "x"}, proxy.TextDelta("x")), ("delta", {"type": "reasoning", "text": "x"}, proxy.ReasoningDelta("x")),
-                ("tool_call", {"id": "c", "name": "f", "input": {"a": 1}}, proxy.ToolCall("c", "f", '{"a":1}')),
-                ("finish", {"finish": "length", "tokens": None}, proxy.Finish("length", proxy.usage_of({}))), ("upstream", {}, None)):
-            self.assertEqual(proxy.to_event("proxy/" + method, params, calls), event)
+
+class ParserTest(unittest.TestCase):
+    usage = proxy.usage_of(11, 20, 4, 7)
+
+    def test_answers(self):
+        parts = [("thought", "hm"), ("text", "a"), ("call", "c1", "f", ['{"a": ', "1.0}"]), ("call", "c2", "a.b", [])]
+        for wire_format in FORMATS:
+            usage = self.usage if wire_format != "messages" else proxy.usage_of(11, 20, 4, 0)
+            empty = [] if wire_format == "chat/completions" else [proxy.ToolCallDelta(1, "{}")]
+            self.assertEqual(parsed(wire_format, stream_of(wire_format, parts, "tool_calls")), [
+                proxy.ReasoningDelta("hm"), proxy.TextDelta("a"), proxy.ToolCallDelta(0, "", "c1", "f"), proxy.ToolCallDelta(0, '{"a": '),
+                proxy.ToolCallDelta(0, "1.0}"), proxy.ToolCallDelta(1, "", "c2", "a.b"), *empty, proxy.Finish("tool_calls", usage)], wire_format)
+
+    def test_finish_reasons(self):
+        for wire_format in FORMATS:
+            for finish in ("stop", "length", "content_filter"):
+                self.assertEqual(parsed(wire_format, stream_of(wire_format, [("text", "x")], finish))[-1].reason, finish, wire_format)
+        self.assertEqual(parsed("chat/completions", [chat_chunk({}, "eos"), "[DONE]"])[-1].reason, "stop")
+
+    def test_usage(self):
+        for told, expected in (({"prompt_tokens": 3, "completion_tokens": 4}, proxy.usage_of(3, 4, 0, 0)), (None, proxy.usage_of(0, 0, 0, 0)),
+                               ({**USAGE, "extra": 1}, {**USAGE, "extra": 1})):
+            self.assertEqual(parsed("chat/completions", [{"choices": [], "usage": told}, chat_chunk({}, "stop"), "[DONE]"])[-1].usage, expected)
+        usage = {"input_tokens": 1, "cache_read_input_tokens": 2, "cache_creation_input_tokens": 3, "output_tokens": 1}
+        events = [{"type": "message_start", "message": {"usage": usage}}, {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 9}},
+                  {"type": "message_stop"}]
+        self.assertEqual(parsed("messages", events)[-1].usage, proxy.usage_of(6, 9, 2, 0))
+
+    def test_odd_but_understood(self):
+        for delta, event in (
+                ({"reasoning_text": "r"}, proxy.ReasoningDelta("r")), ({"reasoning": "r"}, proxy.ReasoningDelta("r")), ({"refusal": "no"}, proxy.TextDelta("no")),
+                ({"content": [{"type": "text", "text": "a"}]}, proxy.TextDelta("a")),
+                ({"tool_calls": [{"id": "c", "function": {"name": "f", "arguments": None}}]}, proxy.ToolCallDelta(0, "", "c", "f"))):
+            self.assertEqual(parsed("chat/completions", [chat_chunk(delta)]), [event])
+        made = parsed("chat/completions", [chat_chunk({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "{}"}}]})])
+        self.assertRegex(made[0].id, "^call_[0-9a-f]{32}$")
+        self.assertEqual(made[1], proxy.ToolCallDelta(0, "{}"))
 
     def test_failures(self):
-        for method, params, status, text in (
-                ("finish", {"finish": "unknown"}, 502, "without saying why"), ("error", {"message": "Internal error: x"}, 502, "The answer failed: x"),
-                ("error", {"network": "ECONNREFUSED", "message": "no"}, 502, "cannot be reached: no"),
-                ("error", {"status": 418, "headers": {}, "body": "{}"}, 418, "418")):
-            with self.assertRaises(proxy.APIError) as caught:
-                proxy.to_event("proxy/" + method, params, proxy.ArgumentTexts())
+        for wire_format, data, status, text in (
+                ("chat/completions", "{no", 502, "not an answer"), ("chat/completions", "[]", 502, "not an answer"),
+                ("chat/completions", '{"choices":[1]}', 502, "not an answer"), ("chat/completions", "[DONE]", 502, "without saying why"),
+                ("chat/completions", '{"error":{"message":"busy","code":429}}', 429, "busy"), ("chat/completions", '{"error":"x"}', 502, "x"),
+                ("responses", '{"type":"response.failed","response":{"error":{"code":"server_error","message":"m"}}}', 502, "m"),
+                ("responses", '{"type":"error","code":"c","message":"m"}', 502, "m"),
+                ("messages", '{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}', 502, "Overloaded"),
+                ("messages", '{"type":"content_block_delta","index":5,"delta":{"partial_json":"x"}}', 502, "not an answer")):
+            with self.subTest(data), self.assertRaises(proxy.APIError) as caught:
+                proxy.PARSERS[wire_format]().feed(data)
             self.assertEqual(caught.exception.status, status)
             self.assertIn(text, caught.exception.message)
 
-    def test_argument_texts(self):
-        pieces = ['{"a": ', "1.0}"]
-        for wire_format in FORMATS:
-            calls = proxy.ArgumentTexts()
-            for event in stream_of(wire_format, [("text", "x"), ("call", "c1", "f", pieces), ("call", "c2", "a.b", [])], "tool_calls"):
-                calls.add("data: " + (event if isinstance(event, str) else json.dumps(event)))
-            self.assertEqual(calls.call("c1", "invalid", {}), proxy.ToolCall("c1", "f", '{"a": 1.0}'), wire_format)
-            self.assertEqual(calls.call("c2", "a.b", {}), proxy.ToolCall("c2", "a.b", "{}"), wire_format)
-            self.assertEqual(calls.call("c3", "g", {"z": 1}), proxy.ToolCall("c3", "g", '{"z":1}'), wire_format)
+    def test_fuzz(self):
+        """Whatever a provider sends, it is events or an APIError."""
+        seeded = random.Random(4141)
+        values = [None, True, 0, -1, "", "x", [], {}, [None], {"a": None}, 1.5]
+        for _ in range(3000):
+            wire_format = seeded.choice(list(FORMATS))
+            events = [event for event in stream_of(wire_format, [("text", "x"), ("call", "c", "f", ["{}"]), ("thought", "t")], "stop") if isinstance(event, dict)]
+            target = event = json.loads(json.dumps(seeded.choice(events)))
+            while True:
+                key = seeded.choice(list(target) if isinstance(target, dict) else range(len(target)))
+                if not isinstance(target[key], (dict, list)) or not target[key] or seeded.random() < 0.3:
+                    target[key] = json.loads(json.dumps(seeded.choice(values)))
+                    break
+                target = target[key]
+            try:
+                json.dumps([proxy.Choice(("x",)).deltas(found) for found in proxy.PARSERS[wire_format]().feed(json.dumps(event))])
+            except proxy.APIError:
+                pass
 
-    def test_argument_texts_of_rubbish(self):
-        calls = proxy.ArgumentTexts()
-        for line in ("", "data", "data: x", "data: []", 'data: {"choices":[]}', 'data: {"choices":[{"delta":{"tool_calls":[1]}}]}',
-                     'data: {"content_block":{"type":"tool_use"}}', 'data: {"item":3}'):
-            calls.add(line)
-        self.assertEqual(calls.call("c", "f", {}), proxy.ToolCall("c", "f", "{}"))
+    def test_reports_of_the_plugin(self):
+        parser = proxy.OpencodeParser()
+        for method, params, events in (
+                ("delta", {"type": "text", "text": "x"}, [proxy.TextDelta("x")]), ("delta", {"type": "reasoning", "text": "x"}, [proxy.ReasoningDelta("x")]),
+                ("finish", {"finish": "length", "tokens": None}, [proxy.Finish("length", proxy.usage_of(0, 0, 0, 0))]),
+                ("finish", {"finish": "content-filter", "tokens": {"input": 7, "output": 13, "reasoning": 7, "cache": {"read": 4, "write": 2}}},
+                 [proxy.Finish("content_filter", proxy.usage_of(13, 20, 4, 7))]), ("upstream", {}, [])):
+            self.assertEqual(proxy.to_events("proxy/" + method, params, parser), events)
+        self.assertEqual(proxy.to_events("proxy/delta", {"type": "text", "text": "x"}, proxy.ChatParser()), [])
+        for method, params, status, text in (
+                ("finish", {"finish": "unknown"}, 502, "without saying why"), ("error", {"message": "Internal error: x"}, 502, "The answer failed: x"),
+                ("error", {"network": "ECONNREFUSED", "message": "no"}, 502, "cannot be reached: no"), ("end", {}, 502, "without saying why"),
+                ("error", {"status": 418, "headers": {}, "body": "{}"}, 418, "418")):
+            with self.assertRaises(proxy.APIError) as caught:
+                proxy.to_events("proxy/" + method, params, proxy.OpencodeParser())
+            self.assertEqual(caught.exception.status, status)
+            self.assertIn(text, caught.exception.message)
 
 
 class InboxTest(unittest.TestCase):
@@ -814,14 +871,16 @@ class ResponseTest(unittest.TestCase):
 
     def test_choice(self):
         choice = proxy.Choice()
-        deltas = [delta for event in (proxy.ReasoningDelta("r"), proxy.TextDelta("t"), proxy.ToolCall("c", "f", '{"a": 1}'), proxy.Silence(),
-                                      proxy.ToolCall("d", "g", "{}"), proxy.Finish("tool_calls", USAGE)) for delta in choice.deltas(event)]
+        deltas = [delta for event in (
+            proxy.ReasoningDelta("r"), proxy.TextDelta("t"), proxy.ToolCallDelta(0, "", "c", "f"), proxy.ToolCallDelta(0, '{"a":'), proxy.Silence(),
+            proxy.ToolCallDelta(1, "", "d", "g"), proxy.ToolCallDelta(0, " 1}"), proxy.ToolCallDelta(1, "{}"), proxy.Finish("tool_calls", USAGE))
+            for delta in choice.deltas(event)]
         self.assertEqual(deltas, [
             {"reasoning_content": "r"}, {"content": "t"},
             {"tool_calls": [{"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}]},
-            {"tool_calls": [{"index": 0, "function": {"arguments": '{"a": 1}'}}]},
+            {"tool_calls": [{"index": 0, "function": {"arguments": '{"a":'}}]},
             {"tool_calls": [{"index": 1, "id": "d", "type": "function", "function": {"name": "g", "arguments": ""}}]},
-            {"tool_calls": [{"index": 1, "function": {"arguments": "{}"}}]}])
+            {"tool_calls": [{"index": 0, "function": {"arguments": " 1}"}}]}, {"tool_calls": [{"index": 1, "function": {"arguments": "{}"}}]}])
         self.assertEqual((choice.finish_reason, choice.usage), ("tool_calls", USAGE))
         self.assertEqual(proxy.message_of(deltas), {
             "role": "assistant", "content": "t", "refusal": None, "reasoning_content": "r", "tool_calls": [
@@ -830,7 +889,9 @@ class ResponseTest(unittest.TestCase):
 
     def test_choice_with_legacy_functions(self):
         choice = proxy.Choice(legacy_functions=True)
-        deltas = choice.deltas(proxy.ToolCall("c", "f", "{}")) + choice.deltas(proxy.Finish("tool_calls", USAGE))
+        deltas = [delta for event in (proxy.ToolCallDelta(0, "", "c", "f"), proxy.ToolCallDelta(0, "{"), proxy.ToolCallDelta(0, "}"), proxy.Finish("tool_calls", USAGE))
+                  for delta in choice.deltas(event)]
+        self.assertEqual(deltas[:2], [{"function_call": {"name": "f", "arguments": ""}}, {"function_call": {"arguments": "{"}}])
         self.assertEqual(proxy.message_of(deltas), {"role": "assistant", "content": None, "refusal": None,
                                                     "function_call": {"name": "f", "arguments": "{}"}})
         self.assertEqual(choice.finish_reason, "function_call")
@@ -852,6 +913,7 @@ class ResponseTest(unittest.TestCase):
         self.assertEqual(proxy.total_usage([USAGE, USAGE])["prompt_tokens_details"], {"cached_tokens": 8})
         self.assertEqual(proxy.total_usage([USAGE, USAGE])["total_tokens"], 62)
         self.assertIsNone(proxy.total_usage([USAGE, None]))
+        self.assertEqual(proxy.total_usage([{"a": 1, "b": None, "c": {"d": 1}}, {"a": 2, "b": 3, "c": None}]), {"a": 3, "b": None, "c": {"d": 1}})
 
     def test_bytes(self):
         with unittest.mock.patch("time.time", lambda: 7.9), unittest.mock.patch("uuid.uuid4", lambda: unittest.mock.Mock(hex="u")):
@@ -902,7 +964,7 @@ def turn(session, envelope):
     act, count = words[0] if words else "", int(words[1]) if len(words) > 1 and words[1].isdigit() else 1
     if act == "die-first":
         os._exit(3)
-    tell("upstream", session, format="chat/completions")
+    tell("upstream", session, **({"format": "chat/completions"} if act == "deltas" else {}))
     if act == "die":
         sys.stderr.write("last words\n"); sys.stderr.flush(); delta(session, "a"); os._exit(3)
     if act == "rubbish":
@@ -929,8 +991,12 @@ def turn(session, envelope):
         out(id=99, method="session/request_permission", params={"sessionId": session})
         delta(session, json.loads(sys.stdin.readline())["error"]["message"])
     if act == "deltas":
-        line = json.dumps({"jsonrpc": "2.0", "method": "proxy/delta", "params": {"sessionId": session, "type": "text", "text": "tok "}}) + "\n"
-        sys.stdout.write(line * count)
+        def sse(data):
+            return json.dumps({"jsonrpc": "2.0", "method": "proxy/sse", "params": {"sessionId": session, "data": data}}) + "\n"
+        chunk = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [{"index": 0, "delta": {"content": "tok "}}]}
+        sys.stdout.write(sse(json.dumps(chunk)) * count)
+        sys.stdout.write(sse(json.dumps({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})) + sse("[DONE]"))
+        sys.stdout.flush()
     elif act == "slowly":
         for index in range(count):
             delta(session, str(index) + " "); time.sleep(0.05)
@@ -1942,7 +2008,7 @@ class RealWireTest(RealCase):
 
     def test_finish_reasons(self):
         for wire_format, model in FORMATS.items():
-            for finish in ("stop", "length") + (("content_filter",) if wire_format == "chat/completions" else ()):
+            for finish in ("stop", "length", "content_filter"):
                 self.upstream.respond = answering(("text", "x"), finish=finish)
                 with self.subTest(model=model, finish=finish):
                     self.assertEqual(self.proxy.chat(model=model)[1]["choices"][0]["finish_reason"], finish)
@@ -2044,8 +2110,8 @@ class RealWireTest(RealCase):
             deltas = deltas_of(self.proxy.stream(model=model, tools=self.TOOLS))
             expected = [{"role": "assistant", "content": ""}, {"content": "Let me "}]
             for index, call in enumerate(calls):
-                expected += [{"tool_calls": [{"index": index, **call, "function": {"name": call["function"]["name"], "arguments": ""}}]},
-                             {"tool_calls": [{"index": index, "function": {"arguments": call["function"]["arguments"]}}]}]
+                expected.append({"tool_calls": [{"index": index, **call, "function": {"name": call["function"]["name"], "arguments": ""}}]})
+                expected += [{"tool_calls": [{"index": index, "function": {"arguments": piece}}]} for piece in (["{}"] if index else arguments)]
             self.assertEqual(deltas, [*expected, {}], model)
             self.exchange()
         self.assertFalse(target.exists())
@@ -2315,7 +2381,7 @@ class RealFaultTest(RealCase):
         def respond(exchange):
             exchange.begin()
             exchange.send({"error": {"message": "overloaded", "code": 500}})
-        self.check("error object in the stream", respond, 502, "server_error", "overloaded")
+        self.check("error object in the stream", respond, 500, "server_error", "overloaded")
 
     def test_nothing_left(self):
         self.proxy.chat()
