@@ -57,6 +57,7 @@ MIN_OPENCODE = (1, 17, 0)  # older ones send no session header or keep sessions 
 
 MAX_CHOICES = 8             # `n`: one request must not start an unbounded number of processes
 MAX_LINE_BYTES = 16 << 20   # one line of a child's stdout: a runaway child must not fill the memory
+LARGE_PROMPT_BYTES = 4 << 20  # a larger prompt goes to a process that collects its garbage; see Opencode.environment
 MAX_INBOX_BYTES = 1 << 20   # stdout read ahead of a slow client; beyond it the child's pipe fills and the child waits
 MAX_STDERR_BYTES = 4 << 10  # what is kept of a child's stderr to explain a failure
 MAX_CONNECTIONS = 2000      # threads; one more connection closes the one that has been idle longest
@@ -391,7 +392,7 @@ def envelope(request: ChatRequest) -> Json:
     }
 
 
-WARM_UP: Json = {"warmup": True, "system": [], "conversation": [{"role": "user", "parts": [{"type": "text", "text": "-"}]}]}
+WARM_UP = '{"warmup":true,"system":[],"conversation":[{"role":"user","parts":[{"type":"text","text":"-"}]}]}'
 
 
 def compact_json(value: Any) -> str:
@@ -911,8 +912,13 @@ class Opencode:
             json.dumps({"packages": {"": {"dependencies": {"@opencode-ai/plugin": "*"}}}}))
         return home
 
-    def environment(self, home: pathlib.Path, catalog: Catalog | None) -> dict[str, str]:
-        """Return the environment of a process that lives in `home` and may use the models of `catalog`."""
+    def environment(self, home: pathlib.Path, catalog: Catalog | None, large: bool = False) -> dict[str, str]:
+        """Return the environment of a process that lives in `home` and may use the models of `catalog`.
+
+        The JavaScript engine of opencode (Bun 1.3) spends two thirds of its time on collecting garbage, in steps of
+        15 ms that hold up every token, although a process serves one request and is gone. So it is told not to, unless
+        the prompt is `large`: the process takes 300 MB more, starts in two thirds of the time and passes tokens on in 1 ms.
+        """
         kept = ("OPENCODE_CONFIG", "OPENCODE_API_KEY", "OPENCODE_AUTH_CONTENT", "OPENCODE_MODELS_URL")
         environment = {name: value for name, value in os.environ.items()
                        if name in kept or not name.startswith(("OPENCODE", "OTEL_", "NOTIFY_SOCKET"))}
@@ -922,7 +928,7 @@ class Opencode:
             OPENCODE_DB=":memory:", OPENCODE_SERVER_PASSWORD=secrets.token_hex(16), OPENCODE_LOG_LEVEL="ERROR",
             OPENCODE_TEST_HOME=str(home / "home"), XDG_CONFIG_HOME=str(home / "config"), XDG_DATA_HOME=str(home / "data"),
             XDG_STATE_HOME=str(home / "state"), XDG_CACHE_HOME=str(home / "cache"), TMPDIR=str(home / "tmp"),
-            PWD=str(home / "cwd"), PATH=os.pathsep.join([os.environ.get("PATH", os.defpath), str(self.run_directory / "bin")]))
+            BUN_JSC_useGC=os.environ.get("BUN_JSC_useGC", "1" if large else "0"), PWD=str(home / "cwd"), PATH=os.pathsep.join([os.environ.get("PATH", os.defpath), str(self.run_directory / "bin")]))
         if catalog is None:
             fetched = user_folder("XDG_CACHE_HOME", "~/.cache") / "models.json"
             environment.update({"OPENCODE_MODELS_PATH": str(fetched)} if fetched.exists() else {})
@@ -1239,7 +1245,9 @@ class OpencodeProcess:
     ACP = ("acp", "--hostname", "127.0.0.1", "--port", "0")
     MODELS = ("models", "--verbose")
 
-    def __init__(self, opencode: Opencode, arguments: Sequence[str] = ACP, trace: Trace = lambda text: None) -> None:
+    def __init__(self, opencode: Opencode, arguments: Sequence[str] = ACP, large: bool = False,
+                 trace: Trace = lambda text: None) -> None:
+        self.large = large
         self._opencode = opencode
         self._trace = trace
         self.catalog = opencode.catalog
@@ -1256,7 +1264,7 @@ class OpencodeProcess:
         self._timeout = START_SECONDS
         self.home = opencode.new_home()
         self._command = [opencode.path, *arguments]
-        environment = opencode.environment(self.home, self.catalog if arguments is self.ACP else None)
+        environment = opencode.environment(self.home, self.catalog if arguments is self.ACP else None, large)
         try:
             self._spawn(environment)
         except OSError as error:
@@ -1452,8 +1460,8 @@ class OpencodeProcess:
         if not self.warm:
             raise ProcessDied(f"opencode {self.version} did not reach the model in the start-up proof", self.stderr_tail())
 
-    def _prompt_params(self, content: Json) -> Json:
-        return {"sessionId": self.session_id, "prompt": [{"type": "text", "text": json.dumps(content)}]}
+    def _prompt_params(self, prompt: str) -> Json:
+        return {"sessionId": self.session_id, "prompt": [{"type": "text", "text": prompt}]}
 
     def _select(self, model: str) -> None:
         """Make sure that the session's model is `model`: opencode silently takes another one where it can not."""
@@ -1466,8 +1474,8 @@ class OpencodeProcess:
                 raise model_not_found(model) from None
             self._model = model
 
-    def prompt(self, model: str, content: Json, timeout: float) -> Iterator[Event]:
-        """Send `content`, an envelope, to `model` and yield what it answers, Finish last.
+    def prompt(self, model: str, prompt: str, timeout: float) -> Iterator[Event]:
+        """Send `prompt`, an envelope in JSON, to `model` and yield what it answers, Finish last.
 
         Raises APIError: the provider's own refusal, 504 after `timeout` seconds of silence, 502 when the answer
         breaks off.
@@ -1475,7 +1483,7 @@ class OpencodeProcess:
         self._select(model)
         self._timeout = timeout
         self.served += 1
-        number = self._request("session/prompt", self._prompt_params(content))
+        number = self._request("session/prompt", self._prompt_params(prompt))
         parser, last = AnswerParser(), time.monotonic()
         while True:
             message = self._message(min(PING_SECONDS, max(0.0, last + timeout - time.monotonic())))
@@ -1513,7 +1521,7 @@ def to_events(method: str, params: Json, parser: AnswerParser) -> list[Event]:
 def turn_error(error: Json) -> APIError:
     """Return the error for a turn that failed without a refusal by the provider."""
     message = str(error.get("message") or "opencode gave no reason").replace("Internal error: ", "")
-    kind = "The model's provider cannot be reached: " if "network" in error else "The answer failed: "
+    kind = "The connection to the model's provider failed: " if "network" in error else "The answer failed: "
     return APIError(502, kind + message, code="upstream_unreachable" if "network" in error else "upstream_failed")
 
 
@@ -1689,12 +1697,12 @@ class Pool:
 
     # -- processes
 
-    def new_process(self, arguments: Sequence[str] = OpencodeProcess.ACP) -> OpencodeProcess:
+    def new_process(self, arguments: Sequence[str] = OpencodeProcess.ACP, large: bool = False) -> OpencodeProcess:
         """Start a process that `close` ends."""
         with self._lock:  # registered before it can be forgotten
             if self._closing.is_set():
                 raise APIError(503, "The server is shutting down", code="shutting_down")
-            process = OpencodeProcess(self.opencode, arguments, self._trace)
+            process = OpencodeProcess(self.opencode, arguments, large, self._trace)
             self._processes.add(process)
             return process
 
@@ -1766,7 +1774,7 @@ class Pool:
     def give_back(self, process: OpencodeProcess, clean: bool) -> None:
         """Take back a process after its turn: make it a spare again where that is allowed, or end it."""
         process.idle_since = time.monotonic()
-        may_serve = (clean and process.served < self._requests_per_process and self._usable(process)
+        may_serve = (clean and not process.large and process.served < self._requests_per_process and self._usable(process)
                      and process.memory() < MAX_PROCESS_BYTES)
         future: Future[OpencodeProcess] = Future()
         if may_serve and self._add_spare(future):
@@ -1836,10 +1844,11 @@ class Pool:
 class Turn:
     """One choice of one request: waits for a slot, takes a process, yields its events."""
 
-    def __init__(self, pool: Pool, model: str, content: Json, timeout: float) -> None:
+    def __init__(self, pool: Pool, model: str, prompt: str, timeout: float) -> None:
         self._pool = pool
         self._model = model
-        self._content = content
+        self._prompt = prompt
+        self._large = len(prompt) > LARGE_PROMPT_BYTES
         self._timeout = timeout
         self._lock = threading.Lock()
         self._target: Slot | OpencodeProcess | None = None
@@ -1865,7 +1874,7 @@ class Turn:
         try:
             self._depend_on(slot)
             slot.wait()
-            spare = self._pool.take()
+            spare = None if self._large else self._pool.take()
             if spare is not None:
                 try:
                     yield from self._run(spare)
@@ -1882,14 +1891,14 @@ class Turn:
         clean = process is not None
         try:
             if process is None:
-                process = self._pool.new_process()
+                process = self._pool.new_process(large=self._large)
                 self._depend_on(process)
                 process.start()
             else:
                 self._depend_on(process)
             clean = False
             begun = False
-            for event in process.prompt(self._model, self._content, self._timeout):
+            for event in process.prompt(self._model, self._prompt, self._timeout):
                 clean = isinstance(event, Finish)
                 yield event
                 if not begun and not isinstance(event, Silence):
@@ -2499,8 +2508,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         pool = self.server.pool
         model = pool.resolve(request.model)
         self._facts["model"] = model
-        content = envelope(request)
-        turns = [Turn(pool, model, content, self.server.settings.timeout) for _ in range(request.choices)]
+        prompt = json.dumps(envelope(request))
+        turns = [Turn(pool, model, prompt, self.server.settings.timeout) for _ in range(request.choices)]
         shown = request.model if request.model in (model, model.partition("/")[2]) else model
         completion = Completion(shown or model, request.include_usage)
         choices = [Choice(request.stop, request.legacy_functions) for _ in turns]

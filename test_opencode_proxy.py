@@ -354,7 +354,8 @@ def make_home(folder, upstream, **more):
     copilot = {"options": {"baseURL": upstream.url},
                "models": {name: {"provider": {"npm": "@ai-sdk/anthropic"}} for name in ("claude-sonnet-4.6", "claude-3-5-sonnet")}}
     local = {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": upstream.url + "/v1", "apiKey": "k"}, "models": {"m": {}}}
-    config = {"provider": {"github-copilot": copilot, "local": local}, **more}
+    google = {"npm": "@ai-sdk/google", "options": {"baseURL": upstream.url + "/google", "apiKey": "k"}, "models": {"m": {}}}
+    config = {"provider": {"github-copilot": copilot, "local": local, "other": google}, **more}
     for path, content in ((".local/share/opencode/auth.json", login), (".config/opencode/opencode.json", config)):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(json.dumps(content))
@@ -821,7 +822,7 @@ class ParserTest(unittest.TestCase):
         self.assertEqual(proxy.to_events("proxy/delta", {"type": "text", "text": "x"}, proxy.ChatParser()), [])
         for method, params, status, text in (
                 ("finish", {"finish": "unknown"}, 502, "without saying why"), ("error", {"message": "Internal error: x"}, 502, "The answer failed: x"),
-                ("error", {"network": "ECONNREFUSED", "message": "no"}, 502, "cannot be reached: no"), ("end", {}, 502, "without saying why"),
+                ("error", {"network": "ECONNREFUSED", "message": "no"}, 502, "connection to the model's provider failed: no"), ("end", {}, 502, "without saying why"),
                 ("error", {"status": 418, "headers": {}, "body": "{}"}, 418, "418")):
             with self.assertRaises(proxy.APIError) as caught:
                 proxy.to_events("proxy/" + method, params, proxy.OpencodeParser())
@@ -990,6 +991,8 @@ def turn(session, envelope):
     if act == "ask":
         out(id=99, method="session/request_permission", params={"sessionId": session})
         delta(session, json.loads(sys.stdin.readline())["error"]["message"])
+    if act == "garbage":
+        words = [os.environ["BUN_JSC_useGC"]]
     if act == "deltas":
         def sse(data):
             return json.dumps({"jsonrpc": "2.0", "method": "proxy/sse", "params": {"sessionId": session, "data": data}}) + "\n"
@@ -1328,6 +1331,13 @@ class LoadTest(FakeCase):
         self.assertTrue(eventually(lambda: running.pool.status()["spares"] == 1))
         self.assertIsNot(running.pool._spares[0].result(), spare)
         self.assertTrue(eventually(lambda: not spare.alive()))
+
+    def test_large_prompts_have_a_process_that_collects_garbage(self):
+        running = self.start(spares=1, requests_per_process=5)
+        spare = running.pool._spares[0].result()
+        with unittest.mock.patch.object(proxy, "LARGE_PROMPT_BYTES", 5000):
+            self.assertEqual(running.chat("garbage " + "x" * 5000)[1]["choices"][0]["message"]["content"], "1")
+        self.assertEqual((spare.served, running.chat("garbage")[1]["choices"][0]["message"]["content"]), (0, "0"))
 
     def test_spare_that_died(self):
         running = self.start(spares=1)
@@ -2229,6 +2239,32 @@ class RealWireTest(RealCase):
         self.assertEqual(len(self.upstream.exchanges), 3)
         self.assertEqual([exchange.body.get("n") for exchange in self.upstream.exchanges], [None] * 3)
 
+    def test_another_wire_format(self):
+        """What the proxy does not parse, opencode reads: text, reasoning, parameters and refusals go through."""
+        def respond(exchange):
+            exchange.begin()
+            for parts, more in (([{"text": "hm", "thought": True}], {}), ([{"text": "Hel"}], {}), ([{"text": "lo"}], {"finishReason": "MAX_TOKENS"})):
+                exchange.send({"candidates": [{"content": {"role": "model", "parts": parts}, **more}], "usageMetadata": {
+                    "promptTokenCount": 11, "candidatesTokenCount": 13, "thoughtsTokenCount": 7, "totalTokenCount": 31, "cachedContentTokenCount": 4}})
+        self.upstream.respond = respond
+        messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}]
+        status, answer = self.proxy.chat(model="other/m", messages=messages, max_tokens=50)
+        self.assertEqual(answer["choices"], [{"index": 0, "logprobs": None, "finish_reason": "length", "message": {
+            "role": "assistant", "content": "Hello", "refusal": None, "reasoning_content": "hm"}}])
+        self.assertEqual(answer["usage"], USAGE)
+        sent = self.exchange().body
+        self.assertEqual((sent["contents"], sent["systemInstruction"], sent["generationConfig"]["maxOutputTokens"], "tools" in sent),
+                         ([{"role": "user", "parts": [{"text": "a"}]}], {"parts": [{"text": "S"}]}, 50, False))
+        self.assertEqual([delta.get("content") for delta in deltas_of(self.proxy.stream(model="other/m"))[2:4]], ["Hel", "lo"])
+        self.upstream.exchanges.clear()
+        self.upstream.respond = failing(429, {"error": {"message": "slow down"}})
+        status, answer = self.proxy.chat(model="other/m")
+        self.assertEqual((status, answer["error"]["message"], len(self.upstream.exchanges)), (429, "slow down", 1))
+        self.upstream.exchanges.clear()
+        status, answer = self.proxy.chat([{"type": "image_url", "image_url": {"url": "https://x/y"}}], model="other/m")
+        self.assertEqual((status, len(self.upstream.exchanges)), (502, 0))
+        self.assertIn("attachments cannot be sent", answer["error"]["message"])
+
     def test_interleaved_requests_do_not_mix(self):
         def respond(exchange):
             word = exchange.body["messages"][-1]["content"]
@@ -2262,7 +2298,7 @@ class RealWireTest(RealCase):
         names = [model["id"] for model in json.loads(self.proxy.request("GET", "/v1/models")[2])["data"]]
         self.assertEqual(names[0], self.proxy.opencode.catalog.default)
         self.assertIn("local/m", names)
-        self.assertEqual({name.partition("/")[0] for name in names}, {"github-copilot", "local"})
+        self.assertEqual({name.partition("/")[0] for name in names}, {"github-copilot", "local", "other"})
         self.assertIsNotNone(self.proxy.opencode.catalog.trimmed)
         self.assertEqual(self.proxy.server.health()["opencode"], self.proxy.opencode.version)
 
@@ -2352,7 +2388,7 @@ class RealFaultTest(RealCase):
         self.check("connection dropped mid-stream", respond, 502, "server_error", "", begun=True)
 
     def test_dropped_before_the_answer(self):
-        self.check("connection dropped before the answer", lambda exchange: exchange.drop(), 502, "server_error", "cannot be reached")
+        self.check("connection dropped before the answer", lambda exchange: exchange.drop(), 502, "server_error", "connection to the model's provider failed")
 
     def test_stalls(self):
         def before(exchange):
@@ -2551,6 +2587,7 @@ class LoginTest(unittest.TestCase):
         self.stack.callback(opencode.close)
         home = opencode.new_home()
         environment = opencode.environment(home, None)
+        self.assertEqual((environment["BUN_JSC_useGC"], opencode.environment(home, None, large=True)["BUN_JSC_useGC"]), ("0", "1"))
         subprocess.run([self.path, "auth", "logout", "github-copilot"], env=environment, cwd=home / "cwd", stdin=subprocess.DEVNULL,
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=DEADLINE, check=False)
         self.assertTrue((home / "data/opencode/auth.json").is_symlink())
