@@ -730,6 +730,7 @@ def user_folder(variable: str, default: str) -> pathlib.Path:
     return pathlib.Path(os.environ.get(variable) or os.path.expanduser(default)) / "opencode"
 
 
+COLLECT_GARBAGE = "BUN_JSC_useGC"  # what the user has set of it is respected
 CONFIG_FILES = ("opencode.json", "opencode.jsonc", "config.json")
 
 
@@ -928,7 +929,8 @@ class Opencode:
             OPENCODE_DB=":memory:", OPENCODE_SERVER_PASSWORD=secrets.token_hex(16), OPENCODE_LOG_LEVEL="ERROR",
             OPENCODE_TEST_HOME=str(home / "home"), XDG_CONFIG_HOME=str(home / "config"), XDG_DATA_HOME=str(home / "data"),
             XDG_STATE_HOME=str(home / "state"), XDG_CACHE_HOME=str(home / "cache"), TMPDIR=str(home / "tmp"),
-            BUN_JSC_useGC=os.environ.get("BUN_JSC_useGC", "1" if large else "0"), PWD=str(home / "cwd"), PATH=os.pathsep.join([os.environ.get("PATH", os.defpath), str(self.run_directory / "bin")]))
+            PWD=str(home / "cwd"), PATH=os.pathsep.join([os.environ.get("PATH", os.defpath), str(self.run_directory / "bin")]))
+        environment.setdefault(COLLECT_GARBAGE, "1" if large else "0")
         if catalog is None:
             fetched = user_folder("XDG_CACHE_HOME", "~/.cache") / "models.json"
             environment.update({"OPENCODE_MODELS_PATH": str(fetched)} if fetched.exists() else {})
