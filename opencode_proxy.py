@@ -1718,6 +1718,8 @@ class Pool:
         def run() -> None:
             try:
                 target(*args)
+            except Exception as error:  # a defect of this program: one line, and the others go on
+                log(f"internal error: {error!r}")
             finally:
                 self._threads.discard(thread)
         thread = threading.Thread(target=run, daemon=True)
@@ -1906,8 +1908,8 @@ class Turn:
                 if not begun and not isinstance(event, Silence):
                     begun = True
                     self._pool.replenish()  # now, and not earlier: a start takes the processor from the first token
-        except StartError as error:  # another opencode was installed meanwhile
-            raise APIError(502, str(error), code="opencode_failed") from None
+        except (StartError, OSError) as error:  # another opencode was installed meanwhile, or the disk is full
+            raise APIError(502, f"opencode cannot be started: {error}", code="opencode_failed") from None
         finally:
             with self._lock:
                 self._target = None  # what comes now must not hit the next request of the process
@@ -2439,9 +2441,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self._send(status, json.dumps(value).encode() + b"\n", headers=headers)
 
     def _send_error(self, error: APIError) -> None:
-        with contextlib.suppress(OSError):
-            self._send_json(error.body(), error.status, error.headers)
-            return
+        if not self._streaming:  # in the middle of a stream only its end can tell
+            with contextlib.suppress(OSError):
+                self._send_json(error.body(), error.status, error.headers)
+                return
         self.close_connection = True
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
@@ -2730,43 +2733,45 @@ def full_model(text: str) -> str:
     return text
 
 
+COUNT, SOME = bounded(int, 0, 10000), bounded(int, 1, 10000)
+SECONDS, SOON = bounded(float, 0, 86400), bounded(float, 0.1, 86400)
+# For each group: name, default, reader (none where the option may be repeated), unit, meaning.
+OPTIONS: dict[str, list[tuple[str, Any, Callable[[str], Any] | None, str, str]]] = {
+    "where": [
+        ("host", "0.0.0.0", str, "ADDRESS", "address to listen on"),
+        ("port", 4141, bounded(int, 0, 65535), "N", "port to listen on"),
+        ("opencode", None, str, "PATH", "the opencode program (default: PATH, then where its installers put it)"),
+        ("model", None, full_model, "P/M", f"default model (default: {DEFAULT_MODEL}, or its successor)")],
+    "who may ask": [
+        ("api-key", None, None, "KEY", "key that clients must show; may be repeated (in the environment: spaces between)"),
+        ("api-key-file", None, str, "FILE", "file with such keys, one a line"),
+        ("cors-origin", None, None, "ORIGIN", "web pages that may ask besides those on loopback, or *; may be repeated")],
+    "how much": [
+        ("max-concurrency", 4, SOME, "N", "opencode processes that answer at once"),
+        ("max-queue", 64, COUNT, "N", "requests that may wait for one"),
+        ("max-body-size", 64 << 20, bounded(int, 1, 1 << 40), "BYTES", "largest request body"),
+        ("spares", 1, COUNT, "N", "opencode processes started ahead; 0: none"),
+        ("requests-per-process", 1, SOME, "N", "requests that a process may answer, one after the other")],
+    "how long": [
+        ("timeout", 300.0, SOON, "SECONDS", "longest silence of the model's provider"),
+        ("grace", 10.0, SECONDS, "SECONDS", "time for running answers when stopping")],
+}
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; every option is also read from OPENCODE_PROXY_..., which it overrides."""
     parser = argparse.ArgumentParser(
         prog="opencode_proxy.py", description="Serve the models of opencode through OpenAI's chat completions API.",
         epilog="Each option can also be given as an environment variable: --max-queue as OPENCODE_PROXY_MAX_QUEUE.")
-    count, seconds = bounded(int, 0, 10000), bounded(float, 0, 86400)
-    some, soon = bounded(int, 1, 10000), bounded(float, 0.1, 86400)
-    groups: dict[str, list[tuple[str, Any, Callable[[str], Any] | None, str, str]]] = {
-        "where": [
-            ("host", "0.0.0.0", str, "ADDRESS", "address to listen on"),
-            ("port", 4141, bounded(int, 0, 65535), "N", "port to listen on"),
-            ("opencode", None, str, "PATH", "the opencode program (default: PATH, then where its installers put it)"),
-            ("model", None, full_model, "P/M", f"default model (default: {DEFAULT_MODEL}, or its successor)")],
-        "who may ask": [
-            ("api-key", None, None, "KEY", "key that clients must show; may be repeated (in the environment: spaces between)"),
-            ("api-key-file", None, str, "FILE", "file with such keys, one a line"),
-            ("cors-origin", None, None, "ORIGIN", "web pages that may ask besides those on loopback, or *; may be repeated")],
-        "how much": [
-            ("max-concurrency", 4, some, "N", "opencode processes that answer at once"),
-            ("max-queue", 64, count, "N", "requests that may wait for one"),
-            ("max-body-size", 64 << 20, bounded(int, 1, 1 << 40), "BYTES", "largest request body"),
-            ("spares", 1, count, "N", "opencode processes started ahead; 0: none"),
-            ("requests-per-process", 1, some, "N", "requests that a process may answer, one after the other")],
-        "how long": [
-            ("timeout", 300.0, soon, "SECONDS", "longest silence of the model's provider"),
-            ("grace", 10.0, seconds, "SECONDS", "time for running answers when stopping")],
-    }
-    for title, options in groups.items():
+    for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
-        for name, default, kind, unit, text in options:
-            variable = "OPENCODE_PROXY_" + name.upper().replace("-", "_")
-            shown = "" if default is None else f" (default: {default})"
-            if kind is None:
-                group.add_argument("--" + name, metavar=unit, action="append", help=text)
+        for name, default, reader, unit, meaning in options:
+            if reader is None:
+                group.add_argument("--" + name, metavar=unit, action="append", help=meaning)
             else:
-                group.add_argument("--" + name, metavar=unit, type=kind, help=text + shown,
-                                   default=os.environ.get(variable) or default)
+                variable = "OPENCODE_PROXY_" + name.upper().replace("-", "_")
+                group.add_argument("--" + name, metavar=unit, type=reader, default=os.environ.get(variable) or default,
+                                   help=meaning + ("" if default is None else f" (default: {default})"))
     parser.add_argument("--verbose", action="store_true", default=bool(os.environ.get("OPENCODE_PROXY_VERBOSE")),
                         help="log the messages exchanged with opencode, without their contents")
     parser.add_argument("--systemd-unit", nargs="?", const="user", choices=("user", "system"), metavar="user|system",
