@@ -29,6 +29,7 @@ import pathlib
 import queue
 import re
 import secrets
+import select
 import selectors
 import shutil
 import signal
@@ -1775,16 +1776,26 @@ class Pool:
                 self._spares.remove(future)
             future.set_exception(error)
 
-    def give_back(self, process: OpencodeProcess, clean: bool) -> None:
-        """Take back a process after its turn: make it a spare again where that is allowed, or end it."""
+    def give_back(self, process: OpencodeProcess, clean: bool, done: Callable[[], None] = lambda: None) -> None:
+        """Take back a process after its turn: make it a spare again where that is allowed, or end it.
+
+        Calls `done` when there is room for another process.
+        """
         process.idle_since = time.monotonic()
-        may_serve = (clean and not process.large and process.served < self._requests_per_process and self._usable(process)
-                     and process.memory() < MAX_PROCESS_BYTES)
+        may_serve = (clean and not process.large and process.served < self._requests_per_process
+                     and self._usable(process) and process.memory() < MAX_PROCESS_BYTES)
         future: Future[OpencodeProcess] = Future()
         if may_serve and self._add_spare(future):
             self._thread(self._prepare, future, process)
+            done()
         else:
-            self._thread(self._discard, process)
+            self._thread(self._end, process, done)
+
+    def _end(self, process: OpencodeProcess, done: Callable[[], None]) -> None:
+        try:
+            self._discard(process)
+        finally:
+            done()
 
     def _usable(self, process: OpencodeProcess) -> bool:
         return (process.alive() and process.catalog is self.opencode.catalog
@@ -1856,6 +1867,8 @@ class Turn:
         self._timeout = timeout
         self._lock = threading.Lock()
         self._target: Slot | OpencodeProcess | None = None
+        self._process: OpencodeProcess | None = None  # the one that was used last
+        self._clean = False  # whether it may be used again
         self._error: Exception | None = None
 
     def interrupt(self, error: Exception) -> None:
@@ -1886,24 +1899,29 @@ class Turn:
                 except ProcessDied:  # a request never fails because a spare did
                     if spare.posted:
                         raise
+                    self._pool.give_back(spare, False)
+                    self._process = None
             yield from self._run(None)
         finally:
             self._pool.turns.discard(self)
-            slot.release()
+            if self._process is None:
+                slot.release()
+            else:  # only then is there room for another process
+                self._pool.give_back(self._process, self._clean, slot.release)
 
     def _run(self, process: OpencodeProcess | None) -> Iterator[Event]:
-        clean = process is not None
+        self._process, self._clean = process, process is not None
+        begun = False
         try:
             if process is None:
-                process = self._pool.new_process(large=self._large)
+                process = self._process = self._pool.new_process(large=self._large)
                 self._depend_on(process)
                 process.start()
             else:
                 self._depend_on(process)
-            clean = False
-            begun = False
+            self._clean = False
             for event in process.prompt(self._model, self._prompt, self._timeout):
-                clean = isinstance(event, Finish)
+                self._clean = isinstance(event, Finish)
                 yield event
                 if not begun and not isinstance(event, Silence):
                     begun = True
@@ -1914,8 +1932,6 @@ class Turn:
             with self._lock:
                 self._target = None  # what comes now must not hit the next request of the process
             self._pool.replenish()
-            if process is not None:
-                self._pool.give_back(process, clean)
 
 
 Events = Generator[tuple[int, Event], None, None]  # with the index of the choice
@@ -2689,10 +2705,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         with self._lock:
             self._handlers.pop(handler, None)
 
-    def _wait_idle(self, seconds: float, hurry: threading.Event) -> None:
-        """Wait until no request is being answered, `seconds` have passed or `hurry` is set."""
+    def _wait_idle(self, seconds: float, hurry: Callable[[float], Any]) -> None:
+        """Wait until no request is being answered, `seconds` have passed or `hurry` says so."""
         deadline = time.monotonic() + seconds
-        while not all(list(self._handlers.values())) and time.monotonic() < deadline and not hurry.wait(0.02):
+        while not all(list(self._handlers.values())) and time.monotonic() < deadline and not hurry(0.02):
             pass
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -2701,14 +2717,17 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if not isinstance(error, OSError):
             log(f"{client_address[0]} connection failed: {error!r}")
 
-    def stop(self, grace: float, hurry: threading.Event) -> None:
-        """Stop accepting, let running answers finish for `grace` seconds, end the rest, stop every process."""
+    def stop(self, grace: float, hurry: Callable[[float], Any]) -> None:
+        """Stop accepting, let running answers finish for `grace` seconds, end the rest, stop every process.
+
+        `hurry` waits for so many seconds and tells whether the grace is over.
+        """
         self.shutdown()
         self.server_close()
         self._hang_up_idle(MAX_CONNECTIONS)
         self._wait_idle(grace, hurry)
         self.pool.interrupt_all(APIError(503, "The server is shutting down", code="shutting_down"))
-        self._wait_idle(STOP_SECONDS, threading.Event())
+        self._wait_idle(STOP_SECONDS, time.sleep)
         self.pool.close()
         self.watcher.close()
 
@@ -2889,9 +2908,12 @@ def serve(settings: argparse.Namespace) -> int:
     except OSError as error:
         pool.close()
         raise StartError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from None
-    stop, hurry = threading.Event(), threading.Event()
+    # The interpreter writes each signal's number here. A handler that sets an event could find it locked by its thread.
+    waker, wakened = socket.socketpair()
+    waker.setblocking(False)
+    signal.set_wakeup_fd(waker.fileno())
     for name in ("SIGTERM", "SIGINT"):
-        signal.signal(getattr(signal, name), lambda *_: (hurry if stop.is_set() else stop).set())
+        signal.signal(getattr(signal, name), lambda *_: None)
     failures: list[StartError] = []
 
     def prove() -> None:
@@ -2899,7 +2921,7 @@ def serve(settings: argparse.Namespace) -> int:
             pool.prove()
         except StartError as error:
             failures.append(error)
-            stop.set()
+            waker.send(b"!")
         else:
             for line in banner(server):
                 log(line)
@@ -2908,11 +2930,14 @@ def serve(settings: argparse.Namespace) -> int:
     threads = [threading.Thread(target=server.serve_forever), threading.Thread(target=prove)]
     for thread in threads:
         thread.start()
-    told_to_stop = stop.wait() and not failures
+    told_to_stop = wakened.recv(1) != b"!"
     notify("STOPPING=1")
-    server.stop(settings.grace, hurry)
+    server.stop(settings.grace, lambda seconds: select.select([wakened], [], [], seconds)[0])
     for thread in threads:
         thread.join()
+    signal.set_wakeup_fd(-1)
+    for end in (waker, wakened):
+        end.close()
     if failures and not told_to_stop:
         raise failures[0]
     return 0

@@ -266,7 +266,7 @@ class Running:
         if self.closed:
             return
         self.closed = True
-        self.server.stop(grace, threading.Event())
+        self.server.stop(grace, time.sleep)
         self.thread.join()
 
     def connect(self):
@@ -1265,7 +1265,7 @@ class StartTest(FakeCase):
                 connection.request("GET", "/v1/models")
                 self.assertEqual(connection.getresponse().status, 200)
                 self.assertTrue(proven)
-            server.stop(0, threading.Event())
+            server.stop(0, time.sleep)
             for thread in threads:
                 thread.join()
 
