@@ -2898,6 +2898,25 @@ def banner(server: ProxyServer) -> list[str]:
     return lines
 
 
+@contextlib.contextmanager
+def signals() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Yield a pair of sockets; for each SIGTERM or SIGINT a byte arrives at the second, and none ends the process.
+
+    The interpreter writes the byte. A handler that sets an event could find it locked by the thread it interrupts.
+    """
+    waker, wakened = socket.socketpair()
+    waker.setblocking(False)
+    signal.set_wakeup_fd(waker.fileno())
+    for name in ("SIGTERM", "SIGINT"):
+        signal.signal(getattr(signal, name), lambda *_: None)
+    try:
+        yield waker, wakened
+    finally:
+        signal.set_wakeup_fd(-1)
+        waker.close()
+        wakened.close()
+
+
 def serve(settings: argparse.Namespace) -> int:
     """Run the server until it is told to stop; return the exit code."""
     opencode = Opencode(find_opencode(settings.opencode), settings.model)
@@ -2908,37 +2927,28 @@ def serve(settings: argparse.Namespace) -> int:
     except OSError as error:
         pool.close()
         raise StartError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from None
-    # The interpreter writes each signal's number here. A handler that sets an event could find it locked by its thread.
-    waker, wakened = socket.socketpair()
-    waker.setblocking(False)
-    signal.set_wakeup_fd(waker.fileno())
-    for name in ("SIGTERM", "SIGINT"):
-        signal.signal(getattr(signal, name), lambda *_: None)
     failures: list[StartError] = []
+    with signals() as (waker, wakened):
+        def prove() -> None:
+            try:
+                pool.prove()
+            except StartError as error:
+                failures.append(error)
+                waker.send(b"!")
+            else:
+                for line in banner(server):
+                    log(line)
+                notify("READY=1")
 
-    def prove() -> None:
-        try:
-            pool.prove()
-        except StartError as error:
-            failures.append(error)
-            waker.send(b"!")
-        else:
-            for line in banner(server):
-                log(line)
-            notify("READY=1")
-
-    threads = [threading.Thread(target=server.serve_forever), threading.Thread(target=prove)]
-    for thread in threads:
-        thread.start()
-    told_to_stop = wakened.recv(1) != b"!"
-    notify("STOPPING=1")
-    server.stop(settings.grace, lambda seconds: select.select([wakened], [], [], seconds)[0])
-    for thread in threads:
-        thread.join()
-    signal.set_wakeup_fd(-1)
-    for end in (waker, wakened):
-        end.close()
-    if failures and not told_to_stop:
+        threads = [threading.Thread(target=server.serve_forever), threading.Thread(target=prove)]
+        for thread in threads:
+            thread.start()
+        failed = wakened.recv(1) == b"!"
+        notify("STOPPING=1")
+        server.stop(settings.grace, lambda seconds: select.select([wakened], [], [], seconds)[0])
+        for thread in threads:
+            thread.join()
+    if failed:
         raise failures[0]
     return 0
 
