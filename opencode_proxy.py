@@ -1632,7 +1632,7 @@ class Pool:
                     # the trimmed catalog loses a model (one that a key in the environment brings): use the whole one
                     self._discard(process)
                     self._trim = False
-                    self._read_catalog()
+                    self.opencode.use_catalog(dataclasses.replace(catalog, trimmed=None))
                     process = self._started()
                 future: Future[OpencodeProcess] = Future()
                 future.set_result(process)
