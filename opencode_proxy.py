@@ -2697,6 +2697,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         with self._lock:
             idle = [handler for handler, is_idle in self._handlers.items() if is_idle][:most]
             for handler in idle:
+                del self._handlers[handler]
                 with contextlib.suppress(OSError):
                     handler.connection.shutdown(socket.SHUT_RDWR)
 
