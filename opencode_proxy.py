@@ -57,9 +57,11 @@ SUCCESSORS = ("github-copilot/gpt-5-mini", "github-copilot/gpt-5.4-mini", "githu
 MIN_OPENCODE = (1, 17, 0)  # older ones send no session header or keep sessions on disk
 
 MAX_CHOICES = 8             # `n`: one request must not start an unbounded number of processes
+MAX_STOP_SEQUENCES = 64     # `stop`: each is looked for in every delta
 MAX_LINE_BYTES = 16 << 20   # one line of a child's stdout: a runaway child must not fill the memory
-LARGE_PROMPT_BYTES = 4 << 20  # a larger prompt goes to a process that collects its garbage; see Opencode.environment
+MAX_PROMPT_LINE = 1 << 20   # opencode reads a line in quadratic time: a longer prompt goes past its reader
 MAX_INBOX_BYTES = 1 << 20   # stdout read ahead of a slow client; beyond it the child's pipe fills and the child waits
+MAX_PAGE = 1 << 12          # characters of a gateway's error page that are looked at: hostile ones take quadratic time
 MAX_STDERR_BYTES = 4 << 10  # what is kept of a child's stderr to explain a failure
 MAX_CONNECTIONS = 2000      # threads; one more connection closes the one that has been idle longest
 RESERVED_FILES = 200        # of the open files allowed: for the processes' pipes, so that connections cannot take them all
@@ -137,14 +139,14 @@ def upstream_error(status: int, headers: Mapping[str, str], body: str) -> APIErr
     """
     try:
         answer = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     answer = answer if isinstance(answer, dict) else {}
     error = answer.get("error", answer)
     error = error if isinstance(error, dict) else {"message": error}
     message = next((error[key] for key in ("message", "detail") if isinstance(error.get(key), str)), None)
     if not message:
-        text = " ".join(re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", " ", body).split())
+        text = " ".join(re.sub(r"(?s)<(script|style).*?</\1>|<[^<>]*>", " ", body[:MAX_PAGE]).split())
         message = "The model's provider answered {} {}{}".format(
             status, http.client.responses.get(status, ""), ": " + text[:300] if text else "").strip()
     kept = {name.title(): headers[name] for name in ("retry-after", "retry-after-ms") if headers.get(name)}
@@ -216,6 +218,8 @@ def parse_chat_request(data: bytes) -> ChatRequest:
         require(body["response_format"].get("json_schema"), (OBJECT,), "response_format.json_schema")
     stop = body.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
+    if len(stop) > MAX_STOP_SEQUENCES:
+        raise invalid(f"stop may have at most {MAX_STOP_SEQUENCES} sequences", "stop")
     for index, sequence in enumerate(stop):
         require(sequence, (STRING,), f"stop[{index}]")
     legacy = "functions" in body and "tools" not in body
@@ -316,7 +320,7 @@ def check_content(message: Json, param: str) -> None:
 
 
 def check_tools(body: Json) -> None:
-    """Raise APIError 400 unless every entry of tools and functions is an object with a name."""
+    """Raise APIError 400 unless every tool and function, and the one that is chosen, is an object with a name."""
     for index, tool in enumerate(body.get("tools", ())):
         param = f"tools[{index}]"
         require(tool, (OBJECT,), param)
@@ -327,6 +331,12 @@ def check_tools(body: Json) -> None:
     for index, function in enumerate(body.get("functions", ())):
         require(function, (OBJECT,), f"functions[{index}]")
         require(function.get("name"), (STRING,), f"functions[{index}].name")
+    choice, function = body.get("tool_choice"), body.get("function_call")
+    if isinstance(choice, dict) and choice.get("type", "function") == "function":
+        require(choice.get("function"), (OBJECT,), "tool_choice.function")
+        require(choice["function"].get("name"), (STRING,), "tool_choice.function.name")
+    if isinstance(function, dict):
+        require(function.get("name"), (STRING,), "function_call.name")
 
 
 def modernized(body: Json) -> Json:
@@ -393,6 +403,14 @@ def envelope(request: ChatRequest) -> Json:
     }
 
 
+def prompt_of(request: ChatRequest) -> str:
+    """Return the envelope of `request` in JSON; raise APIError 400 where it is too deeply nested to be written."""
+    try:
+        return json.dumps(envelope(request))
+    except RecursionError:
+        raise invalid("The body is too deeply nested") from None
+
+
 WARM_UP = '{"warmup":true,"system":[],"conversation":[{"role":"user","parts":[{"type":"text","text":"-"}]}]}'
 
 
@@ -409,8 +427,11 @@ def compact_json(value: Any) -> str:
 def text_of(content: Any) -> str:
     """Return the text of a message's content."""
     if isinstance(content, list):
-        return "".join(part.get("text") or part.get("refusal") or "" for part in content)
+        return "".join(part.get(part.get("type")) or "" for part in content if part.get("type") in ("text", "refusal"))
     return content or ""
+
+
+ATTACHED = ("image_url", "input_audio", "file")  # the content parts that are not text
 
 
 class Attachments:
@@ -444,7 +465,7 @@ class Attachments:
         if not isinstance(value, str):
             return part
         head, comma, payload = value.rpartition(",")
-        if not re.fullmatch(r"[A-Za-z0-9+/=\s]+", payload) or (comma and not head.endswith(";base64")):
+        if not re.fullmatch(r"[A-Za-z0-9+/=]+", payload) or (comma and not head.endswith(";base64")):
             return part
         self.payloads.append((self._marker(), payload))
         return {**part, kind: {**part[kind], key: head + comma + self.payloads[-1][0]}}
@@ -474,41 +495,47 @@ def messages_part(part: Json) -> Json:
         "document", part["file"].get("file_data")) if part["type"] == "file" else ("", None)
     if not isinstance(url, str):
         return part
-    match = re.match(r"(?is)data:([^;,]*)[^,]*;base64,(.*)", url)
-    source = ({"type": "base64", "media_type": match.group(1).lower(), "data": match.group(2)} if match
-              else {"type": "url", "url": url})
+    head, _, data = url.partition(",")
+    head = head.lower()
+    source = ({"type": "base64", "media_type": head[5:].partition(";")[0], "data": data}
+              if head.startswith("data:") and head.endswith(";base64") else {"type": "url", "url": url})
     title = part["file"].get("filename") if kind == "document" else None
     return {"type": kind, "source": source, **({"title": title} if title else {})}
 
 
 def to_conversation(messages: Sequence[Json], attachments: Attachments) -> list[Json]:
     """Return `messages` in opencode's shapes: user and assistant turns; a tool's result belongs to its call."""
-    results = {m["tool_call_id"]: text_of(m["content"]) for m in messages if m["role"] == "tool"}
-    conversation = []
-    for message in messages:
-        if message["role"] == "user":
+    results: dict[str, Any] = {}
+    conversation: list[Json] = []
+    for message in reversed(messages):  # so that a call finds the results that follow it
+        if message["role"] == "tool":
+            results[message["tool_call_id"]] = message["content"]
+        elif message["role"] == "user":
             content = message["content"]
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else [
-                attachments.stand_in(part) if part["type"] in ("image_url", "input_audio", "file")
-                else {"type": "text", "text": text_of([part])} for part in content]
+                attachments.stand_in(part) if part["type"] in ATTACHED else {"type": "text", "text": text_of([part])}
+                for part in content]
             conversation.append({"role": "user", "parts": parts})
         elif message["role"] == "assistant":
             text = text_of(message.get("content"))
             parts = [{"type": "text", "text": text}] if text else []
-            parts += [tool_part(call, results) for call in message.get("tool_calls") or () if "function" in call]
+            parts += [tool_part(call, results.pop(call["id"], ""), attachments) for call in message.get("tool_calls") or ()
+                      if call.get("type", "function") == "function"]
             conversation.append({"role": "assistant", "parts": parts})
     # opencode insists on a user's message
-    return conversation or [{"role": "user", "parts": [{"type": "text", "text": " "}]}]
+    return conversation[::-1] or [{"role": "user", "parts": [{"type": "text", "text": " "}]}]
 
 
-def tool_part(call: Json, results: Mapping[str, str]) -> Json:
-    """Return an assistant's tool call with its result in opencode's shape."""
+def tool_part(call: Json, result: Any, attachments: Attachments) -> Json:
+    """Return an assistant's tool call with the content of its result in opencode's shape."""
     try:
-        arguments = json.loads(call["function"]["arguments"] or "{}")
+        arguments = json.loads(call["function"]["arguments"] or "{}", parse_constant=not_a_number, parse_float=finite_float)
     except (ValueError, RecursionError):
         arguments = {}
+    attached = [attachments.stand_in(part) for part in result if part["type"] in ATTACHED] if isinstance(result, list) else []
     state = {"status": "completed", "input": arguments if isinstance(arguments, dict) else {"value": arguments},
-             "output": results.get(call["id"], ""), "title": "", "metadata": {}, "time": {"start": 0, "end": 0}}
+             "output": text_of(result), "title": "", "metadata": {}, "time": {"start": 0, "end": 0},
+             **({"attachments": attached} if attached else {})}
     return {"type": "tool", "callID": call["id"], "tool": call["function"]["name"], "state": state}
 
 
@@ -520,15 +547,13 @@ def chat_fields(request: ChatRequest, messages: list[Json]) -> Json:
     return {**own, "stream_options": request.body["stream_options"]} if request.include_usage else own
 
 
-def functions_of(body: Json) -> list[Json]:
-    """Return the functions among the tools of a request."""
-    return [tool["function"] for tool in body.get("tools", ()) if tool["type"] == "function"]
+NO_PARAMETERS: Json = {"type": "object", "properties": {}}
 
 
 def chosen_function(body: Json) -> str | None:
     """Return the name of the one function that tool_choice demands."""
     choice = body.get("tool_choice")
-    return choice.get("function", {}).get("name") if isinstance(choice, dict) else None
+    return choice["function"]["name"] if isinstance(choice, dict) and choice.get("type", "function") == "function" else None
 
 
 def responses_fields(body: Json) -> Json:
@@ -536,13 +561,20 @@ def responses_fields(body: Json) -> Json:
     fields: Json = {key: body[key] for key in ("parallel_tool_calls", "user", "metadata", "service_tier", "store",
                                          "prompt_cache_key", "safety_identifier") if key in body}
     if body.get("tools"):
-        fields["tools"] = [{"type": "function", "name": f["name"], "description": f.get("description"),
-                            "parameters": f.get("parameters", {"type": "object", "properties": {}}),
-                            "strict": f.get("strict", False)} for f in functions_of(body)]
+        fields["tools"] = [responses_tool(tool) for tool in body["tools"]]
         if "tool_choice" in body:
             name = chosen_function(body)
             fields["tool_choice"] = {"type": "function", "name": name} if name else body["tool_choice"]
     return fields
+
+
+def responses_tool(tool: Json) -> Json:
+    """Return a tool as /responses has it; what is not a function is left to the provider to refuse."""
+    if tool["type"] != "function":
+        return tool
+    function = tool["function"]
+    return {"type": "function", "name": function["name"], "description": function.get("description"),
+            "parameters": function.get("parameters") or NO_PARAMETERS, "strict": function.get("strict", False)}
 
 
 def text_settings(body: Json) -> Json:
@@ -570,16 +602,24 @@ def messages_fields(body: Json) -> Json:
     if "user" in body:
         fields["metadata"] = {"user_id": body["user"]}
     if body.get("tools"):
-        fields["tools"] = [{"name": f["name"], **({"description": f["description"]} if "description" in f else {}),
-                            "input_schema": f.get("parameters", {"type": "object", "properties": {}})}
-                           for f in functions_of(body)]
-        name, kinds = chosen_function(body), {"required": "any", "none": "none"}
-        choice: Json = {"type": "tool", "name": name} if name else {"type": kinds.get(str(body.get("tool_choice")), "auto")}
+        fields["tools"] = [messages_tool(tool) for tool in body["tools"]]
+        wanted, name = body.get("tool_choice", "auto"), chosen_function(body)
+        kind = {"required": "any", "none": "none"}.get(wanted, "auto") if isinstance(wanted, str) else "tool"
+        choice: Json = {"type": kind, **({"name": name} if name else {}), **(wanted if kind == "tool" and not name else {})}
         if body.get("parallel_tool_calls") is False and choice["type"] != "none":
             choice["disable_parallel_tool_use"] = True
         if "tool_choice" in body or "disable_parallel_tool_use" in choice:
             fields["tool_choice"] = choice
     return fields
+
+
+def messages_tool(tool: Json) -> Json:
+    """Return a tool as Anthropic's /messages has it; what is not a function is left to the provider to refuse."""
+    if tool["type"] != "function":
+        return tool
+    function = tool["function"]
+    description = {"description": function["description"]} if function.get("description") else {}
+    return {"name": function["name"], **description, "input_schema": function.get("parameters") or NO_PARAMETERS}
 
 
 # ---------------------------------------------------------------------------------------------------- plugin
@@ -588,6 +628,8 @@ def messages_fields(body: Json) -> Json:
 # envelope says, lets one POST per session out and reports what comes back, as JSON-RPC notifications on stdout. An
 # answer in a known wire format does not pass through opencode at all.
 PLUGIN = r"""
+import { readFile } from "node:fs/promises"
+
 const HEADER = "x-opencode-proxy-session"
 // opencode instantiates a plugin more than once in a process: the state is shared, fetch is wrapped once
 const proxy = (globalThis.opencodeProxy ??= { turns: new Map(), fetch: globalThis.fetch })
@@ -667,7 +709,9 @@ export const OpencodeProxy = async () => (report("loaded"), {
     Object.assign(config, { mcp: {}, instructions: [], command: {}, lsp: false, formatter: false })
   },
   "chat.message": async (_, { message, parts }) => { // throws, and nothing is sent, unless it is an envelope
-    proxy.turns.set(message.sessionID, { ...JSON.parse(parts[0].text), types: {} })
+    const envelope = JSON.parse(parts[0].text)
+    const turn = envelope.fifo ? JSON.parse(await readFile(envelope.fifo, "utf8")) : envelope
+    proxy.turns.set(message.sessionID, { ...turn, types: {} })
     parts[0].text = "-"
   },
   "experimental.chat.messages.transform": async (_, { messages }) => {
@@ -754,15 +798,17 @@ class Catalog:
         """Tell whether the default model's provider is logged in."""
         return self.default.partition("/")[0] in self.providers
 
+    def full_name(self, name: str) -> str | None:
+        """Return the offered model that `name` names, in full or as one of the default provider's; None without one."""
+        names = (name, "{}/{}".format(self.default.partition("/")[0], name))
+        return next((model for model in names if model in self.models), None)
+
     def resolve(self, name: str | None) -> str:
         """Return the model, as provider/model, that a request for `name` is answered by.
 
         Raises APIError 404 for a full name that is not offered, 503 where the provider is not logged in.
         """
-        model = name if name and "/" in name else self.default
-        if name and "/" in self.default:
-            bare = "{}/{}".format(self.default.partition("/")[0], name)
-            model = bare if bare in self.models else model
+        model = self.full_name(name or "") or (name if name and "/" in name else self.default)
         if model in self.models or (model == self.default and self.ready):
             return model
         provider = model.partition("/")[0]
@@ -840,6 +886,8 @@ RUN_PREFIX = "opencode-proxy-"
 
 def remove_stale_directories() -> None:
     """Remove what proxies that were killed have left in the temporary directory."""
+    if os.name == "nt":  # where signal 0 is Ctrl-C
+        return
     for path in pathlib.Path(tempfile.gettempdir()).glob(RUN_PREFIX + "*"):
         try:
             os.kill(int(path.name[len(RUN_PREFIX):].partition("-")[0]), 0)
@@ -914,12 +962,12 @@ class Opencode:
             json.dumps({"packages": {"": {"dependencies": {"@opencode-ai/plugin": "*"}}}}))
         return home
 
-    def environment(self, home: pathlib.Path, catalog: Catalog | None, large: bool = False) -> dict[str, str]:
+    def environment(self, home: pathlib.Path, catalog: Catalog | None) -> dict[str, str]:
         """Return the environment of a process that lives in `home` and may use the models of `catalog`.
 
         The JavaScript engine of opencode (Bun 1.3) spends two thirds of its time on collecting garbage, in steps of
-        15 ms that hold up every token, although a process serves one request and is gone. So it is told not to, unless
-        the prompt is `large`: the process takes 300 MB more, starts in two thirds of the time and passes tokens on in 1 ms.
+        15 ms that hold up every token, although a process serves one request and is gone. So it is told not to: the
+        process takes 300 MB more, starts in two thirds of the time and passes tokens on in 1 ms.
         """
         kept = ("OPENCODE_CONFIG", "OPENCODE_API_KEY", "OPENCODE_AUTH_CONTENT", "OPENCODE_MODELS_URL")
         environment = {name: value for name, value in os.environ.items()
@@ -931,7 +979,7 @@ class Opencode:
             OPENCODE_TEST_HOME=str(home / "home"), XDG_CONFIG_HOME=str(home / "config"), XDG_DATA_HOME=str(home / "data"),
             XDG_STATE_HOME=str(home / "state"), XDG_CACHE_HOME=str(home / "cache"), TMPDIR=str(home / "tmp"),
             PWD=str(home / "cwd"), PATH=os.pathsep.join([os.environ.get("PATH", os.defpath), str(self.run_directory / "bin")]))
-        environment.setdefault(COLLECT_GARBAGE, "1" if large else "0")
+        environment.setdefault(COLLECT_GARBAGE, "0" if hasattr(os, "mkfifo") else "1")  # long lines would take all memory
         if catalog is None:
             fetched = user_folder("XDG_CACHE_HOME", "~/.cache") / "models.json"
             environment.update({"OPENCODE_MODELS_PATH": str(fetched)} if fetched.exists() else {})
@@ -1050,7 +1098,7 @@ class AnswerParser:
             if message.get("error") or message.get("type") in ("error", "response.failed"):
                 raise stream_error(message)
             return list(self.events(message))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise APIError(502, "The model's provider sent what is not an answer", code="incomplete_answer") from error
 
     def events(self, message: Json) -> Iterator[Event]:
@@ -1075,6 +1123,10 @@ class AnswerParser:
 class ChatParser(AnswerParser):
     """Parses /chat/completions."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._keys: dict[int, tuple[int, str | None]] = {}  # of the call that a piece of an index belongs to
+
     def events(self, message: Json) -> Iterator[Event]:
         """Yield the events of a chunk."""
         usage = message.get("usage")
@@ -1098,8 +1150,11 @@ class ChatParser(AnswerParser):
 
     def _call(self, call: Json) -> Iterator[Event]:
         function = call.get("function") or {}
-        key, arguments = call.get("index") or 0, function.get("arguments") or ""
-        if key not in self._calls:
+        index, arguments = call.get("index") or 0, function.get("arguments") or ""
+        key = self._keys.get(index)
+        # some providers give all calls of an answer the same index
+        if key is None or (function.get("name") and call.get("id") and key != (index, call["id"])):
+            key = self._keys[index] = (index, call.get("id"))
             yield self._begin_call(key, call.get("id"), function.get("name") or "")
         if arguments:
             yield self._continue_call(key, arguments)
@@ -1145,6 +1200,8 @@ class MessagesParser(AnswerParser):
         self._tokens.update((message.get("message") or {}).get("usage") or message.get("usage") or {})
         if kind == "content_block_start" and block.get("type") == "tool_use":
             yield self._begin_call(message["index"], block["id"], block["name"])
+            if block.get("input"):
+                yield self._continue_call(message["index"], compact_json(block["input"]))
         elif kind == "content_block_delta":
             if delta.get("text"):
                 yield TextDelta(string(delta["text"]))
@@ -1248,9 +1305,8 @@ class OpencodeProcess:
     ACP = ("acp", "--hostname", "127.0.0.1", "--port", "0")
     MODELS = ("models", "--verbose")
 
-    def __init__(self, opencode: Opencode, arguments: Sequence[str] = ACP, large: bool = False,
+    def __init__(self, opencode: Opencode, arguments: Sequence[str] = ACP,
                  trace: Trace = lambda text: None) -> None:
-        self.large = large
         self._opencode = opencode
         self._trace = trace
         self.catalog = opencode.catalog
@@ -1267,7 +1323,7 @@ class OpencodeProcess:
         self._timeout = START_SECONDS
         self.home = opencode.new_home()
         self._command = [opencode.path, *arguments]
-        environment = opencode.environment(self.home, self.catalog if arguments is self.ACP else None, large)
+        environment = opencode.environment(self.home, self.catalog if arguments is self.ACP else None)
         try:
             self._spawn(environment)
         except OSError as error:
@@ -1286,8 +1342,13 @@ class OpencodeProcess:
         readers = [threading.Thread(target=self._read_stdout, args=(stdout,), daemon=True),
                    threading.Thread(target=self._read_stderr, args=(stderr,), daemon=True)]
         self._threads = [*readers, threading.Thread(target=self._reap, args=(readers,), daemon=True)]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:  # no more threads are allowed
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            self.stop()
+            raise OSError(0, str(error)) from None
 
     def output(self) -> str:
         """Return all that the process prints; raise StartError with the end of its stderr when it fails."""
@@ -1330,9 +1391,10 @@ class OpencodeProcess:
         with self._stopping:
             if self._popen.poll() is None:
                 self._signal(signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
+                try:
                     self._popen.wait(STOP_SECONDS)
-            self._signal(KILL)
+                except subprocess.TimeoutExpired:
+                    self._signal(KILL)
             self.inbox.close()
             for thread in self._threads:
                 thread.join(2 * STOP_SECONDS)
@@ -1361,8 +1423,8 @@ class OpencodeProcess:
     def memory(self) -> int:
         """Return the resident memory of the process in bytes, 0 where the system does not tell."""
         try:
-            return int(pathlib.Path(f"/proc/{self._popen.pid}/statm").read_text().split()[1]) * 4096
-        except (OSError, ValueError, IndexError):
+            return int(pathlib.Path(f"/proc/{self._popen.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, ValueError, IndexError, AttributeError):
             return 0
 
     # -- JSON-RPC
@@ -1371,9 +1433,10 @@ class OpencodeProcess:
         line = json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n"
         self._trace("-> {} {} bytes".format(message.get("method", "reply"), len(line)))
         # a child that has stopped reading must not hold this thread for ever: killing it breaks the pipe
-        watchdog = threading.Timer(self._timeout, self._signal, [KILL])
-        watchdog.daemon = True
+        watchdog = None
         if len(line) > 1 << 15:  # a pipe holds the others
+            watchdog = threading.Timer(self._timeout, self._signal, [KILL])
+            watchdog.daemon = True
             watchdog.start()
         try:
             view = memoryview(line)
@@ -1384,7 +1447,8 @@ class OpencodeProcess:
                 thread.join(STOP_SECONDS)  # for its last words
             raise ProcessDied("opencode ended", self.stderr_tail()) from None
         finally:
-            watchdog.cancel()
+            if watchdog is not None:
+                watchdog.cancel()
 
     def _request(self, method: str, params: Json) -> int:
         self._ids += 1
@@ -1483,29 +1547,55 @@ class OpencodeProcess:
         Raises APIError: the provider's own refusal, 504 after `timeout` seconds of silence, 502 when the answer
         breaks off.
         """
+        self.posted = False
         self._select(model)
         self._timeout = timeout
         self.served += 1
-        number = self._request("session/prompt", self._prompt_params(prompt))
-        parser, last = AnswerParser(), time.monotonic()
-        while True:
-            message = self._message(min(PING_SECONDS, max(0.0, last + timeout - time.monotonic())))
-            if message is None:
-                if time.monotonic() >= last + timeout:
-                    raise APIError(504, f"The model's provider sent nothing for {timeout:g} seconds", code="timeout")
-                yield Silence()
-                continue
-            last, params = time.monotonic(), message.get("params") or {}
-            if message.get("id") == number:
-                raise turn_error(message.get("error") or {})
-            if params.get("sessionId") != self.session_id:
-                continue
-            if message["method"] == "proxy/upstream":
-                self.posted, parser = True, PARSERS.get(params.get("format", ""), OpencodeParser)()
-            for event in to_events(message["method"], params, parser):
-                yield event
-                if isinstance(event, Finish):
-                    return
+        with self._within_a_line(prompt) as line:
+            number = self._request("session/prompt", self._prompt_params(line))
+            parser, last = AnswerParser(), time.monotonic()
+            while True:
+                message = self._message(min(PING_SECONDS, max(0.0, last + timeout - time.monotonic())))
+                if message is None:
+                    if time.monotonic() >= last + timeout:
+                        raise APIError(504, f"The model's provider sent nothing for {timeout:g} seconds", code="timeout")
+                    yield Silence()
+                    continue
+                last, params = time.monotonic(), message.get("params") or {}
+                if message.get("id") == number:
+                    raise turn_error(message.get("error") or {})
+                if params.get("sessionId") != self.session_id:
+                    continue
+                if message["method"] == "proxy/upstream":
+                    self.posted, parser = True, PARSERS.get(params.get("format", ""), OpencodeParser)()
+                for event in to_events(message["method"], params, parser):
+                    yield event
+                    if isinstance(event, Finish):
+                        return
+
+    @contextlib.contextmanager
+    def _within_a_line(self, prompt: str) -> Iterator[str]:
+        """Yield `prompt` or, where it is too long for a line, the FIFO that the plugin can read it from."""
+        if len(prompt) <= MAX_PROMPT_LINE or not hasattr(os, "mkfifo"):
+            yield prompt
+            return
+        path = self.home / f"prompt-{self.served}"
+        os.mkfifo(path, 0o600)
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a writer can open it now, and fails when nobody has it open
+        try:
+            threading.Thread(target=write_fifo, args=(path, prompt.encode()), daemon=True).start()
+            yield compact_json({"fifo": str(path)})
+        finally:
+            os.close(reader)
+
+
+def write_fifo(path: pathlib.Path, data: bytes) -> None:
+    """Write `data` to a FIFO; it is more than a pipe holds, so its end does not come before somebody reads."""
+    with contextlib.suppress(OSError):  # nobody reads any more
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        os.set_blocking(descriptor, True)
+        with open(descriptor, "wb") as fifo:
+            fifo.write(data)
 
 
 def to_events(method: str, params: Json, parser: AnswerParser) -> list[Event]:
@@ -1604,7 +1694,7 @@ class Pool:
         self.proven = threading.Event()  # set when the start-up proof has passed, or failed for good
         self.last_error = ""
         self._spares_wanted = spares
-        self._most_kept = max(spares, concurrency) if requests_per_process > 1 else spares
+        self._most_kept = spares + concurrency if requests_per_process > 1 else spares
         self._requests_per_process = requests_per_process
         self._trace = trace
         self._lock = threading.Lock()
@@ -1628,19 +1718,16 @@ class Pool:
             catalog = self._read_catalog()
             if catalog.providers:
                 process = self._started()
-                if catalog.trimmed is not None and not set(catalog.models) - {catalog.default} <= process.offered:
-                    # the trimmed catalog loses a model (one that a key in the environment brings): use the whole one
-                    self._discard(process)
-                    self._trim = False
-                    self.opencode.use_catalog(dataclasses.replace(catalog, trimmed=None))
-                    process = self._started()
                 future: Future[OpencodeProcess] = Future()
                 future.set_result(process)
                 if not self._add_spare(future):
                     self._discard(process)
             self._thread(self._tend)
-        except (APIError, OSError) as error:
-            raise StartError(f"opencode cannot be used: {error}") from None
+        except StartError:
+            raise
+        except Exception as error:  # also an answer in a shape that was never seen
+            reason = str(error) if isinstance(error, (APIError, OSError)) else repr(error)
+            raise StartError(f"opencode cannot be used: {reason}") from None
         finally:
             self.proven.set()
 
@@ -1656,14 +1743,23 @@ class Pool:
             self.opencode.use_catalog(catalog)
         return catalog
 
-    def _started(self) -> OpencodeProcess:
+    def _started(self, warm: Callable[[], bool] = lambda: True) -> OpencodeProcess:
+        """Return a new process that is ready for a request, and warm where `warm` says so once it has started."""
         process = self.new_process()
         try:
             process.start()
-            process.warm_up()
+            catalog = process.catalog
+            whole = catalog.trimmed is None or set(catalog.models) - {catalog.default} <= process.offered
+            if whole and warm():
+                process.warm_up()
         except BaseException:
             self._discard(process)
             raise
+        if not whole:  # the trimmed catalog loses a model, one that a key in the environment brings
+            self._discard(process)
+            self._trim = False
+            self.opencode.use_catalog(dataclasses.replace(catalog, trimmed=None))
+            return self._started(warm)
         return process
 
     def catalog(self) -> Catalog:
@@ -1691,8 +1787,9 @@ class Pool:
     def _refresh(self) -> None:
         try:
             self._read_catalog()
-        except (StartError, APIError, OSError) as error:
-            self.last_error = str(error)
+        except Exception as error:  # the old catalog stays, for a while
+            self.last_error = str(error) or repr(error)
+            self._catalog_born = time.monotonic() - CATALOG_SECONDS + MAX_RETRY_SECONDS
         finally:
             self._refreshing = None
         self._end_spares()
@@ -1700,19 +1797,23 @@ class Pool:
 
     # -- processes
 
-    def new_process(self, arguments: Sequence[str] = OpencodeProcess.ACP, large: bool = False) -> OpencodeProcess:
+    def new_process(self, arguments: Sequence[str] = OpencodeProcess.ACP) -> OpencodeProcess:
         """Start a process that `close` ends."""
         with self._lock:  # registered before it can be forgotten
             if self._closing.is_set():
                 raise APIError(503, "The server is shutting down", code="shutting_down")
-            process = OpencodeProcess(self.opencode, arguments, large, self._trace)
+            process = OpencodeProcess(self.opencode, arguments, self._trace)
             self._processes.add(process)
             return process
 
-    def _discard(self, process: OpencodeProcess) -> None:
-        process.stop()
-        with self._lock:
-            self._processes.discard(process)
+    def _discard(self, process: OpencodeProcess, done: Callable[[], None] = lambda: None) -> None:
+        """End a process and, whatever happens, call `done`."""
+        try:
+            process.stop()
+            with self._lock:
+                self._processes.discard(process)
+        finally:
+            done()
 
     def _thread(self, target: Callable[..., None], *args: Any) -> threading.Thread:
         """Start a thread that `close` waits for."""
@@ -1725,23 +1826,32 @@ class Pool:
                 self._threads.discard(thread)
         thread = threading.Thread(target=run, daemon=True)
         self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads are allowed
+            self._threads.discard(thread)
+            raise
         return thread
 
-    def take(self) -> OpencodeProcess | None:
-        """Return a spare that is alive and current, waiting for one that is being started; None without any."""
+    def take(self, slot: Slot) -> OpencodeProcess | None:
+        """Return a spare that is alive and current, None without any; the holder of `slot` waits for one being started."""
         while True:
             with self._lock:
                 if not self._spares:
                     return None
                 future = self._spares.popleft()
+            future.add_done_callback(lambda _: slot.grant())
             try:
-                process = future.result(3 * START_SECONDS)
-            except Exception:  # whatever it was, it is not this request's fault
+                slot.wait()
+            except Exception:  # an interruption: somebody else may have the spare
+                with self._lock:
+                    self._spares.appendleft(future)
+                raise
+            if future.exception():  # it is not this request's fault
                 return None
-            if self._usable(process):
-                return process
-            self._thread(self._discard, process)
+            if self._usable(future.result()):
+                return future.result()
+            self._thread(self._discard, future.result())
 
     def replenish(self) -> None:
         """Start the spares that are missing, in the background."""
@@ -1752,29 +1862,33 @@ class Pool:
             futures: list[Future[OpencodeProcess]] = [Future() for _ in range(missing)]
             self._spares.extend(futures)
         for future in futures:
-            self._thread(self._prepare, future)
+            try:
+                self._thread(self._prepare, future)
+            except RuntimeError as error:
+                self._fail(future, error)
 
     def _prepare(self, future: Future[OpencodeProcess], process: OpencodeProcess | None = None) -> None:
         """Make a new process, or one that has served, ready for a request."""
         try:
-            if process is None:
-                process = self.new_process()
-                process.start()
-                if future in self._spares:  # otherwise a request waits for it, and is served sooner without the warm-up
-                    process.warm_up()
+            if process is None:  # no warm-up where a request waits already: it is served sooner without
+                process = self._started(lambda: future in self._spares)
             else:
                 process.new_session()
-            self.failures = 0
-            future.set_result(process)
         except Exception as error:
             if process is not None:
                 self._discard(process)
-            self.last_error = str(error)
-            self.failures += 1
-            self._retry_at = time.monotonic() + min(MAX_RETRY_SECONDS, 2.0 ** self.failures)
-            with self._lock, contextlib.suppress(ValueError):
-                self._spares.remove(future)
-            future.set_exception(error)
+            self._fail(future, error)
+        else:
+            self.failures = 0
+            future.set_result(process)
+
+    def _fail(self, future: Future[OpencodeProcess], error: Exception) -> None:
+        self.last_error = str(error) or repr(error)
+        self.failures += 1
+        self._retry_at = time.monotonic() + min(MAX_RETRY_SECONDS, 2.0 ** self.failures)
+        with self._lock, contextlib.suppress(ValueError):
+            self._spares.remove(future)
+        future.set_exception(error)
 
     def give_back(self, process: OpencodeProcess, clean: bool, done: Callable[[], None] = lambda: None) -> None:
         """Take back a process after its turn: make it a spare again where that is allowed, or end it.
@@ -1782,20 +1896,20 @@ class Pool:
         Calls `done` when there is room for another process.
         """
         process.idle_since = time.monotonic()
-        may_serve = (clean and not process.large and process.served < self._requests_per_process
-                     and self._usable(process) and process.memory() < MAX_PROCESS_BYTES)
+        may_serve = (clean and process.served < self._requests_per_process and self._usable(process)
+                     and process.memory() < MAX_PROCESS_BYTES)
         future: Future[OpencodeProcess] = Future()
-        if may_serve and self._add_spare(future):
-            self._thread(self._prepare, future, process)
-            done()
-        else:
-            self._thread(self._end, process, done)
-
-    def _end(self, process: OpencodeProcess, done: Callable[[], None]) -> None:
+        kept = may_serve and self._add_spare(future)
         try:
-            self._discard(process)
-        finally:
-            done()
+            if kept:
+                self._thread(self._prepare, future, process)
+                done()
+            else:
+                self._thread(self._discard, process, done)
+        except RuntimeError as error:  # no more threads are allowed
+            if kept:
+                self._fail(future, error)
+            self._discard(process, done)
 
     def _usable(self, process: OpencodeProcess) -> bool:
         return (process.alive() and process.catalog is self.opencode.catalog
@@ -1834,7 +1948,8 @@ class Pool:
         """Return what /health tells."""
         with self._lock:
             ready = sum(future.done() and not future.exception() for future in self._spares)
-            return {"running": len(self.turns), "waiting": self.slots.waiting(), "spares": ready}
+            waiting = self.slots.waiting()
+            return {"running": max(0, len(self.turns) - waiting), "waiting": waiting, "spares": ready}
 
     def interrupt_all(self, error: Exception) -> None:
         """End all running turns with `error`."""
@@ -1852,7 +1967,8 @@ class Pool:
         for thread in stoppers:
             thread.start()
         for thread in [*stoppers, *list(self._threads)]:
-            thread.join(3 * STOP_SECONDS)
+            if thread.is_alive():  # and not about to be started
+                thread.join(3 * STOP_SECONDS)
         self.opencode.close()
 
 
@@ -1863,13 +1979,13 @@ class Turn:
         self._pool = pool
         self._model = model
         self._prompt = prompt
-        self._large = len(prompt) > LARGE_PROMPT_BYTES
         self._timeout = timeout
         self._lock = threading.Lock()
         self._target: Slot | OpencodeProcess | None = None
         self._process: OpencodeProcess | None = None  # the one that was used last
         self._clean = False  # whether it may be used again
         self._error: Exception | None = None
+        self.is_cut = False
 
     def interrupt(self, error: Exception) -> None:
         """Make `events` raise `error`, whatever it is waiting for."""
@@ -1878,11 +1994,16 @@ class Turn:
             if self._target is not None:
                 self._target.interrupt(error)
 
+    def cut(self) -> None:
+        """End the turn, of which nobody wants more: its failures do not count any more."""
+        self.is_cut = True
+        self.interrupt(ClientDisconnected())
+
     def _depend_on(self, target: Slot | OpencodeProcess) -> None:
         with self._lock:
-            self._target = target
             if self._error is not None:
                 raise self._error
+            self._target = target
 
     def events(self) -> Iterator[Event]:
         """Yield the events of the turn; the process is stopped, or kept, when the iteration ends, however it does."""
@@ -1891,7 +2012,7 @@ class Turn:
         try:
             self._depend_on(slot)
             slot.wait()
-            spare = None if self._large else self._pool.take()
+            spare = self._pool.take(slot)
             if spare is not None:
                 try:
                     yield from self._run(spare)
@@ -1908,13 +2029,14 @@ class Turn:
                 slot.release()
             else:  # only then is there room for another process
                 self._pool.give_back(self._process, self._clean, slot.release)
+            self._pool.replenish()
 
     def _run(self, process: OpencodeProcess | None) -> Iterator[Event]:
         self._process, self._clean = process, process is not None
         begun = False
         try:
             if process is None:
-                process = self._process = self._pool.new_process(large=self._large)
+                process = self._process = self._pool.new_process()
                 self._depend_on(process)
                 process.start()
             else:
@@ -1930,8 +2052,9 @@ class Turn:
             raise APIError(502, f"opencode cannot be started: {error}", code="opencode_failed") from None
         finally:
             with self._lock:
+                if self._target is process and self._error is not None:  # it will raise the error at its next read
+                    self._clean = False
                 self._target = None  # what comes now must not hit the next request of the process
-            self._pool.replenish()
 
 
 Events = Generator[tuple[int, Event], None, None]  # with the index of the choice
@@ -1953,23 +2076,24 @@ def run_turns(turns: Sequence[Turn]) -> Events:
             events.put((index, error))
 
     threads = [threading.Thread(target=pump, args=pair, daemon=True) for pair in enumerate(turns)]
-    for thread in threads:
-        thread.start()
     running = len(turns)
     try:
+        for thread in threads:
+            thread.start()
         while running:
             index, event = events.get()
-            if isinstance(event, Exception):
-                raise event
-            if event is None:
+            if event is None or (isinstance(event, Exception) and turns[index].is_cut):
                 running -= 1
+            elif isinstance(event, Exception):
+                raise event
             else:
                 yield index, event
     finally:
         for turn in turns:
             turn.interrupt(ClientDisconnected())
         for thread in threads:
-            thread.join(3 * STOP_SECONDS)
+            if thread.is_alive():
+                thread.join(3 * STOP_SECONDS)
 
 
 # -------------------------------------------------------------------------------------------------- response
@@ -2001,7 +2125,7 @@ class StopFilter:
         if found:
             self.hit, self._held = True, ""
             return text[:min(found)]
-        keep = max((size for sequence in self._sequences for size in range(1, len(sequence))
+        keep = max((size for sequence in self._sequences for size in range(1, min(len(sequence), len(text) + 1))
                     if text.endswith(sequence[:size])), default=0)
         self._held = text[len(text) - keep:]
         return text[:len(text) - keep]
@@ -2030,8 +2154,8 @@ class Choice:
             return [{"content": text}] if text else []
         if isinstance(event, ReasoningDelta):
             return [{"reasoning_content": event.text}]
-        if isinstance(event, ToolCallDelta):
-            return [self._call_delta(event)]
+        if isinstance(event, ToolCallDelta):  # the old API has room for one call
+            return [self._call_delta(event)] if not (self._legacy and event.index) else []
         if isinstance(event, Finish):
             self.finish_reason, self.usage = event.reason, event.usage
             if self._legacy and event.reason == "tool_calls":
@@ -2154,7 +2278,8 @@ class HangupWatcher:
 
     def _run(self) -> None:
         while True:
-            for key, _ in self._selector.select():
+            # orders last: they may be about a new connection with the number of one that has just been reported
+            for key, _ in sorted(self._selector.select(), key=lambda ready: ready[0].data is None):
                 if key.data is None:
                     if not self._wakened.recv(4096):
                         return
@@ -2216,6 +2341,8 @@ ROUTES = {"/": {"GET": "_about"}, "/health": {"GET": "_health"}, "/models": {"GE
           "/chat/completions": {"POST": "_chat"}}
 OPEN_ROUTES = ("/", "/health")  # need no key
 
+Deltas = Iterator[tuple[int, Event, list[Json]]]  # the index of a choice, an event of it, what to show of that
+
 
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
     """Answers the requests of one connection; the only code that writes to the socket."""
@@ -2247,6 +2374,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self._facts: Json = {}
         self._started = time.monotonic()
         self._body_left = self._continue_wanted = self._streaming = False
+        self._origin = ""  # of the web page that asks, once it is known that it may
         self.server.set_idle(self, True)
         try:
             super().handle_one_request()
@@ -2286,18 +2414,19 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _dispatch(self) -> None:
         self._body_length = self._framing()
-        origin = self._allowed_origin()
-        path = urllib.parse.urlsplit(self.path).path if "://" in self.path else self.path.partition("?")[0]
-        path = (path[3:] if path.startswith("/v1/") else path).rstrip("/") or "/"
+        self._check_origin()
+        path = re.sub(r"^[A-Za-z]+://[^/?]*", "", self.path).partition("?")[0]
+        path = re.sub(r"^/v1(?=/|$)", "", path).rstrip("/") or "/"
         route, _, model = path.partition("/models/")
-        methods = {"GET": "_model"} if model and not route else ROUTES.get(path)
+        arguments = [urllib.parse.unquote(model)] if model and not route else []
+        methods = {"GET": "_model"} if arguments else ROUTES.get(path)
         if methods is None:
             raise APIError(404, f"There is nothing at {printable(path)}", code="unknown_url")
         allowed = sorted({*methods, "OPTIONS", *(("HEAD",) if "GET" in methods else ())})
         if self.command == "OPTIONS":
             preflight = {"Access-Control-Allow-Methods": ", ".join(allowed), "Access-Control-Max-Age": "600",
                          "Access-Control-Allow-Headers": self.headers.get("Access-Control-Request-Headers") or "*"}
-            self._send(204, b"", headers={"Allow": ", ".join(allowed), **(preflight if origin else {})})
+            self._send(204, b"", headers={"Allow": ", ".join(allowed), **(preflight if self._origin else {})})
             return
         if path not in OPEN_ROUTES:
             self._check_key()
@@ -2307,20 +2436,18 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                            headers={"Allow": ", ".join(allowed)})
         if self.command != "POST":
             self._read_body()  # of no use, but it must not be taken for the next request
-        getattr(self, name)(*([model] if model and not route else []))
+        getattr(self, name)(*arguments)
 
-    def _allowed_origin(self) -> str | None:
-        """Return the origin of the web page that asks, None without one; refuse pages that may not ask."""
+    def _check_origin(self) -> None:
+        """Refuse web pages that may not ask."""
         origin = self.headers.get("Origin")
-        self._origin: str | None = None
         if origin is None:
-            return None
+            return
         if not (LOOPBACK_ORIGIN.fullmatch(origin) or origin in self.server.settings.cors_origin
                 or ("*" in self.server.settings.cors_origin and origin != "null")):
             raise APIError(403, "Web pages of this origin may not use the proxy; --cors-origin allows them",
                            code="origin_not_allowed")
         self._origin = origin
-        return origin
 
     def _check_key(self) -> None:
         keys = self.server.settings.api_key
@@ -2328,7 +2455,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             return
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else self.headers.get("X-Api-Key", "")
-        matches = [hmac.compare_digest(given.encode("utf-8", "replace"), key.encode()) for key in keys]
+        # http.server has decoded the header's bytes as Latin-1
+        matches = [hmac.compare_digest(given.encode("latin-1", "replace"), key.encode()) for key in keys]
         if not any(matches):
             raise APIError(401, "The API key is missing or wrong", type="authentication_error", code="invalid_api_key",
                            headers={"WWW-Authenticate": "Bearer"})
@@ -2355,19 +2483,18 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if coding and [value.strip().lower() for value in coding] != ["chunked"]:
             self.close_connection = True
             raise APIError(501, "Only the transfer coding `chunked` is understood", code="unknown_transfer_coding")
-        length = int(next(iter(lengths), "0"))
-        if length > self.server.settings.max_body_size:
-            raise self._too_large()
-        return None if coding else length
+        return None if coding else int(next(iter(lengths), "0"))
 
-    def _too_large(self) -> APIError:
+    def _check_size(self, size: int) -> None:
         limit = self.server.settings.max_body_size
-        return APIError(413, f"The body is larger than {limit} bytes (--max-body-size)", code="body_too_large")
+        if size > limit:
+            raise APIError(413, f"The body is larger than {limit} bytes (--max-body-size)", code="body_too_large")
 
     def _read_body(self) -> bytes:
         """Return the body of the request; raise APIError when it is malformed, too large or late."""
         if not self._body_left:
             return b""
+        self._check_size(self._body_length or 0)
         if self._continue_wanted:
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._reader.deadline = time.monotonic() + BODY_SECONDS
@@ -2394,8 +2521,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 while self._line():
                     pass
                 return bytes(body)
-            if len(body) + length > self.server.settings.max_body_size:
-                raise self._too_large()
+            self._check_size(len(body) + length)
             body += self.rfile.read(length)
             if self._line():
                 self.close_connection = True
@@ -2433,8 +2559,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self.request_version = "HTTP/1.1"
         self.send_response(status)
         self.send_header("X-Request-Id", self._request_id)
-        if getattr(self, "_origin", None):
-            self.send_header("Access-Control-Allow-Origin", self._origin or "")
+        if self._origin:
+            self.send_header("Access-Control-Allow-Origin", self._origin)
             self.send_header("Access-Control-Expose-Headers", "X-Request-Id, Retry-After")
         self.send_header("Vary", "Origin")
         for name, value in (headers or {}).items():
@@ -2447,8 +2573,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
         if body or chunked:
             self.send_header("Content-Type", content_type)
-        if self.close_connection:
-            self.send_header("Connection", "close")
+        if self.close_connection or self.request_version == "HTTP/1.0":  # which knows keep-alive only when it is told
+            self.send_header("Connection", "close" if self.close_connection else "keep-alive")
         self.end_headers()
         if body and self.command != "HEAD":
             self.wfile.write(body)
@@ -2516,23 +2642,21 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         names = self.server.pool.catalog().models
         self._send_json({"object": "list", "data": [model_object(name, self.server.created) for name in names]})
 
-    def _model(self, quoted: str) -> None:
-        name = urllib.parse.unquote(quoted)
-        catalog = self.server.pool.catalog()
-        known = [model for model in (name, catalog.default.partition("/")[0] + "/" + name) if model in catalog.models]
-        if not known:
+    def _model(self, name: str) -> None:
+        model = self.server.pool.catalog().full_name(name)
+        if model is None:
             raise model_not_found(printable(name))
-        self._send_json(model_object(known[0], self.server.created))
+        self._send_json(model_object(model, self.server.created))
 
     def _chat(self) -> None:
         request = parse_chat_request(self._read_body())
         pool = self.server.pool
         model = pool.resolve(request.model)
         self._facts["model"] = model
-        prompt = json.dumps(envelope(request))
+        prompt = prompt_of(request)
         turns = [Turn(pool, model, prompt, self.server.settings.timeout) for _ in range(request.choices)]
         shown = request.model if request.model in (model, model.partition("/")[2]) else model
-        completion = Completion(shown or model, request.include_usage)
+        completion = Completion(shown, request.include_usage)
         choices = [Choice(request.stop, request.legacy_functions) for _ in turns]
 
         def hung_up() -> None:
@@ -2540,12 +2664,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 turn.interrupt(ClientDisconnected())
 
         with self.server.watcher.watch(self.connection, hung_up), contextlib.closing(run_turns(turns)) as events:
+            answer = self._deltas(choices, turns, events)
             if request.stream:
-                self._stream(choices, events, completion, request.include_usage)
+                self._stream(choices, answer, completion, request.include_usage)
             else:
-                self._complete(choices, events, completion)
+                self._complete(choices, answer, completion)
 
-    def _deltas(self, choices: Sequence[Choice], events: Events) -> Iterator[tuple[int, Event, list[Json]]]:
+    def _deltas(self, choices: Sequence[Choice], turns: Sequence[Turn], events: Events) -> Deltas:
         """Yield each event with its deltas until every choice is finished; note times and tokens for the log."""
         for index, event in events:
             choice = choices[index]
@@ -2554,24 +2679,24 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             deltas = choice.deltas(event)
             if deltas:
                 self._facts.setdefault("first", f"{time.monotonic() - self._started:.3f}")
-            yield index, event, deltas
+            if choice.finish_reason is not None and not isinstance(event, Finish):
+                turns[index].cut()
             if all(choice.finish_reason is not None for choice in choices):
-                break
-        events.close()  # a client that has its answer may hang up: that is no news for the process any more
+                events.close()  # a client that has its answer may hang up: that is no news for the process any more
+            yield index, event, deltas
         usage = total_usage(choice.usage for choice in choices)
         if usage is not None:
             self._facts.update({"in": usage["prompt_tokens"], "out": usage["completion_tokens"]})
 
-    def _complete(self, choices: Sequence[Choice], events: Events, completion: Completion) -> None:
+    def _complete(self, choices: Sequence[Choice], answer: Deltas, completion: Completion) -> None:
         collected: list[list[Json]] = [[] for _ in choices]
-        for index, _, deltas in self._deltas(choices, events):
+        for index, _, deltas in answer:
             collected[index] += deltas
         self._send_json(completion.whole(list(zip(choices, collected))))
 
-    def _stream(self, choices: Sequence[Choice], events: Events, completion: Completion,
-                include_usage: bool) -> None:
+    def _stream(self, choices: Sequence[Choice], answer: Deltas, completion: Completion, include_usage: bool) -> None:
         try:
-            for index, event, deltas in self._deltas(choices, events):
+            for index, event, deltas in answer:
                 self._begin_stream(completion, len(choices))
                 if isinstance(event, Silence):
                     self.write_http_chunk(SSE_PING)
@@ -2639,7 +2764,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.pool = pool
         self.watcher = HangupWatcher()
         self.created = int(time.time())
-        self._handlers: dict[ProxyHandler, bool] = collections.OrderedDict()  # idle or not, longest idle first
+        self._handlers: dict[ProxyHandler, bool] = {}  # idle or not, longest idle first
         self._lock = threading.Lock()
         self._most_handlers = min(MAX_CONNECTIONS, open_files_allowed() - RESERVED_FILES)
         self.address_family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
@@ -2689,17 +2814,20 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """Make room for the new connection where there are too many, then serve it in a thread."""
         with self._lock:
             full = len(self._handlers) >= self._most_handlers
-        if full:
-            self._hang_up_idle(1)
-        super().process_request(request, client_address)
+        if full and not self._hang_up_idle(1):
+            self.shutdown_request(request)  # nothing could tell its client more before it has read the request
+        else:
+            super().process_request(request, client_address)
 
-    def _hang_up_idle(self, most: int) -> None:
+    def _hang_up_idle(self, most: int) -> int:
+        """Close up to `most` connections, the longest idle first; return how many."""
         with self._lock:
             idle = [handler for handler, is_idle in self._handlers.items() if is_idle][:most]
             for handler in idle:
                 del self._handlers[handler]
                 with contextlib.suppress(OSError):
                     handler.connection.shutdown(socket.SHUT_RDWR)
+        return len(idle)
 
     def forget(self, handler: ProxyHandler) -> None:
         """Note that the connection of `handler` has ended."""
@@ -2792,7 +2920,8 @@ def build_parser() -> argparse.ArgumentParser:
                 variable = "OPENCODE_PROXY_" + name.upper().replace("-", "_")
                 group.add_argument("--" + name, metavar=unit, type=reader, default=os.environ.get(variable) or default,
                                    help=meaning + ("" if default is None else f" (default: {default})"))
-    parser.add_argument("--verbose", action="store_true", default=bool(os.environ.get("OPENCODE_PROXY_VERBOSE")),
+    parser.add_argument("--verbose", action="store_true",
+                        default=os.environ.get("OPENCODE_PROXY_VERBOSE", "").lower() not in ("", "0", "false", "no"),
                         help="log the messages exchanged with opencode, without their contents")
     parser.add_argument("--systemd-unit", nargs="?", const="user", choices=("user", "system"), metavar="user|system",
                         help="print a systemd unit for this copy of the program, and end")
@@ -2809,9 +2938,15 @@ def read_settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
             setattr(settings, name, os.environ.get("OPENCODE_PROXY_" + name.upper(), "").split())
     if settings.api_key_file:
         try:
-            settings.api_key += pathlib.Path(settings.api_key_file).read_text(encoding="utf-8").split()
+            keys = pathlib.Path(settings.api_key_file).read_text(encoding="utf-8").split()
         except (OSError, UnicodeDecodeError) as error:
             parser.error(f"argument --api-key-file: {error}")
+        if not keys:
+            parser.error(f"argument --api-key-file: {settings.api_key_file} holds no key")
+        settings.api_key += keys
+    if not all(key.strip() for key in settings.api_key):
+        parser.error("argument --api-key: empty")  # would let everybody in
+    settings.cors_origin = [origin.rstrip("/").lower() for origin in settings.cors_origin]  # as browsers send it
     return settings
 
 
@@ -2845,12 +2980,12 @@ WantedBy={target}
 
 # What only the system's manager may set. MemoryDenyWriteExecute is missing: opencode's JavaScript engine compiles.
 SYSTEM_UNIT = """User={user}
-Environment=HOME={home}
+Environment={home}
 PrivateTmp=yes
 PrivateDevices=yes
 ProtectSystem=strict
 ProtectHome=read-only
-ReadWritePaths=-{data}
+ReadWritePaths={data}
 ProtectClock=yes
 ProtectControlGroups=yes
 ProtectHostname=yes
@@ -2866,12 +3001,20 @@ SystemCallErrorNumber=EPERM
 """
 
 
+def unit_word(text: str) -> str:
+    """Return `text` as one word of a systemd unit (systemd.syntax(7), systemd.service(5))."""
+    text = text.replace("%", "%%").replace("$", "$$")
+    return text if re.fullmatch(r"[\w@%$/.:+,=-]+", text) else json.dumps(text, ensure_ascii=False)
+
+
 def systemd_unit(kind: str, opencode: str) -> str:
     """Return a systemd unit, `kind` "user" or "system", for this copy of the program and this user."""
     home, user = os.path.expanduser("~"), os.environ.get("USER") or os.environ.get("LOGNAME") or "root"
-    more = SYSTEM_UNIT.format(user=user, home=home, data=user_folder("XDG_DATA_HOME", "~/.local/share"))
+    data = user_folder("XDG_DATA_HOME", "~/.local/share")
+    more = SYSTEM_UNIT.format(user=user, home=unit_word(f"HOME={home}"), data=unit_word(f"-{data}"))
     system = kind == "system"
-    return UNIT.format(python=os.path.abspath(sys.executable), program=os.path.abspath(__file__), opencode=opencode,
+    python, program = (unit_word(os.path.abspath(path)) for path in (sys.executable, __file__))
+    return UNIT.format(python=python, program=program, opencode=unit_word(opencode),
                        settings="/etc/opencode_proxy.env" if system else "%h/.config/opencode_proxy.env",
                        more=more if system else "", target="multi-user.target" if system else "default.target")
 
@@ -2901,15 +3044,18 @@ def banner(server: ProxyServer) -> list[str]:
 
 @contextlib.contextmanager
 def signals() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Yield a pair of sockets; for each SIGTERM or SIGINT a byte arrives at the second, and none ends the process.
+    """Yield a pair of sockets; for each signal to stop a byte arrives at the second, and none ends the process.
 
     The interpreter writes the byte. A handler that sets an event could find it locked by the thread it interrupts.
     """
     waker, wakened = socket.socketpair()
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno())
-    for name in ("SIGTERM", "SIGINT"):
-        signal.signal(getattr(signal, name), lambda *_: None)
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which it is under nohup
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
     try:
         yield waker, wakened
     finally:

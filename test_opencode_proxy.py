@@ -431,6 +431,8 @@ class ErrorTest(unittest.TestCase):
         for arguments, expected in table:
             with self.subTest(arguments):
                 self.assertEqual(seen(*arguments), expected)
+        for body in ("<" * 65536, "<script" * 9000, "[" * 65536):  # takes no time, and is not an exception
+            self.assertEqual(seen(500, body)[0], 500)
 
 
 # ------------------------------------------------------------------------------------------------------ request
@@ -504,7 +506,9 @@ class RequestTest(unittest.TestCase):
         for fields, param in (
                 ({"n": 0}, "n"), ({"n": 9}, "n"), ({"stop": ["a", 1]}, "stop[1]"), ({"tools": [1]}, "tools[0]"),
                 ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
-                ({"functions": [{}]}, "functions[0].name"),
+                ({"functions": [{}]}, "functions[0].name"), ({"function_call": {}}, "function_call.name"),
+                ({"tool_choice": {"type": "function", "function": "f"}}, "tool_choice.function"),
+                ({"tool_choice": {"function": {"name": 1}}}, "tool_choice.function.name"), ({"stop": ["x"] * 65}, "stop"),
                 ({"response_format": {"type": "json_schema"}}, "response_format.json_schema")):
             with self.subTest(fields):
                 self.assert_invalid(chat_body(**fields), param)
@@ -533,11 +537,19 @@ class RequestTest(unittest.TestCase):
     def test_fuzz(self):
         """Whatever comes, it is a request or a 400."""
         seeded = random.Random(4141)
-        good = chat_body(tools=[{"type": "function", "function": {"name": "f"}}], stop=["a"], n=2, stream_options={"include_usage": True},
-                         response_format={"type": "json_schema", "json_schema": {}}, functions=[{"name": "f"}], function_call={"name": "f"})
-        values = [None, True, 0, -1, 1.5, "", "x", [], {}, [None], {"a": None}, [[]], "\ud800", 10 ** 30]
-        for _ in range(int(os.environ.get("OPENCODE_PROXY_TEST_FUZZ", "3000"))):
-            if seeded.random() < 0.5:
+        parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+                 {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}, {"type": "file", "file": {"file_data": "data:a/b;base64,AAAA"}}]
+        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+        good = chat_body(messages=[
+            {"role": "system", "content": "s"}, {"role": "user", "content": parts}, {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": parts[:2]}, {"role": "assistant", "function_call": call["function"]},
+            {"role": "function", "name": "f", "content": "r"}],
+            tools=[{"type": "function", "function": {"name": "f"}}], tool_choice={"type": "function", "function": {"name": "f"}}, stop=["a"], n=2,
+            stream_options={"include_usage": True}, response_format={"type": "json_schema", "json_schema": {}}, functions=[{"name": "f"}], function_call={"name": "f"})
+        values = [None, True, 0, -1, 1.5, "", "x", "text", "function", "custom", [], {}, [None], {"a": None}, [[]], "\ud800", 10 ** 30, "[NaN]", "1e999"]
+        keys = ["text", "refusal", "type", "function", "name", "arguments", "content", "file", "image_url", "json_schema", "tool_calls", "tool_choice"]
+        for _ in range(int(os.environ.get("OPENCODE_PROXY_TEST_FUZZ", "5000"))):
+            if seeded.random() < 0.3:
                 data = bytearray(good)
                 for _ in range(seeded.randint(1, 8)):
                     data[seeded.randrange(len(data))] = seeded.randrange(256)
@@ -545,17 +557,30 @@ class RequestTest(unittest.TestCase):
                 body = json.loads(good)
                 for _ in range(seeded.randint(1, 4)):
                     target = body
-                    while isinstance(target, (dict, list)) and target and seeded.random() < 0.8:
+                    while isinstance(target, (dict, list)) and target:
                         key = seeded.choice(list(target) if isinstance(target, dict) else range(len(target)))
                         if not isinstance(target[key], (dict, list)) or seeded.random() < 0.3:
+                            key = seeded.choice(keys) if isinstance(target, dict) and seeded.random() < 0.2 else key
                             target[key] = json.loads(json.dumps(seeded.choice(values)))
                             break
                         target = target[key]
                 data = json.dumps(body).encode()
             try:
-                json.dumps(proxy.envelope(proxy.parse_chat_request(bytes(data))))
+                envelope = proxy.envelope(proxy.parse_chat_request(bytes(data)))
+                json.dumps(envelope, allow_nan=False)  # which JavaScript could not read
+                for overlay in envelope["overlays"].values():
+                    json.loads(overlay["add"])
             except proxy.APIError as error:
                 self.assertEqual(error.status, 400, data)
+
+    def test_too_deep(self):
+        """What can just be read may be too deep to be written."""
+        for depth in range(300, 1000, 7):
+            deep = b"[" * depth + b"]" * depth
+            call = {"id": "c", "function": {"name": "f", "arguments": deep.decode()}}
+            for data in (chat_body()[:-1] + b',"x":' + deep + b"}", chat_body(messages=[{"role": "assistant", "tool_calls": [call]}])):
+                with contextlib.suppress(proxy.APIError):
+                    json.loads(proxy.prompt_of(proxy.parse_chat_request(data)))
 
     def test_legacy_functions(self):
         request = proxy.parse_chat_request(json.dumps({
@@ -592,6 +617,19 @@ class EnvelopeTest(unittest.TestCase):
         self.assertEqual(envelope["conversation"], [
             {"role": "user", "parts": [{"type": "text", "text": "q"}]},
             {"role": "assistant", "parts": [{"type": "text", "text": "t"}, {"type": "tool", "callID": "c", "tool": "f", "state": state}]}])
+
+    def test_results_belong_to_the_call_before_them(self):
+        call = {"id": "c", "function": {"name": "f", "arguments": "{}"}}
+        turn = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "1"}]
+        envelope = envelope_of(*turn, turn[0], {"role": "tool", "tool_call_id": "c", "content": "2"}, turn[0])
+        self.assertEqual([part["state"]["output"] for turn in envelope["conversation"] for part in turn["parts"]], ["1", "2", ""])
+
+    def test_arguments_that_are_not_json(self):
+        for arguments in ("", "{", "[NaN]", "1e999", "[" * 100000):
+            call = {"id": "c", "function": {"name": "f", "arguments": arguments}}
+            envelope = envelope_of({"role": "assistant", "tool_calls": [call, {"id": "d", "type": "custom", "custom": {}}]})
+            (part,) = envelope["conversation"][0]["parts"]
+            self.assertEqual(part["state"]["input"], {})
 
     def test_only_system(self):
         self.assertEqual(envelope_of({"role": "system", "content": "s"})["conversation"],
@@ -641,6 +679,28 @@ class EnvelopeTest(unittest.TestCase):
             '"type":"image","source":{"type":"url","url":"https://example.com/a.png"}', audio,
             f'"type":"document","source":{{"type":"base64","media_type":"application/pdf","data":"{third}"}},"title":"f.pdf"',
             '"type":"image","source":{"type":"url","url":"data:image/svg+xml,<svg/>"}', '"type":"file","file":{"file_id":"f"}'])
+
+    def test_hostile_attachments_take_no_time(self):
+        """Each of these took quadratic time once: it would be hours."""
+        for url in ("data:" + "a" * (1 << 22) + ",x", "data:" + ";base64" * (1 << 19) + ",x", "data:" + ";" * (1 << 22) + ";base64,x"):
+            envelope_of({"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]})
+
+    def test_base64_with_line_breaks_is_left_as_it_is(self):
+        url = "data:image/png;base64,AAAA\nBBBB\n"
+        envelope = envelope_of({"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]})
+        self.assertEqual(envelope["payloads"], [])
+        self.assertEqual(json.loads(envelope["overlays"]["chat/completions"]["add"])["messages"][0]["content"][0]["image_url"]["url"], url)
+        self.assertIn(json.dumps(url), envelope["overlays"]["responses"]["replace"][0][1])
+        self.assertIn('"data":"AAAA\\nBBBB\\n"', envelope["overlays"]["messages"]["replace"][0][1])
+
+    def test_odd_tools(self):
+        tools = [{"type": "function", "function": {"name": "f", "description": None, "parameters": {}}}, {"type": "custom", "custom": {"name": "c"}}]
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}
+        overlays = envelope_of(USER, tools=tools, tool_choice=choice)["overlays"]
+        none = {"type": "object", "properties": {}}
+        self.assertEqual(json.loads(overlays["responses"]["add"]), {"tool_choice": choice, "tools": [
+            {"type": "function", "name": "f", "description": None, "parameters": none, "strict": False}, tools[1]]})
+        self.assertEqual(json.loads(overlays["messages"]["add"]), {"tool_choice": choice, "tools": [{"name": "f", "input_schema": none}, tools[1]]})
 
     def test_tools_for_each_format(self):
         function = {"name": "a.b", "description": "d", "parameters": {"type": "object", "properties": {"2": {}, "1": {}}}, "strict": True}
@@ -777,10 +837,18 @@ class ParserTest(unittest.TestCase):
         made = parsed("chat/completions", [chat_chunk({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "{}"}}]})])
         self.assertRegex(made[0].id, "^call_[0-9a-f]{32}$")
         self.assertEqual(made[1], proxy.ToolCallDelta(0, "{}"))
+        calls = [{"index": 0, "id": name, "function": {"name": name, "arguments": "{}"}} for name in ("c", "d")]  # all of one index
+        more = {"index": 0, "id": "other", "function": {"arguments": " "}}  # a new id without a name is no new call
+        self.assertEqual(parsed("chat/completions", [chat_chunk({"tool_calls": [call]}) for call in [*calls, more]]), [
+            proxy.ToolCallDelta(0, "", "c", "c"), proxy.ToolCallDelta(0, "{}"), proxy.ToolCallDelta(1, "", "d", "d"),
+            proxy.ToolCallDelta(1, "{}"), proxy.ToolCallDelta(1, " ")])
+        block = {"type": "content_block_start", "index": 1, "content_block": {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1.0}}}
+        self.assertEqual(parsed("messages", [block, {"type": "content_block_stop", "index": 1}]),
+                         [proxy.ToolCallDelta(0, "", "c", "f"), proxy.ToolCallDelta(0, '{"a":1.0}')])
 
     def test_failures(self):
         for wire_format, data, status, text in (
-                ("chat/completions", "{no", 502, "not an answer"), ("chat/completions", "[]", 502, "not an answer"),
+                ("chat/completions", "{no", 502, "not an answer"), ("chat/completions", "[" * 100000, 502, "not an answer"), ("chat/completions", "[]", 502, "not an answer"),
                 ("chat/completions", '{"choices":[1]}', 502, "not an answer"), ("chat/completions", "[DONE]", 502, "without saying why"),
                 ("chat/completions", '{"error":{"message":"busy","code":429}}', 429, "busy"), ("chat/completions", '{"error":"x"}', 502, "x"),
                 ("responses", '{"type":"response.failed","response":{"error":{"code":"server_error","message":"m"}}}', 502, "m"),
@@ -888,7 +956,8 @@ class ResponseTest(unittest.TestCase):
 
     def test_choice_with_legacy_functions(self):
         choice = proxy.Choice(legacy_functions=True)
-        deltas = [delta for event in (proxy.ToolCallDelta(0, "", "c", "f"), proxy.ToolCallDelta(0, "{"), proxy.ToolCallDelta(0, "}"), proxy.Finish("tool_calls", USAGE))
+        deltas = [delta for event in (proxy.ToolCallDelta(0, "", "c", "f"), proxy.ToolCallDelta(0, "{"), proxy.ToolCallDelta(1, "", "d", "g"),
+                                         proxy.ToolCallDelta(0, "}"), proxy.ToolCallDelta(1, "{}"), proxy.Finish("tool_calls", USAGE))
                   for delta in choice.deltas(event)]
         self.assertEqual(deltas[:2], [{"function_call": {"name": "f", "arguments": ""}}, {"function_call": {"arguments": "{"}}])
         self.assertEqual(proxy.message_of(deltas), {"role": "assistant", "content": None, "refusal": None,
@@ -937,6 +1006,9 @@ import json, os, signal, subprocess, sys, threading, time
 MODE = os.environ.get("FAKE_MODE", "")
 NAMES = (os.environ.get("FAKE_MODELS") or "github-copilot/gpt-5-mini github-copilot/gpt-5.4-mini local/m").split()
 if sys.argv[1] == "models":
+    if MODE == "models-odd":
+        print("a/b\n" + os.environ["FAKE_ODD"])
+        sys.exit()
     if MODE == "models-fail":
         sys.exit("\x1b[91mError: \x1b[0mConfig file at /x/opencode.json is not valid JSON(C)")
     models = json.loads(os.environ["FAKE_CATALOG"])
@@ -989,8 +1061,6 @@ def turn(session, envelope):
     if act == "ask":
         out(id=99, method="session/request_permission", params={"sessionId": session})
         delta(session, json.loads(sys.stdin.readline())["error"]["message"])
-    if act == "garbage":
-        words = [os.environ["BUN_JSC_useGC"]]
     if act == "deltas":
         def sse(data):
             return json.dumps({"jsonrpc": "2.0", "method": "proxy/sse", "params": {"sessionId": session, "data": data}}) + "\n"
@@ -1018,6 +1088,7 @@ for line in iter(sys.stdin.readline, ""):
     message = json.loads(line)
     method, number = message.get("method"), message.get("id")
     if method == "initialize":
+        time.sleep(float(os.environ.get("FAKE_START", "0")))
         if MODE != "no-plugin":
             tell("loaded", None)
         out(id=number, result={"agentInfo": {"version": "1.16.9" if MODE == "old" else "1.18.33"}})
@@ -1034,7 +1105,15 @@ for line in iter(sys.stdin.readline, ""):
     elif method == "session/set_model":
         out(id=number, result={})
     elif method == "session/prompt":
-        turn(message["params"]["sessionId"], json.loads(message["params"]["prompt"][0]["text"]))
+        envelope = json.loads(message["params"]["prompt"][0]["text"])
+        if MODE == "blind" and "fifo" in envelope:
+            os._exit(3)
+        if MODE == "slow" and "fifo" in envelope:
+            time.sleep(60)
+        if "fifo" in envelope:
+            with open(envelope["fifo"]) as fifo:
+                envelope = json.load(fifo)
+        turn(message["params"]["sessionId"], envelope)
         out(id=number, error={"code": -32603, "message": "Internal error: over"})
 '''
 
@@ -1119,7 +1198,7 @@ class FaultTest(FakeCase):
     def test_child_that_does_not_read(self):
         running = self.start(timeout=0.5)
         os.environ["FAKE_MODE"] = "deaf"
-        status, answer = running.chat("x" * 1_000_000)
+        status, answer = running.chat("x" * 500_000)
         self.assertEqual((status, answer["error"]["code"]), (502, "opencode_failed"))
 
     def test_grandchild_that_holds_the_pipe(self):
@@ -1190,6 +1269,11 @@ class StartTest(FakeCase):
             os.environ["FAKE_MODE"] = mode
             with self.subTest(mode):
                 self.refused(text)
+        os.environ["FAKE_MODE"] = "models-odd"
+        for odd in ('{"id": "b", "providerID": "a"}', "{broken", "{}"):
+            os.environ["FAKE_ODD"] = odd
+            with self.subTest(odd):
+                self.refused("opencode cannot be used: ")
 
     def test_opencode_that_hangs(self):
         os.environ["FAKE_MODE"] = "hang"
@@ -1329,17 +1413,87 @@ class LoadTest(FakeCase):
         self.assertIsNot(running.pool._spares[0].result(), spare)
         self.assertTrue(eventually(lambda: not spare.alive()))
 
-    def test_large_prompts_have_a_process_that_collects_garbage(self):
+    def test_long_prompts_pass_through_a_fifo(self):
         running = self.start(spares=1, requests_per_process=5)
-        spare = running.pool._spares[0].result()
-        with unittest.mock.patch.object(proxy, "LARGE_PROMPT_BYTES", 5000):
-            self.assertEqual(running.chat("garbage " + "x" * 5000)[1]["choices"][0]["message"]["content"], "1")
-        self.assertEqual((spare.served, running.chat("garbage")[1]["choices"][0]["message"]["content"]), (0, "0"))
+        process = running.pool._spares[0].result()
+        for long in ("x" * (1 << 20), "y" * (3 << 20), "z" * 5000):
+            self.assertEqual(running.chat(long)[1]["choices"][0]["message"]["content"], long)
+        self.assertEqual(process.served, 3)
+        self.assertEqual([path.is_fifo() for path in process.home.glob("prompt-*")], [True, True])  # nothing is on disk
+
+    def test_long_prompts_that_are_not_read(self):
+        body = chat_body(messages=[{"role": "user", "content": "x" * (3 << 20)}])
+        for mode, expected in (("blind", 502), ("slow", 504)):
+            with self.subTest(mode), unittest.mock.patch.dict(os.environ, {"FAKE_MODE": mode}):
+                self.assertEqual(self.start(timeout=1.0).request("POST", "/v1/chat/completions", body)[0], expected)
 
     def test_spare_that_died(self):
         running = self.start(spares=1)
         os.kill(running.pool._spares[0].result()._popen.pid, signal.SIGKILL)
         self.assertEqual(running.chat("x")[0], 200)
+
+    def test_reused_spare_that_died(self):
+        running = self.start(requests_per_process=5)
+        self.assertEqual(running.chat("x")[0], 200)
+        self.assertTrue(eventually(lambda: running.pool.status()["spares"] == 1))
+        with unittest.mock.patch.object(running.pool._spares[0].result(), "_request", side_effect=proxy.ProcessDied("opencode ended")):
+            self.assertEqual(running.chat("x")[0], 200)
+
+    def test_reuse_with_as_many_spares_as_turns(self):
+        running = self.start(requests_per_process=50, spares=1, max_concurrency=1)
+        with unittest.mock.patch.object(running.pool, "new_process", wraps=running.pool.new_process) as started:
+            for _ in range(6):
+                self.assertEqual(running.chat("x")[0], 200)
+                self.assertTrue(eventually(lambda: running.pool.status()["spares"] >= 1))
+        self.assertLessEqual(started.call_count, 1)
+
+    def test_clients_that_leave_with_the_finish_chunk_do_no_harm(self):
+        running = self.start(requests_per_process=1000, spares=1)
+        body = chat_body(stream=True)
+        with unittest.mock.patch.object(running.pool, "_fail", wraps=running.pool._fail) as failed:
+            for _ in range(40):
+                with socket.create_connection(("127.0.0.1", running.port), timeout=DEADLINE) as connection:
+                    connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+                    got = b""
+                    while b'"finish_reason":"stop"' not in got:
+                        got += connection.recv(65536)
+                self.assertTrue(eventually(lambda: not running.pool.turns))
+            self.assertEqual(running.chat("x")[0], 200)
+        failed.assert_not_called()
+
+    def test_client_that_leaves_while_its_process_starts(self):
+        running = self.start(max_concurrency=1)
+        with unittest.mock.patch.dict(os.environ, {"FAKE_START": "60"}):
+            body = chat_body()
+            with socket.create_connection(("127.0.0.1", running.port)) as connection:
+                running.pool._spares_wanted = 1
+                running.pool.replenish()  # a spare that takes a minute to start
+                connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+                self.assertTrue(eventually(lambda: running.pool.status()["running"] and not running.pool._spares))
+            self.assertTrue(eventually(lambda: not running.pool.turns, 20))
+            self.assertEqual(len(running.pool._spares), 1)
+
+    def test_no_more_threads(self):
+        """Where the system refuses a thread, a request fails and nothing else."""
+        running = self.start(requests_per_process=2)
+        start = threading.Thread.start
+        for name in ("_read_stdout", "_reap", "_discard", "_prepare"):
+            refused = []
+
+            def start_or_fail(thread, name=name, refused=refused):
+                target = getattr(thread, "_target", None)
+                cells = [cell.cell_contents for cell in getattr(target, "__closure__", None) or ()]
+                if name in [getattr(found, "__name__", "") for found in [target, *cells]] and not refused:
+                    refused.append(name)
+                    raise RuntimeError("can't start new thread")
+                start(thread)
+
+            with unittest.mock.patch.object(threading.Thread, "start", start_or_fail):
+                statuses = [running.chat("x")[0] for _ in range(4)]
+                self.assertTrue(eventually(lambda: not running.pool.turns))
+            self.assertEqual(refused, [name])
+            self.assertLessEqual(sum(status != 200 for status in statuses), 1, name)
+            self.assertEqual(running.chat("x")[0], 200)
 
     def test_spare_that_dies_when_it_is_used(self):
         running = self.start(spares=1)
@@ -1387,6 +1541,15 @@ class LoadTest(FakeCase):
         running = self.start()
         self.assertIsNone(running.opencode.catalog.trimmed)
         self.assertEqual(running.chat("x", model="local/m")[0], 200)
+
+    def test_catalog_that_could_not_be_read_is_read_again(self):
+        with unittest.mock.patch.multiple(proxy, TEND_SECONDS=0.1, MAX_RETRY_SECONDS=0.1):
+            running = self.start()
+            os.environ.update(FAKE_MODE="models-fail", FAKE_MODELS="github-copilot/gpt-5-mini new/model")
+            self.auth.write_text('{"new":{}}')
+            self.assertTrue(eventually(lambda: "failed" in running.pool.last_error))
+            os.environ["FAKE_MODE"] = ""
+            self.assertTrue(eventually(lambda: "new/model" in running.pool.catalog().models))
 
     def test_new_login_renews_catalog_and_spares(self):
         with unittest.mock.patch.object(proxy, "TEND_SECONDS", 0.1):
@@ -1445,6 +1608,34 @@ class LoadTest(FakeCase):
         status, answer = running.chat("die", n=3)
         self.assertEqual(status, 502)
 
+    def test_choice_that_is_cut_ends_and_cannot_fail_any_more(self):
+        class Turn(proxy.Turn):
+            def __init__(self, *events):
+                self.told, self._events, self.is_cut = threading.Event(), events, False
+
+            def interrupt(self, error):
+                self.told.set()
+
+            def events(self):
+                for event in self._events:
+                    if isinstance(event, threading.Event):
+                        event.wait(DEADLINE)
+                    elif isinstance(event, Exception):
+                        raise event
+                    else:
+                        yield event
+
+        first = Turn(proxy.TextDelta("a STOP b"))
+        first._events += (first.told, proxy.APIError(502, "broke off"))
+        second = Turn(proxy.TextDelta("fine"), first.told, proxy.Finish("stop", USAGE))
+        handler = proxy.ProxyHandler.__new__(proxy.ProxyHandler)
+        handler._facts, handler._started = {}, 0.0
+        choices = [proxy.Choice(("STOP",)), proxy.Choice(("STOP",))]
+        events = proxy.run_turns([first, second])
+        shown = [(index, deltas) for index, _, deltas in handler._deltas(choices, [first, second], events)]
+        self.assertEqual(sorted(shown, key=lambda pair: pair[0]), [(0, [{"content": "a "}]), (1, [{"content": "fine"}]), (1, [])])
+        self.assertTrue(first.is_cut)
+
     def test_stop_sequence_ends_the_process(self):
         running = self.start()
         status, answer = running.chat("slowly 1000", stop=["5 6"])
@@ -1491,8 +1682,9 @@ class HTTPTest(FakeCase):
         about = running.request("GET", "/")[2].decode()
         self.assertEqual(about.splitlines()[1:], ["status: healthy", f"base URL for apps: http://127.0.0.1:{running.port}/v1"])
         self.assertEqual(running.request("POST", "/chat/completions", chat_body())[0], 200)
-        for path in ("/nothing", "/v1", "/v1/completions", "/v1/v1/models", "/modelsx", "//"):
-            self.assertEqual(running.request("GET", path)[0], 404 if path != "//" else 200, path)
+        for path in ("/nothing", "/v1", "/v1/completions", "/v1/v1/models", "/modelsx", "//", "/v1models"):
+            self.assertEqual(running.request("GET", path)[0], 200 if path in ("//", "/v1") else 404, path)
+        self.assertIn(b"HTTP/1.1 404", running.raw(b"GET http://[/v1/x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"))
 
     def test_methods(self):
         running = self.start()
@@ -1582,6 +1774,8 @@ class HTTPTest(FakeCase):
                 response = connection.getresponse()
                 self.assertEqual((response.status, json.loads(response.read())["error"]["code"]), (413, "body_too_large"))
         self.assertEqual(running.chat("x" * 900)[0], 200)
+        status, headers, _ = running.request("POST", "/v1/chat/completions", b"x" * 1001, {"Origin": "http://localhost:3000"})
+        self.assertEqual((status, headers["Access-Control-Allow-Origin"]), (413, "http://localhost:3000"))  # or the page could not read it
 
     def test_expect_continue(self):
         running = self.start(api_key=["k"])
@@ -1618,6 +1812,20 @@ class HTTPTest(FakeCase):
         with unittest.mock.patch.object(proxy, "MAX_CONNECTIONS", 50):
             self.crowd(self.start(), 120, range(30, 70))  # a thread may start before the last one has counted itself
 
+    def test_busy_connections_are_bounded_too(self):
+        with unittest.mock.patch.object(proxy, "MAX_CONNECTIONS", 5), contextlib.ExitStack() as stack:
+            running = self.start()
+            busy = self.post(b"{", "Content-Length: 10")
+            held = [stack.enter_context(socket.create_connection(("127.0.0.1", running.port), timeout=DEADLINE)) for _ in range(5)]
+            for connection in held:
+                connection.sendall(busy)
+            self.assertTrue(eventually(lambda: list(running.server._handlers.values()) == [False] * 5))
+            with contextlib.suppress(ConnectionError):
+                self.assertEqual(running.raw(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"), b"")
+            held[0].sendall(b" " * 9)
+            self.assertIn(b"400", held[0].recv(100))
+            self.assertTrue(eventually(lambda: running.request("GET", "/health")[0] == 200))
+
     def crowd(self, running, count, held):
         """Open `count` connections, half of them with half a request; assert how many are held and that others are served."""
         with contextlib.ExitStack() as stack:
@@ -1634,6 +1842,8 @@ class HTTPTest(FakeCase):
         head, _, data = got.partition(b"\r\n\r\n")
         self.assertNotIn(b"chunked", head)
         self.assertEqual(sse_events(data)[-1], "[DONE]")
+        got = running.raw(b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\nGET /health HTTP/1.0\r\n\r\n")
+        self.assertEqual([got.count(text) for text in (b"200 OK", b"Connection: keep-alive", b"Connection: close")], [2, 1, 1])
 
     def test_stream_bytes(self):
         running = self.start()
@@ -1646,7 +1856,7 @@ class HTTPTest(FakeCase):
     def test_api_keys(self):
         running = self.start(api_key=["first", "se cond\u20ac"])
         for headers, expected in (({}, 401), ({"Authorization": "Bearer first"}, 200), ({"authorization": "bearer first"}, 200),
-                                  ({"X-Api-Key": "first"}, 200), ({"Authorization": "Bearer firs"}, 401), ({"Authorization": "Bearer"}, 401),
+                                  ({"X-Api-Key": "first"}, 200), ({"X-Api-Key": "se cond\u20ac".encode()}, 200), ({"Authorization": "Bearer firs"}, 401), ({"Authorization": "Bearer"}, 401),
                                   ({"Authorization": "Basic first"}, 401), ({"X-Api-Key": "\xff"}, 401)):
             status, answer_headers, body = running.request("GET", "/v1/models", headers=headers)
             self.assertEqual(status, expected, headers)
@@ -1766,7 +1976,8 @@ class CommandTest(FakeCase):
     def test_version_and_bad_values(self):
         self.assertEqual(self.run_to_end("--version"), (f"opencode_proxy {proxy.__version__}\n", 0))
         for arguments in (["--port", "x"], ["--port", "70000"], ["--timeout", "0"], ["--timeout", "nan"], ["--max-concurrency", "0"],
-                          ["--model", "bare"], ["--spares", "-1"], ["--api-key-file", "/no/such/file"], ["--nonsense"]):
+                          ["--model", "bare"], ["--spares", "-1"], ["--api-key-file", "/no/such/file"], ["--api-key-file", os.devnull],
+                          ["--api-key", ""], ["--nonsense"]):
             output, code = self.run_to_end(*arguments)
             self.assertEqual((code, output.count("Traceback")), (2, 0), output)
             self.assertIn("error: ", output.splitlines()[-1])
@@ -1788,7 +1999,8 @@ class CommandTest(FakeCase):
     def test_environment_and_options(self):
         for name, value, attribute, expected in (
                 ("PORT", "7", "port", 7), ("API_KEY", "a b", "api_key", ["a", "b"]), ("CORS_ORIGIN", "*", "cors_origin", ["*"]),
-                ("MAX_BODY_SIZE", "9", "max_body_size", 9), ("MODEL", "p/m", "model", "p/m"), ("VERBOSE", "1", "verbose", True)):
+                ("MAX_BODY_SIZE", "9", "max_body_size", 9), ("MODEL", "p/m", "model", "p/m"), ("VERBOSE", "1", "verbose", True), ("VERBOSE", "0", "verbose", False),
+                ("API_KEY", "", "api_key", []), ("CORS_ORIGIN", "https://App.example/ http://b", "cors_origin", ["https://app.example", "http://b"])):
             with unittest.mock.patch.dict(os.environ, {"OPENCODE_PROXY_" + name: value}):
                 self.assertEqual(getattr(proxy.read_settings([]), attribute), expected)
         with unittest.mock.patch.dict(os.environ, {"OPENCODE_PROXY_PORT": "7", "OPENCODE_PROXY_API_KEY": "a"}):
@@ -1826,6 +2038,17 @@ class CommandTest(FakeCase):
         process.send_signal(signal.SIGTERM)
         self.assertTrue(eventually(lambda: self.refuses(port)))
         self.assertEqual(sse_events(answer.read().partition(b"\n")[2])[-1], "[DONE]")
+        self.assertEqual(process.wait(DEADLINE), 0)
+
+    def test_sighup_stops_unless_it_is_ignored(self):
+        process, _ = self.serving()
+        process.send_signal(signal.SIGHUP)
+        self.assertEqual(process.wait(DEADLINE), 0)
+        self.addCleanup(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))  # as nohup does
+        process, port = self.serving()
+        process.send_signal(signal.SIGHUP)
+        self.assertEqual(self.health(port)["status"], "healthy")
+        process.terminate()
         self.assertEqual(process.wait(DEADLINE), 0)
 
     def test_sigterm_ends_answers_after_the_grace(self):
@@ -1919,8 +2142,11 @@ class SystemdTest(unittest.TestCase):
         for kind in ("user", "system"):
             with self.subTest(kind):
                 unit = proxy.systemd_unit(kind, "/opt/bin/opencode")
-                self.assertIn(f"ExecStart={os.path.abspath(sys.executable)} {HERE / 'opencode_proxy.py'} --opencode /opt/bin/opencode\n", unit)
+                python, program = proxy.unit_word(os.path.abspath(sys.executable)), proxy.unit_word(str(HERE / "opencode_proxy.py"))
+                self.assertIn(f"ExecStart={python} {program} --opencode /opt/bin/opencode\n", unit)
                 self.assertNotIn("{", unit)
+        for text, word in (("/a/b-c.1", "/a/b-c.1"), ("/a b", '"/a b"'), ("/100%", "/100%%"), ("/$x", "/$$x"), ('/"', '"/\\""')):
+            self.assertEqual(proxy.unit_word(text), word)
 
     def test_systemd_takes_them(self):
         if not shutil.which("systemd-analyze"):
@@ -1928,7 +2154,9 @@ class SystemdTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             for kind in ("user", "system"):
                 path = pathlib.Path(folder, f"opencode-proxy-{kind}.service")
-                path.write_text(proxy.systemd_unit(kind, sys.executable))
+                program = pathlib.Path(folder, "open code %")
+                program.touch(0o700)
+                path.write_text(proxy.systemd_unit(kind, str(program)))
                 done = subprocess.run(["systemd-analyze", "verify", "--man=no", *(["--user"] if kind == "user" else []), str(path)],
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "XDG_RUNTIME_DIR": folder}, check=False)
                 mine = [line for line in done.stdout.decode().splitlines() if path.name in line]
@@ -2171,8 +2399,26 @@ class RealWireTest(RealCase):
             self.assertEqual(without(exchange.body["input" if wire_format == "responses" else "messages"][0]["content"], "cache_control"), expected[wire_format])
             self.assertEqual((exchange.headers["Copilot-Vision-Request"], exchange.headers["x-initiator"]), ("true", "user"))
 
+    def test_images_that_tools_return(self):
+        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        image = {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + self.PNG}}
+        messages = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]},
+                    {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "see"}, image]}]
+        expected = {
+            "chat/completions": messages[2:],
+            "responses": [{"type": "function_call_output", "call_id": "c", "output": "see"}, {"role": "user", "content": [
+                {"type": "input_text", "text": "Attached media from tool result:"}, {"type": "input_image", "image_url": image["image_url"]["url"]}]}],
+            "messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": [
+                {"type": "text", "text": "see"}, {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": self.PNG}}]}]}]}
+        for wire_format, model in FORMATS.items():
+            self.upstream.exchanges.clear()
+            self.assertEqual(self.proxy.chat(model=model, messages=messages)[0], 200)
+            exchange = self.exchange()
+            self.assertEqual(without(exchange.body["input" if wire_format == "responses" else "messages"][2:], "cache_control"), expected[wire_format])
+            self.assertEqual((exchange.headers["Copilot-Vision-Request"], exchange.headers["x-initiator"]), ("true", "agent"))
+
     def test_big_image(self):
-        payload = self.PNG.rstrip("=") * 90000
+        payload = self.PNG.rstrip("=") * 180000
         payload = payload[:len(payload) // 4 * 4]
         for model in FORMATS.values():
             self.upstream.exchanges.clear()
@@ -2581,7 +2827,7 @@ class LoginTest(unittest.TestCase):
         self.stack.callback(opencode.close)
         home = opencode.new_home()
         environment = opencode.environment(home, None)
-        self.assertEqual((environment["BUN_JSC_useGC"], opencode.environment(home, None, large=True)["BUN_JSC_useGC"]), ("0", "1"))
+        self.assertEqual(environment["BUN_JSC_useGC"], "0")
         subprocess.run([self.path, "auth", "logout", "github-copilot"], env=environment, cwd=home / "cwd", stdin=subprocess.DEVNULL,
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=DEADLINE, check=False)
         self.assertTrue((home / "data/opencode/auth.json").is_symlink())
