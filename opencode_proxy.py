@@ -49,7 +49,7 @@ from typing import Any, Callable, Union
 __version__ = "1.0.0"
 
 Json = dict[str, Any]
-Trace = Callable[[str], None]  # takes what --verbose shows
+Trace = Callable[[str, Json, int], None]  # takes an arrow, a JSON-RPC message and its size in bytes
 
 DEFAULT_MODEL = "github-copilot/gpt-4.1"
 # GitHub took gpt-4.1 out of Copilot in June 2026: tried in this order when no model was asked for on the command line.
@@ -670,6 +670,8 @@ const relay = async (sessionId, answer) => { // line by line, past opencode, whi
 }
 
 const fetchOnce = async (input, init) => {
+  if (input instanceof Request && input.headers.has(HEADER)) // so do some providers' own wrappers of fetch
+    [input, init] = [input.url, { method: "POST", headers: input.headers, body: await input.text(), signal: input.signal }]
   const path = new URL(input?.url ?? input).pathname
   // opencode's Copilot hook looks the session up, twice and over HTTP, which takes a third of the time to the first token
   for (const [id, turn] of proxy.turns) if (turn.preparing && path.startsWith(`/session/${id}`)) return Response.json({})
@@ -915,6 +917,10 @@ class Opencode:
         self._plugin = self.run_directory / "plugin.js"
         self._plugin.write_text(PLUGIN, encoding="utf-8")
         self._models = self.run_directory / "models.json"
+        self._packages = user_folder("XDG_CACHE_HOME", "~/.cache") / "packages"  # plugins and providers from npm
+        if not self._packages.is_dir():
+            self._packages = self.run_directory / "packages"
+            self._packages.mkdir()
         stub = self.run_directory / "bin" / "rg"  # opencode downloads ripgrep where there is none
         stub.parent.mkdir()
         stub.write_text("#!/bin/sh\nexit 1\n")
@@ -950,12 +956,13 @@ class Opencode:
     def new_home(self) -> pathlib.Path:
         """Return a new private directory with everything a process reads or writes, the user's logins linked in."""
         home = pathlib.Path(tempfile.mkdtemp(prefix="process-", dir=self.run_directory))
-        for folder in ("config/opencode/node_modules", "data/opencode", "state", "cache", "tmp", "cwd", "home"):
+        for folder in ("config/opencode/node_modules", "data/opencode", "cache/opencode", "state", "tmp", "cwd", "home"):
             (home / folder).mkdir(parents=True)
         for name in CONFIG_FILES:
             if (self._config / name).exists():
                 link(self._config / name, home / "config/opencode" / name)
         link(self._auth, home / "data/opencode/auth.json")
+        link(self._packages, home / "cache/opencode/packages")  # or every process would install them
         # without these, opencode first waits for an npm install
         (home / "config/opencode/package.json").write_text("{}")
         (home / "config/opencode/package-lock.json").write_text(
@@ -1013,7 +1020,7 @@ def link(source: pathlib.Path, target: pathlib.Path) -> None:
     try:
         target.symlink_to(source)
     except OSError:  # Windows without the right to make links
-        if source.exists():
+        if source.is_file():
             shutil.copy2(source, target)
 
 
@@ -1305,8 +1312,7 @@ class OpencodeProcess:
     ACP = ("acp", "--hostname", "127.0.0.1", "--port", "0")
     MODELS = ("models", "--verbose")
 
-    def __init__(self, opencode: Opencode, arguments: Sequence[str] = ACP,
-                 trace: Trace = lambda text: None) -> None:
+    def __init__(self, opencode: Opencode, arguments: Sequence[str] = ACP, trace: Trace = lambda *_: None) -> None:
         self._opencode = opencode
         self._trace = trace
         self.catalog = opencode.catalog
@@ -1431,7 +1437,7 @@ class OpencodeProcess:
 
     def _send(self, message: Json) -> None:
         line = json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n"
-        self._trace("-> {} {} bytes".format(message.get("method", "reply"), len(line)))
+        self._trace("->", message, len(line))
         # a child that has stopped reading must not hold this thread for ever: killing it breaks the pipe
         watchdog = None
         if len(line) > 1 << 15:  # a pipe holds the others
@@ -1463,12 +1469,12 @@ class OpencodeProcess:
                 if line.startswith(b'{"jsonrpc":"2.0","method":"session/update"') or not line.strip():
                     continue  # ACP's own account of the answer comes later than the plugin's, and not in order
                 try:
-                    message = json.loads(line)
+                    message = json.loads(line.decode("utf-8", "replace"))  # in half the time that the bytes would take
                 except ValueError:
                     message = None
                 if not isinstance(message, dict):
                     raise ProcessDied("opencode printed something else than JSON-RPC", repr(line[:200]))
-                self._trace("<- {} {} bytes".format(message.get("method", "reply"), len(line)))
+                self._trace("<-", message, len(line))
                 if "id" in message and "method" in message:
                     self._send({"id": message["id"], "error": {"code": -32601, "message": "refused"}})
                     continue
@@ -1688,7 +1694,7 @@ class Pool:
     """Owns every opencode process: the running ones, the spares started ahead, and their ends."""
 
     def __init__(self, opencode: Opencode, concurrency: int = 4, queue_size: int = 64, spares: int = 1,
-                 requests_per_process: int = 1, trace: Trace = lambda text: None) -> None:
+                 requests_per_process: int = 1, trace: Trace = lambda *_: None) -> None:
         self.opencode = opencode
         self.slots = Slots(concurrency, queue_size)
         self.proven = threading.Event()  # set when the start-up proof has passed, or failed for good
@@ -2102,9 +2108,12 @@ SSE_DONE = b"data: [DONE]\n\n"
 SSE_PING = b": keep-alive\n\n"
 
 
+SSE_JSON = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder for every event
+
+
 def sse_data(value: Json) -> bytes:
     """Return one server-sent event that carries `value`."""
-    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + SSE_JSON(value).encode() + b"\n\n"
 
 
 class StopFilter:
@@ -2230,7 +2239,7 @@ class Completion:
     def chunk(self, index: int, delta: Json, finish_reason: str | None = None) -> bytes:
         """Return the SSE event for one chunk."""
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return (self._chunk_head + json.dumps(choice, separators=(",", ":")) + "]").encode() + self._chunk_tail
+        return (self._chunk_head + SSE_JSON(choice) + "]").encode() + self._chunk_tail
 
     def usage_chunk(self, usage: Json | None) -> bytes:
         """Return the SSE event that tells the usage of the whole stream."""
@@ -2679,10 +2688,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             deltas = choice.deltas(event)
             if deltas:
                 self._facts.setdefault("first", f"{time.monotonic() - self._started:.3f}")
-            if choice.finish_reason is not None and not isinstance(event, Finish):
-                turns[index].cut()
-            if all(choice.finish_reason is not None for choice in choices):
-                events.close()  # a client that has its answer may hang up: that is no news for the process any more
+            if choice.finish_reason is not None:
+                if not isinstance(event, Finish):
+                    turns[index].cut()
+                if all(choice.finish_reason is not None for choice in choices):
+                    events.close()  # a client that has its answer may hang up: that is no news for the process any more
             yield index, event, deltas
         usage = total_usage(choice.usage for choice in choices)
         if usage is not None:
@@ -2737,6 +2747,11 @@ def log(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(stamp + text + "\n")
         sys.stderr.flush()
+
+
+def log_message(arrow: str, message: Json, size: int) -> None:
+    """Log a JSON-RPC message without its contents: prompts and answers are nobody's business."""
+    log("{} {} {} bytes".format(arrow, message.get("method", "reply"), size))
 
 
 def open_files_allowed() -> int:
@@ -3068,7 +3083,7 @@ def serve(settings: argparse.Namespace) -> int:
     """Run the server until it is told to stop; return the exit code."""
     opencode = Opencode(find_opencode(settings.opencode), settings.model)
     pool = Pool(opencode, settings.max_concurrency, settings.max_queue, settings.spares, settings.requests_per_process,
-                log if settings.verbose else lambda text: None)
+                log_message if settings.verbose else lambda *_: None)
     try:
         server = ProxyServer(settings, pool)
     except OSError as error:

@@ -2013,13 +2013,13 @@ class CommandTest(FakeCase):
         self.assertEqual((code, output.splitlines()[-1]), (2, "opencode_proxy.py: error: argument --port: invalid int value: 'x'"))
 
     def test_verbose_shows_no_contents(self):
-        running = self.start()
-        seen = []
-        running.pool._trace = seen.append
-        running.chat("SECRET")
-        self.assertTrue([line for line in seen if re.fullmatch(r"-> session/prompt \d+ bytes", line)])
-        self.assertTrue([line for line in seen if re.fullmatch(r"<- proxy/delta \d+ bytes", line)])
-        self.assertNotIn("SECRET", "".join(seen))
+        process, port = self.serving("--verbose")
+        self.asking(port, "SECRET").getresponse().read()
+        process.terminate()
+        seen = process.stdout.read()
+        self.assertRegex(seen, r"-> session/prompt \d+ bytes\n")
+        self.assertRegex(seen, r"<- proxy/delta \d+ bytes\n")
+        self.assertNotIn("SECRET", seen)
 
     def test_banner(self):
         process, port = self.serving("--model", "local/m", "--api-key", "k")
@@ -2785,6 +2785,28 @@ class LoginTest(unittest.TestCase):
         status, answer = running.chat()
         self.assertEqual((status, answer["model"]), (200, "github-copilot/gpt-4.1"))
         self.assertEqual(self.upstream.exchanges[0].body["model"], "gpt-4.1")
+
+    def test_login_plugin_that_wraps_fetch(self):
+        """A plugin that the user has from npm may be the login to a provider, and may put a Request together by itself."""
+        name = "opencode-proxy-test-login"  # which no registry has: it must not be installed again
+        package = self.folder / f".cache/opencode/packages/{name}@1.0.0"
+        plugin = package / "node_modules" / name
+        plugin.mkdir(parents=True)
+        dependencies = {"dependencies": {name: "1.0.0"}}
+        (package / "package.json").write_text(json.dumps(dependencies))
+        (package / "package-lock.json").write_text(json.dumps({"lockfileVersion": 3, "packages": {"": dependencies, f"node_modules/{name}": {"version": "1.0.0"}}}))
+        (plugin / "package.json").write_text(json.dumps({"name": name, "version": "1.0.0", "type": "module", "main": "index.js"}))
+        (plugin / "index.js").write_text("""export const Login = async () => ({ auth: { provider: "local", methods: [],
+            loader: async () => ({ fetch: (url, init) => fetch(new Request(url, { ...init, headers: { ...init.headers, "x-login": "yes" } })) }) } })""")
+        make_home(self.folder, self.upstream, plugin=[f"{name}@1.0.0"])
+        (self.folder / ".local/share/opencode/auth.json").write_text('{"local":{"type":"api","key":"k"}}')
+        running = Running(self.path, model="local/m")
+        self.stack.callback(running.close)
+        self.assertEqual(running.chat("q", seed=7)[1]["choices"][0]["message"]["content"], "Hello w\u00f6r\u2028ld")
+        (exchange,) = self.upstream.exchanges
+        self.assertEqual(exchange.headers["x-login"], "yes")
+        self.assertIsNone(exchange.headers["x-opencode-proxy-session"])
+        self.assertEqual({key: exchange.body[key] for key in ("messages", "seed")}, {"messages": [{"role": "user", "content": "q"}], "seed": 7})
 
     def test_configuration_that_opencode_rejects(self):
         make_home(self.folder, self.upstream)
