@@ -680,7 +680,7 @@ const fetchOnce = async (input, init) => {
   if (!sessionId) return proxy.fetch(input, init)
   headers.delete(HEADER)
   const turn = proxy.turns.get(sessionId)
-  if (!turn || turn.posted) return refuse(sessionId, !turn && { message: "no envelope" })
+  if (!turn || turn.posted || turn.warmup) return refuse(sessionId, !turn && { message: "no envelope" })
   turn.posted = true
   const format = Object.keys(turn.overlays).find((name) => path.endsWith("/" + name))
   try {
@@ -713,7 +713,7 @@ export const OpencodeProxy = async () => (report("loaded"), {
   "chat.message": async (_, { message, parts }) => { // throws, and nothing is sent, unless it is an envelope
     const envelope = JSON.parse(parts[0].text)
     const turn = envelope.fifo ? JSON.parse(await readFile(envelope.fifo, "utf8")) : envelope
-    proxy.turns.set(message.sessionID, { ...turn, types: {} })
+    proxy.turns.set(message.sessionID, { ...turn, relayed: turn.warmup, types: {} })
     parts[0].text = "-"
   },
   "experimental.chat.messages.transform": async (_, { messages }) => {
@@ -725,7 +725,7 @@ export const OpencodeProxy = async () => (report("loaded"), {
   },
   "chat.params": async ({ sessionID, model, message }, output) => {
     const turn = proxy.turns.get(sessionID)
-    if (turn.warmup) { report("warm", sessionID); throw new Error("opencode_proxy is warm") }
+    if (turn.warmup) report("warm", sessionID)
     Object.assign(output, { temperature: undefined, topP: undefined, topK: undefined, maxOutputTokens: undefined }, turn.params)
     // the reasoning effort that opencode picks by itself (the model's first variant) goes, the client's comes
     const picked = model.variants?.[message.model.variant] ?? {}
@@ -742,7 +742,7 @@ export const OpencodeProxy = async () => (report("loaded"), {
     const { info, part, status, error, delta } = properties
     const sessionId = properties.sessionID ?? part?.sessionID ?? info?.sessionID
     const turn = proxy.turns.get(sessionId)
-    if (type === "session.status" && status.type === "idle") proxy.turns.delete(sessionId)
+    if (type === "session.status" && status.type === "idle" && (turn?.posted || turn?.warmup)) proxy.turns.delete(sessionId)
     if (!turn || turn.relayed) return
     if (type === "message.part.updated") turn.types[part.id] = part.type
     if (type === "message.part.delta") report("delta", sessionId, { type: turn.types[properties.partID], text: delta })
@@ -1527,8 +1527,8 @@ class OpencodeProcess:
                 self.offered = frozenset(choice["value"] for choice in option.get("options", ()))
 
     def warm_up(self) -> None:
-        """Run a prompt up to the point where it would be sent, so that opencode has loaded what it needs."""
-        with contextlib.suppress(RequestRefused):  # which is what is expected
+        """Run a prompt up to the point where the plugin would let it out, so that opencode has loaded what it needs."""
+        with contextlib.suppress(RequestRefused):
             self._call("session/prompt", self._prompt_params(WARM_UP))
         if not self.warm:
             raise ProcessDied(f"opencode {self.version} did not reach the model in the start-up proof", self.stderr_tail())

@@ -2782,6 +2782,7 @@ class LoginTest(unittest.TestCase):
         make_home(self.folder, self.upstream)
         running = Running(self.path, model=proxy.DEFAULT_MODEL)
         self.stack.callback(running.close)
+        self.assertEqual(self.upstream.exchanges, [])  # the warm-up sends nothing
         status, answer = running.chat()
         self.assertEqual((status, answer["model"]), (200, "github-copilot/gpt-4.1"))
         self.assertEqual(self.upstream.exchanges[0].body["model"], "gpt-4.1")
