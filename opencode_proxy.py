@@ -61,7 +61,6 @@ MAX_STOP_SEQUENCES = 64     # `stop`: each is looked for in every delta
 MAX_LINE_BYTES = 16 << 20   # one line of a child's stdout: a runaway child must not fill the memory
 MAX_PROMPT_LINE = 1 << 20   # opencode reads a line in quadratic time: a longer prompt goes past its reader
 MAX_INBOX_BYTES = 1 << 20   # stdout read ahead of a slow client; beyond it the child's pipe fills and the child waits
-MAX_PAGE = 1 << 12          # characters of a gateway's error page that are looked at: hostile ones take quadratic time
 MAX_STDERR_BYTES = 4 << 10  # what is kept of a child's stderr to explain a failure
 MAX_CONNECTIONS = 2000      # threads; one more connection closes the one that has been idle longest
 RESERVED_FILES = 200        # of the open files allowed: for the processes' pipes, so that connections cannot take them all
@@ -146,7 +145,7 @@ def upstream_error(status: int, headers: Mapping[str, str], body: str) -> APIErr
     error = error if isinstance(error, dict) else {"message": error}
     message = next((error[key] for key in ("message", "detail") if isinstance(error.get(key), str)), None)
     if not message:
-        text = " ".join(re.sub(r"(?s)<(script|style).*?</\1>|<[^<>]*>", " ", body[:MAX_PAGE]).split())
+        text = " ".join(re.sub(r"(?s)<(script|style).*?(</\1>|\Z)|<[^<>]*(>|\Z)", " ", body).split())  # in linear time
         message = "The model's provider answered {} {}{}".format(
             status, http.client.responses.get(status, ""), ": " + text[:300] if text else "").strip()
     kept = {name.title(): headers[name] for name in ("retry-after", "retry-after-ms") if headers.get(name)}
@@ -287,7 +286,7 @@ def check_messages(messages: Any) -> None:
             where = f"{param}.tool_calls[{number}]"
             require(call, (OBJECT,), where)
             require(call.get("id"), (STRING,), where + ".id")
-            if call.get("type", "function") == "function":
+            if (call.get("type") or "function") == "function":
                 check_function_call(call.get("function"), where + ".function")
         if message.get("function_call") is not None:
             check_function_call(message["function_call"], param + ".function_call")
@@ -505,11 +504,11 @@ def messages_part(part: Json) -> Json:
 
 def to_conversation(messages: Sequence[Json], attachments: Attachments) -> list[Json]:
     """Return `messages` in opencode's shapes: user and assistant turns; a tool's result belongs to its call."""
-    results: dict[str, Any] = {}
+    results: dict[str, list[Any]] = collections.defaultdict(list)
     conversation: list[Json] = []
     for message in reversed(messages):  # so that a call finds the results that follow it
         if message["role"] == "tool":
-            results[message["tool_call_id"]] = message["content"]
+            results[message["tool_call_id"]].append(message["content"])
         elif message["role"] == "user":
             content = message["content"]
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else [
@@ -519,8 +518,10 @@ def to_conversation(messages: Sequence[Json], attachments: Attachments) -> list[
         elif message["role"] == "assistant":
             text = text_of(message.get("content"))
             parts = [{"type": "text", "text": text}] if text else []
-            parts += [tool_part(call, results.pop(call["id"], ""), attachments) for call in message.get("tool_calls") or ()
-                      if call.get("type", "function") == "function"]
+            calls = [call for call in message.get("tool_calls") or () if (call.get("type") or "function") == "function"]
+            parts += [tool_part(call, (results[call["id"]] or [""]).pop(), attachments) for call in calls]
+            for call in calls:
+                results.pop(call["id"], None)
             conversation.append({"role": "assistant", "parts": parts})
     # opencode insists on a user's message
     return conversation[::-1] or [{"role": "user", "parts": [{"type": "text", "text": " "}]}]
@@ -651,7 +652,8 @@ const outgoing = (body, overlay, turn) => {
     if (overlay.add !== "{}") text = text.slice(0, -1) + "," + overlay.add.slice(1)
     for (const [found, replacement] of overlay.replace) text = text.replaceAll(found, () => replacement)
   }
-  for (const [marker, payload] of turn.payloads) text = text.replaceAll(marker, () => payload)
+  const payloads = new Map(turn.payloads) // put in at once: a copy of the text for each would take all memory
+  text = text.replace(new RegExp(turn.token + "[0-9a-f]{4,}", "g"), (marker) => payloads.get(marker) ?? marker)
   if (text.includes(turn.token)) throw new Error("this provider's wire format is not known: attachments cannot be sent")
   return text
 }
@@ -918,9 +920,6 @@ class Opencode:
         self._plugin.write_text(PLUGIN, encoding="utf-8")
         self._models = self.run_directory / "models.json"
         self._packages = user_folder("XDG_CACHE_HOME", "~/.cache") / "packages"  # plugins and providers from npm
-        if not self._packages.is_dir():
-            self._packages = self.run_directory / "packages"
-            self._packages.mkdir()
         stub = self.run_directory / "bin" / "rg"  # opencode downloads ripgrep where there is none
         stub.parent.mkdir()
         stub.write_text("#!/bin/sh\nexit 1\n")
@@ -956,13 +955,17 @@ class Opencode:
     def new_home(self) -> pathlib.Path:
         """Return a new private directory with everything a process reads or writes, the user's logins linked in."""
         home = pathlib.Path(tempfile.mkdtemp(prefix="process-", dir=self.run_directory))
-        for folder in ("config/opencode/node_modules", "data/opencode", "cache/opencode", "state", "tmp", "cwd", "home"):
+        for folder in ("config/opencode/node_modules", "data/opencode", "cache/opencode/packages", "state", "tmp", "cwd",
+                       "home"):
             (home / folder).mkdir(parents=True)
         for name in CONFIG_FILES:
             if (self._config / name).exists():
                 link(self._config / name, home / "config/opencode" / name)
         link(self._auth, home / "data/opencode/auth.json")
-        link(self._packages, home / "cache/opencode/packages")  # or every process would install them
+        for package in [*self._packages.glob("[!@]*"), *self._packages.glob("@*/*")]:  # or every process would install them
+            target = home / "cache/opencode/packages" / package.relative_to(self._packages)
+            target.parent.mkdir(exist_ok=True)
+            link(package, target)
         # without these, opencode first waits for an npm install
         (home / "config/opencode/package.json").write_text("{}")
         (home / "config/opencode/package-lock.json").write_text(
@@ -1160,9 +1163,10 @@ class ChatParser(AnswerParser):
         index, arguments = call.get("index") or 0, function.get("arguments") or ""
         key = self._keys.get(index)
         # some providers give all calls of an answer the same index
-        if key is None or (function.get("name") and call.get("id") and key != (index, call["id"])):
+        if key is None or (key[1] and function.get("name") and call.get("id")):
             key = self._keys[index] = (index, call.get("id"))
-            yield self._begin_call(key, call.get("id"), function.get("name") or "")
+            if key not in self._calls:
+                yield self._begin_call(key, call.get("id"), function.get("name") or "")
         if arguments:
             yield self._continue_call(key, arguments)
 
@@ -1851,13 +1855,14 @@ class Pool:
                 slot.wait()
             except Exception:  # an interruption: somebody else may have the spare
                 with self._lock:
-                    self._spares.appendleft(future)
+                    if not (future.done() and future.exception()):
+                        self._spares.appendleft(future)
                 raise
             if future.exception():  # it is not this request's fault
                 return None
             if self._usable(future.result()):
                 return future.result()
-            self._thread(self._discard, future.result())
+            self._discard_soon(future.result())
 
     def replenish(self) -> None:
         """Start the spares that are missing, in the background."""
@@ -1893,8 +1898,8 @@ class Pool:
         self.failures += 1
         self._retry_at = time.monotonic() + min(MAX_RETRY_SECONDS, 2.0 ** self.failures)
         with self._lock, contextlib.suppress(ValueError):
+            future.set_exception(error)
             self._spares.remove(future)
-        future.set_exception(error)
 
     def give_back(self, process: OpencodeProcess, clean: bool, done: Callable[[], None] = lambda: None) -> None:
         """Take back a process after its turn: make it a spare again where that is allowed, or end it.
@@ -1905,16 +1910,20 @@ class Pool:
         may_serve = (clean and process.served < self._requests_per_process and self._usable(process)
                      and process.memory() < MAX_PROCESS_BYTES)
         future: Future[OpencodeProcess] = Future()
-        kept = may_serve and self._add_spare(future)
-        try:
-            if kept:
+        if may_serve and self._add_spare(future):
+            try:
                 self._thread(self._prepare, future, process)
-                done()
-            else:
-                self._thread(self._discard, process, done)
-        except RuntimeError as error:  # no more threads are allowed
-            if kept:
+            except RuntimeError as error:
                 self._fail(future, error)
+            else:
+                done()
+                return
+        self._discard_soon(process, done)
+
+    def _discard_soon(self, process: OpencodeProcess, done: Callable[[], None] = lambda: None) -> None:
+        try:
+            self._thread(self._discard, process, done)
+        except RuntimeError:  # no more threads are allowed
             self._discard(process, done)
 
     def _usable(self, process: OpencodeProcess) -> bool:
@@ -2315,9 +2324,13 @@ class HangupWatcher:
 
 
 def has_hung_up(connection: Any) -> bool:
-    """Tell whether a readable connection is at its end."""
+    """Tell, without waiting, whether a connection is at its end."""
     try:
-        return not connection.recv(1, socket.MSG_PEEK)
+        with connection.dup() as probe:  # whose own timeout does not touch its owner's
+            probe.settimeout(0)
+            return not probe.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:  # its next request has been read meanwhile
+        return False
     except OSError:
         return True
 
@@ -2760,11 +2773,13 @@ def open_files_allowed() -> int:
         import resource  # not on Windows
     except ImportError:
         return 1 << 20
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for most in (1 << 16, hard, 10240, 4096):  # macOS says that there is no limit, and has one
+        with contextlib.suppress(ValueError, OSError):
+            if soft < most:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+                return most
+    return soft
 
 
 class ProxyServer(http.server.ThreadingHTTPServer):
@@ -2781,7 +2796,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.created = int(time.time())
         self._handlers: dict[ProxyHandler, bool] = {}  # idle or not, longest idle first
         self._lock = threading.Lock()
-        self._most_handlers = min(MAX_CONNECTIONS, open_files_allowed() - RESERVED_FILES)
+        self._most_handlers = min(MAX_CONNECTIONS, max(16, open_files_allowed() - RESERVED_FILES))
         self.address_family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
         try:
             super().__init__((settings.host, settings.port), ProxyHandler)
@@ -2951,7 +2966,7 @@ def read_settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("api_key", "cors_origin"):  # argparse would add to a default instead of replacing it
         if getattr(settings, name) is None:
             setattr(settings, name, os.environ.get("OPENCODE_PROXY_" + name.upper(), "").split())
-    if settings.api_key_file:
+    if settings.api_key_file is not None:
         try:
             keys = pathlib.Path(settings.api_key_file).read_text(encoding="utf-8").split()
         except (OSError, UnicodeDecodeError) as error:

@@ -431,7 +431,9 @@ class ErrorTest(unittest.TestCase):
         for arguments, expected in table:
             with self.subTest(arguments):
                 self.assertEqual(seen(*arguments), expected)
-        for body in ("<" * 65536, "<script" * 9000, "[" * 65536):  # takes no time, and is not an exception
+        page = "<html><style>" + "p{}" * 9000 + '</style><p>Unicorn!<img src="data:image/png;base64,' + "A" * 9000  # cut off
+        self.assertEqual(seen(502, page)[1], "The model's provider answered 502 Bad Gateway: Unicorn!")
+        for body in ("<" * 65536, "<script" * 9000, "<style><" * 9000, "<a" * 30000, "[" * 65536):  # takes no time, and is not an exception
             self.assertEqual(seen(500, body)[0], 500)
 
 
@@ -623,6 +625,9 @@ class EnvelopeTest(unittest.TestCase):
         turn = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "1"}]
         envelope = envelope_of(*turn, turn[0], {"role": "tool", "tool_call_id": "c", "content": "2"}, turn[0])
         self.assertEqual([part["state"]["output"] for turn in envelope["conversation"] for part in turn["parts"]], ["1", "2", ""])
+        twice = [{"role": "assistant", "tool_calls": [call, {**call, "type": None}]}, *({**turn[1], "content": text} for text in "12")]
+        envelope = envelope_of(*turn, *twice)
+        self.assertEqual([part["state"]["output"] for turn in envelope["conversation"] for part in turn["parts"]], ["1", "1", "2"])
 
     def test_arguments_that_are_not_json(self):
         for arguments in ("", "{", "[NaN]", "1e999", "[" * 100000):
@@ -842,6 +847,11 @@ class ParserTest(unittest.TestCase):
         self.assertEqual(parsed("chat/completions", [chat_chunk({"tool_calls": [call]}) for call in [*calls, more]]), [
             proxy.ToolCallDelta(0, "", "c", "c"), proxy.ToolCallDelta(0, "{}"), proxy.ToolCallDelta(1, "", "d", "d"),
             proxy.ToolCallDelta(1, "{}"), proxy.ToolCallDelta(1, " ")])
+        again = [chat_chunk({"tool_calls": [{"index": 0, "id": name, "function": {"name": "f", "arguments": name}}]}) for name in "abac"]
+        self.assertEqual([(delta.index, delta.arguments) for delta in parsed("chat/completions", again)],
+                         [(0, ""), (0, "a"), (1, ""), (1, "b"), (0, "a"), (2, ""), (2, "c")])
+        late = [chat_chunk({"tool_calls": [{"index": 0, **more, "function": {"name": "f"}}]}) for more in ({}, {"id": "c"})]
+        self.assertEqual(len(parsed("chat/completions", late)), 1)
         block = {"type": "content_block_start", "index": 1, "content_block": {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1.0}}}
         self.assertEqual(parsed("messages", [block, {"type": "content_block_stop", "index": 1}]),
                          [proxy.ToolCallDelta(0, "", "c", "f"), proxy.ToolCallDelta(0, '{"a":1.0}')])
@@ -1423,9 +1433,9 @@ class LoadTest(FakeCase):
 
     def test_long_prompts_that_are_not_read(self):
         body = chat_body(messages=[{"role": "user", "content": "x" * (3 << 20)}])
-        for mode, expected in (("blind", 502), ("slow", 504)):
+        for mode, seconds, expected in (("blind", 60.0, 502), ("slow", 1.0, 504)):
             with self.subTest(mode), unittest.mock.patch.dict(os.environ, {"FAKE_MODE": mode}):
-                self.assertEqual(self.start(timeout=1.0).request("POST", "/v1/chat/completions", body)[0], expected)
+                self.assertEqual(self.start(timeout=seconds).request("POST", "/v1/chat/completions", body)[0], expected)
 
     def test_spare_that_died(self):
         running = self.start(spares=1)
@@ -1456,7 +1466,9 @@ class LoadTest(FakeCase):
                     connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
                     got = b""
                     while b'"finish_reason":"stop"' not in got:
-                        got += connection.recv(65536)
+                        block = connection.recv(65536)
+                        self.assertTrue(block)
+                        got += block
                 self.assertTrue(eventually(lambda: not running.pool.turns))
             self.assertEqual(running.chat("x")[0], 200)
         failed.assert_not_called()
@@ -1805,12 +1817,12 @@ class HTTPTest(FakeCase):
     def test_thousand_idle_connections(self):
         most = min(1000, (proxy.open_files_allowed() - 300) // 2)
         self.assertGreater(most, 300)
-        running = self.start()
-        self.crowd(running, most, range(most, most + 1))
+        with unittest.mock.patch.object(proxy, "IDLE_SECONDS", 600.0):
+            self.crowd(self.start(), most, range(most, most + 1))
 
     def test_connections_are_bounded(self):
         with unittest.mock.patch.object(proxy, "MAX_CONNECTIONS", 50):
-            self.crowd(self.start(), 120, range(30, 70))  # a thread may start before the last one has counted itself
+            self.crowd(self.start(), 120, range(30, 100))  # a thread may start before the last one has counted itself
 
     def test_busy_connections_are_bounded_too(self):
         with unittest.mock.patch.object(proxy, "MAX_CONNECTIONS", 5), contextlib.ExitStack() as stack:
@@ -1978,6 +1990,7 @@ class CommandTest(FakeCase):
         self.assertEqual(self.run_to_end("--version"), (f"opencode_proxy {proxy.__version__}\n", 0))
         for arguments in (["--port", "x"], ["--port", "70000"], ["--timeout", "0"], ["--timeout", "nan"], ["--max-concurrency", "0"],
                           ["--model", "bare"], ["--spares", "-1"], ["--api-key-file", "/no/such/file"], ["--api-key-file", os.devnull],
+                          ["--api-key-file", ""],
                           ["--api-key", ""], ["--nonsense"]):
             output, code = self.run_to_end(*arguments)
             self.assertEqual((code, output.count("Traceback")), (2, 0), output)
