@@ -1801,6 +1801,18 @@ class HTTPTest(FakeCase):
                 connection.sendall(body)
                 self.assertIn(b"HTTP/1.1 200", b"".join(iter(lambda: connection.recv(65536), b"")))
 
+    def test_has_hung_up_does_not_wait(self):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.settimeout(3600.0)
+            self.assertFalse(proxy.has_hung_up(ours))
+            theirs.sendall(b"x")
+            self.assertFalse(proxy.has_hung_up(ours))
+            self.assertEqual((ours.recv(1), ours.gettimeout()), (b"x", 3600.0))
+            theirs.close()
+            self.assertTrue(proxy.has_hung_up(ours))
+        self.assertTrue(proxy.has_hung_up(ours))
+
     def test_slow_requests_end(self):
         with unittest.mock.patch.multiple(proxy, IDLE_SECONDS=0.5, BODY_SECONDS=0.5):
             running = self.start()
@@ -2431,6 +2443,15 @@ class RealWireTest(RealCase):
             exchange = self.exchange()
             self.assertEqual(without(exchange.body["input" if wire_format == "responses" else "messages"][2:], "cache_control"), expected[wire_format])
             self.assertEqual((exchange.headers["Copilot-Vision-Request"], exchange.headers["x-initiator"]), ("true", "agent"))
+
+    def test_many_images(self):
+        urls = [f"data:image/png;base64,{self.PNG.rstrip('=')}{number:04d}" for number in range(100)]
+        content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        for wire_format, model in FORMATS.items():
+            self.upstream.exchanges.clear()
+            self.assertEqual(self.proxy.chat(content, model=model)[0], 200)
+            sent = re.findall(rb"[A-Za-z0-9+/]{80,}", self.exchange().raw)
+            self.assertEqual([f"data:image/png;base64,{text.decode()}" for text in sent], urls, wire_format)
 
     def test_big_image(self):
         payload = self.PNG.rstrip("=") * 180000
