@@ -286,10 +286,15 @@ def check_messages(messages: Any) -> None:
             where = f"{param}.tool_calls[{number}]"
             require(call, (OBJECT,), where)
             require(call.get("id"), (STRING,), where + ".id")
-            if (call.get("type") or "function") == "function":
+            if is_function_call(call):
                 check_function_call(call.get("function"), where + ".function")
         if message.get("function_call") is not None:
             check_function_call(message["function_call"], param + ".function_call")
+
+
+def is_function_call(call: Json) -> bool:
+    """Tell whether a tool call is of a function, as it is where it does not say."""
+    return (call.get("type") or "function") == "function"
 
 
 def check_function_call(call: Any, param: str) -> None:
@@ -330,12 +335,18 @@ def check_tools(body: Json) -> None:
     for index, function in enumerate(body.get("functions", ())):
         require(function, (OBJECT,), f"functions[{index}]")
         require(function.get("name"), (STRING,), f"functions[{index}].name")
-    choice, function = body.get("tool_choice"), body.get("function_call")
-    if isinstance(choice, dict) and choice.get("type", "function") == "function":
+    choice, function = demanded_function(body), body.get("function_call")
+    if choice is not None:
         require(choice.get("function"), (OBJECT,), "tool_choice.function")
         require(choice["function"].get("name"), (STRING,), "tool_choice.function.name")
     if isinstance(function, dict):
         require(function.get("name"), (STRING,), "function_call.name")
+
+
+def demanded_function(body: Json) -> Json | None:
+    """Return tool_choice where it demands one function, None otherwise."""
+    choice = body.get("tool_choice")
+    return choice if isinstance(choice, dict) and choice.get("type", "function") == "function" else None
 
 
 def modernized(body: Json) -> Json:
@@ -518,7 +529,7 @@ def to_conversation(messages: Sequence[Json], attachments: Attachments) -> list[
         elif message["role"] == "assistant":
             text = text_of(message.get("content"))
             parts = [{"type": "text", "text": text}] if text else []
-            calls = [call for call in message.get("tool_calls") or () if (call.get("type") or "function") == "function"]
+            calls = [call for call in message.get("tool_calls") or () if is_function_call(call)]
             parts += [tool_part(call, (results[call["id"]] or [""]).pop(), attachments) for call in calls]
             for call in calls:
                 results.pop(call["id"], None)
@@ -553,8 +564,8 @@ NO_PARAMETERS: Json = {"type": "object", "properties": {}}
 
 def chosen_function(body: Json) -> str | None:
     """Return the name of the one function that tool_choice demands."""
-    choice = body.get("tool_choice")
-    return choice["function"]["name"] if isinstance(choice, dict) and choice.get("type", "function") == "function" else None
+    choice = demanded_function(body)
+    return None if choice is None else choice["function"]["name"]
 
 
 def responses_fields(body: Json) -> Json:
@@ -1445,10 +1456,9 @@ class OpencodeProcess:
         line = json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n"
         self._trace("->", message, len(line))
         # a child that has stopped reading must not hold this thread for ever: killing it breaks the pipe
-        watchdog = None
+        watchdog = threading.Timer(self._timeout, self._signal, [KILL])
+        watchdog.daemon = True
         if len(line) > 1 << 15:  # a pipe holds the others
-            watchdog = threading.Timer(self._timeout, self._signal, [KILL])
-            watchdog.daemon = True
             watchdog.start()
         try:
             view = memoryview(line)
@@ -1459,8 +1469,7 @@ class OpencodeProcess:
                 thread.join(STOP_SECONDS)  # for its last words
             raise ProcessDied("opencode ended", self.stderr_tail()) from None
         finally:
-            if watchdog is not None:
-                watchdog.cancel()
+            watchdog.cancel()
 
     def _request(self, method: str, params: Json) -> int:
         self._ids += 1
@@ -1983,10 +1992,15 @@ class Pool:
         stoppers = [threading.Thread(target=process.stop) for process in processes]
         for thread in stoppers:
             thread.start()
-        for thread in [*stoppers, *list(self._threads)]:
-            if thread.is_alive():  # and not about to be started
-                thread.join(3 * STOP_SECONDS)
+        join_started([*stoppers, *list(self._threads)])
         self.opencode.close()
+
+
+def join_started(threads: Iterable[threading.Thread]) -> None:
+    """Wait, but not for ever, for the end of those of `threads` that have been started."""
+    for thread in threads:
+        if thread.is_alive():
+            thread.join(3 * STOP_SECONDS)
 
 
 class Turn:
@@ -2108,17 +2122,13 @@ def run_turns(turns: Sequence[Turn]) -> Events:
     finally:
         for turn in turns:
             turn.interrupt(ClientDisconnected())
-        for thread in threads:
-            if thread.is_alive():
-                thread.join(3 * STOP_SECONDS)
+        join_started(threads)
 
 
 # -------------------------------------------------------------------------------------------------- response
 
 SSE_DONE = b"data: [DONE]\n\n"
 SSE_PING = b": keep-alive\n\n"
-
-
 SSE_JSON = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder for every event
 
 

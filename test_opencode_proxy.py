@@ -1160,6 +1160,16 @@ class FakeCase(unittest.TestCase):
         self.stack.callback(running.close)
         return running
 
+    @staticmethod
+    def post(body=b"", *headers, path="/v1/chat/completions", version="1.1", host="Host: x\r\n"):
+        lines = "".join(header + "\r\n" for header in headers)
+        return f"POST {path} HTTP/{version}\r\n{host}{lines}\r\n".encode() + body
+
+    def post_chat(self, **fields):
+        """Return the bytes of a whole chat request."""
+        body = chat_body(**fields)
+        return self.post(body, f"Content-Length: {len(body)}")
+
     def assert_nothing_left(self):
         gone = eventually(lambda: not self.leftovers(), 30)
         self.assertTrue(gone, self.leftovers())
@@ -1248,8 +1258,7 @@ class FaultTest(FakeCase):
         running = self.start()
         for stream in (True, False):
             with running.connect().sock or socket.create_connection(("127.0.0.1", running.port)) as connection:
-                body = json.dumps({"messages": [{"role": "user", "content": "silent 60"}], "stream": stream})
-                connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+                connection.sendall(self.post_chat(messages=[{"role": "user", "content": "silent 60"}], stream=stream))
                 self.assertTrue(eventually(lambda: running.pool._processes))
             self.assertTrue(eventually(lambda: not running.pool._processes, 30))  # half of what the child would take
         self.assertTrue(eventually(lambda: len([line for line in self.logged if " 499 " in line]) == 2), self.logged)
@@ -1402,8 +1411,7 @@ class LoadTest(FakeCase):
 
     def test_waiting_client_that_leaves_frees_its_place(self):
         running = self.start(max_concurrency=1, max_queue=1)
-        body = chat_body()[:-1].replace(b"hi", b"silent 60")
-        request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b}" % (len(body) + 1, body)
+        request = self.post_chat(messages=[{"role": "user", "content": "silent 60"}])
         with socket.create_connection(("127.0.0.1", running.port)) as first:
             first.sendall(request)
             self.assertTrue(eventually(lambda: running.pool._processes))
@@ -1459,11 +1467,10 @@ class LoadTest(FakeCase):
 
     def test_clients_that_leave_with_the_finish_chunk_do_no_harm(self):
         running = self.start(requests_per_process=1000, spares=1)
-        body = chat_body(stream=True)
         with unittest.mock.patch.object(running.pool, "_fail", wraps=running.pool._fail) as failed:
             for _ in range(40):
                 with socket.create_connection(("127.0.0.1", running.port), timeout=DEADLINE) as connection:
-                    connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+                    connection.sendall(self.post_chat(stream=True))
                     got = b""
                     while b'"finish_reason":"stop"' not in got:
                         block = connection.recv(65536)
@@ -1476,11 +1483,10 @@ class LoadTest(FakeCase):
     def test_client_that_leaves_while_its_process_starts(self):
         running = self.start(max_concurrency=1)
         with unittest.mock.patch.dict(os.environ, {"FAKE_START": "60"}):
-            body = chat_body()
             with socket.create_connection(("127.0.0.1", running.port)) as connection:
                 running.pool._spares_wanted = 1
                 running.pool.replenish()  # a spare that takes a minute to start
-                connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+                connection.sendall(self.post_chat())
                 self.assertTrue(eventually(lambda: running.pool.status()["running"] and not running.pool._spares))
             self.assertTrue(eventually(lambda: not running.pool.turns, 20))
             self.assertEqual(len(running.pool._spares), 1)
@@ -1661,11 +1667,6 @@ class LoadTest(FakeCase):
 # --------------------------------------------------------------------------------------------------------- http
 
 class HTTPTest(FakeCase):
-    @staticmethod
-    def post(body=b"", *headers, path="/v1/chat/completions", version="1.1", host="Host: x\r\n"):
-        lines = "".join(header + "\r\n" for header in headers)
-        return f"POST {path} HTTP/{version}\r\n{host}{lines}\r\n".encode() + body
-
     def answer(self, running, data, half_close=True):
         """Return the status and body of the last answer to `data`, and how many answers came.
 
