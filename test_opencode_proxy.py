@@ -1,15 +1,18 @@
-"""Tests of opencode_proxy, ordered like the program. Run with `python3 -m unittest -v` in this folder.
+"""Tests of opencode_proxy, in the program's order. Run with `python3 -m unittest` in this folder.
 
-Pure functions are tested by tables; faults that the real opencode cannot be made to show by a fake one; everything
-else by the real opencode, whose provider is a loopback server of this file (Upstream). Tests that need opencode or a
-client library skip where it is missing, and fail instead when OPENCODE_PROXY_TEST_ALL=1 (as in CI).
+Tables test pure functions. FakeCase has a fake opencode: faults and load. RealCase has the real one
+and a model's provider on loopback, Upstream, or Services: a login as it really is, with TLS,
+GitHub's live list of models, ChatGPT, and what they refuse. Where the real opencode or a client's
+library is missing, tests are skipped, or fail with OPENCODE_PROXY_TEST_ALL=1.
 """
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import http.client
 import http.server
+import io
 import json
 import os
 import pathlib
@@ -18,11 +21,13 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import unittest
 import unittest.mock
 
@@ -30,6 +35,7 @@ import opencode_proxy as proxy
 
 HERE = pathlib.Path(__file__).resolve().parent
 DEADLINE = 120.0  # for what must happen; long, because machines are slow when they are busy
+SOON = 30.0  # the same where a time-out of the program would end it too, later
 ALL = os.environ.get("OPENCODE_PROXY_TEST_ALL") == "1"
 
 
@@ -43,6 +49,12 @@ def eventually(condition, seconds=DEADLINE):
         time.sleep(0.02)
 
 
+def at_once(call, items):
+    """Return [call(item) for item in items], called at the same time."""
+    with concurrent.futures.ThreadPoolExecutor(len(items)) as threads:
+        return list(threads.map(call, items))
+
+
 def missing(what):
     """Skip a test for want of `what`, or fail it where everything must be there."""
     if ALL:
@@ -50,21 +62,38 @@ def missing(what):
     raise unittest.SkipTest(what + " is missing")
 
 
-# ------------------------------------------------------------------------------------------- loopback upstream
+# ------------------------------------------------------------------------- a provider on loopback
+
+CHAT = "github-copilot/gpt-5-mini"
+RESPONSES = "github-copilot/gpt-5.4-mini"
+MESSAGES = "github-copilot/claude-sonnet-4.6"
+FORMATS = {"chat/completions": CHAT, "responses": RESPONSES, "messages": MESSAGES}
+OAUTH = {"type": "oauth", "refresh": "gho_x", "access": "gho_x", "expires": 0}
+
 
 class Upstream(http.server.ThreadingHTTPServer):
-    """A model provider on loopback: records each request, answers as `respond(exchange)` says."""
+    """A provider of models: records each request, answers as `respond(exchange)` says."""
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self):
+    def __init__(self, handler=None):
         self.exchanges = []
         self.respond = answer_text
-        super().__init__(("127.0.0.1", 0), Exchange)
+        super().__init__(("127.0.0.1", 0), handler or Exchange)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05})
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.05,))
         self.thread.start()
+
+    def login(self):
+        """Return what leads to this provider: auth.json, opencode.json, environment variables."""
+        claude = {"provider": {"npm": "@ai-sdk/anthropic"}}
+        copilot = {"options": {"baseURL": self.url},
+                   "models": {"claude-sonnet-4.6": claude, "claude-3-5-sonnet": claude}}
+        own = {"options": {"baseURL": self.url + "/v1", "apiKey": "k"}, "models": {"m": {}}}
+        providers = {"github-copilot": copilot, "other": {"npm": "@ai-sdk/google", **own},
+                     "local": {"npm": "@ai-sdk/openai-compatible", **own}}
+        return {"github-copilot": OAUTH}, {"provider": providers}, {}
 
     def handle_error(self, request, client_address):
         pass
@@ -76,10 +105,11 @@ class Upstream(http.server.ThreadingHTTPServer):
 
 
 class Exchange(http.server.BaseHTTPRequestHandler):
-    """One request to the upstream."""
+    """One request to the provider: `host`, `path`, `headers`, `raw`, `body`, `format`."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    host = ""
 
     def finish(self):
         if not self.wfile.closed:
@@ -88,9 +118,13 @@ class Exchange(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         self.raw = self.rfile.read(int(self.headers["Content-Length"]))
         self.body = json.loads(self.raw)
-        self.format = "/".join(urlpath(self.path)[-2:]) if self.path.endswith("completions") else urlpath(self.path)[-1]
+        path = self.path.partition("?")[0]
+        self.format = next((name for name in FORMATS if path.endswith("/" + name)), path)
         self.closed_by_client = threading.Event()
         self.server.exchanges.append(self)
+        self.answer()
+
+    def answer(self):
         self.server.respond(self)
 
     def do_GET(self):  # opencode looks for a list of models at some providers
@@ -102,24 +136,26 @@ class Exchange(http.server.BaseHTTPRequestHandler):
     def begin(self, status=200, content_type="text/event-stream", **headers):
         self.send_response(status)
         self.send_header("Content-Type", content_type)
-        for name, value in headers.items():
+        for name, value in {**headers, "Connection": "close"}.items():
             self.send_header(name.replace("_", "-"), value)
-        self.send_header("Connection", "close")
-        self.close_connection = True
         self.end_headers()
 
     def send(self, *events):
         for event in events:
-            name = f"event: {event['type']}\n" if isinstance(event, dict) and self.format == "messages" else ""
+            named = isinstance(event, dict) and "type" in event
+            name = f"event: {event['type']}\n" if named else ""
             data = event if isinstance(event, str) else json.dumps(event)
             self.wfile.write(f"{name}data: {data}\n\n".encode())
 
     def wait_closed(self):
-        """Wait until the other side closes the connection."""
+        """Wait until the other side closes the connection, which sets `closed_by_client`."""
         self.connection.settimeout(DEADLINE)
-        with contextlib.suppress(OSError):
-            if self.connection.recv(1) == b"":
-                self.closed_by_client.set()
+        try:
+            closed = self.connection.recv(1) == b""
+        except OSError as error:
+            closed = not isinstance(error, socket.timeout)
+        if closed:
+            self.closed_by_client.set()
 
     def drop(self):
         """Close the connection in the middle of an answer, with a reset."""
@@ -129,95 +165,102 @@ class Exchange(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
 
 
-def urlpath(path):
-    return path.partition("?")[0].strip("/").split("/")
-
-
 USAGE = {"prompt_tokens": 11, "completion_tokens": 20, "total_tokens": 31,
-         "prompt_tokens_details": {"cached_tokens": 4}, "completion_tokens_details": {"reasoning_tokens": 7}}
+         "prompt_tokens_details": {"cached_tokens": 4},
+         "completion_tokens_details": {"reasoning_tokens": 7}}
 
 
-def chat_chunk(delta, finish=None):
+def chat_chunk(delta, finish=None, **more):
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
     return {"id": "up", "object": "chat.completion.chunk", "created": 1, "model": "m",
-            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+            "choices": [choice], **more}
 
 
-def stream_of(wire_format, parts, finish="stop"):
-    """Return the provider's events for an answer: `parts` are ("text"|"thought", text) or ("call", id, name, pieces)."""
-    return {"chat/completions": chat_stream, "responses": responses_stream, "messages": messages_stream}[wire_format](
-        parts, finish)
+# An answer as events of each wire format: `parts` are ("text", text), ("thought", text) or
+# ("call", id, name, pieces of the arguments).
 
-
-def chat_stream(parts, finish):
-    events, calls = [chat_chunk({"role": "assistant", "content": ""})], 0
-    for part in parts:
-        if part[0] == "text":
-            events.append(chat_chunk({"content": part[1]}))
-        elif part[0] == "thought":
-            events.append(chat_chunk({"reasoning_content": part[1]}))
-        else:
-            events.append(chat_chunk({"tool_calls": [{"index": calls, "id": part[1], "type": "function",
-                                                      "function": {"name": part[2], "arguments": ""}}]}))
-            events += [chat_chunk({"tool_calls": [{"index": calls, "function": {"arguments": piece}}]}) for piece in part[3]]
+def chat_stream(parts, finish="stop"):
+    deltas = [{"role": "assistant", "content": ""}]
+    calls = 0
+    for kind, text, *call in parts:
+        if kind == "call":
+            function = {"name": call[0], "arguments": ""}
             calls += 1
-    usage = {**chat_chunk({}), "choices": [], "usage": USAGE}
-    return [*events, chat_chunk({}, finish), usage, "[DONE]"]
-
-
-def responses_stream(parts, finish):
-    events = [{"type": "response.created", "response": {"id": "r", "created_at": 1, "model": "m"}}]
-    for index, part in enumerate(parts):
-        place = {"output_index": index, "item_id": f"i{index}"}
-        if part[0] == "text":
-            item = {"type": "message", "id": f"i{index}", "role": "assistant", "content": []}
-            events += [{"type": "response.output_item.added", **place, "item": item},
-                       {"type": "response.output_text.delta", **place, "content_index": 0, "delta": part[1]},
-                       {"type": "response.output_item.done", **place, "item": item}]
-        elif part[0] == "thought":
-            item = {"type": "reasoning", "id": f"i{index}", "summary": []}
-            events += [{"type": "response.output_item.added", **place, "item": item},
-                       {"type": "response.reasoning_summary_part.added", **place, "summary_index": 0},
-                       {"type": "response.reasoning_summary_text.delta", **place, "summary_index": 0, "delta": part[1]},
-                       {"type": "response.output_item.done", **place, "item": item}]
+            first = {"index": calls - 1, "id": text, "type": "function", "function": function}
+            more = [{"index": calls - 1, "function": {"arguments": piece}} for piece in call[1]]
+            deltas += [{"tool_calls": [delta]} for delta in (first, *more)]
         else:
-            item = {"type": "function_call", "id": f"i{index}", "call_id": part[1], "name": part[2], "arguments": ""}
-            events += [{"type": "response.output_item.added", **place, "item": item}]
-            events += [{"type": "response.function_call_arguments.delta", **place, "delta": piece} for piece in part[3]]
-            events += [{"type": "response.output_item.done", **place,
-                        "item": {**item, "arguments": "".join(part[3]), "status": "completed"}}]
-    usage = {"input_tokens": 11, "input_tokens_details": {"cached_tokens": 4}, "output_tokens": 20,
-             "output_tokens_details": {"reasoning_tokens": 7}}
-    why = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(finish)
-    kind = "response.incomplete" if why else "response.completed"
-    details = {"incomplete_details": {"reason": why}} if why else {}
-    return [*events, {"type": kind, "response": {"usage": usage, **details}}]
+            deltas.append({"content" if kind == "text" else "reasoning_content": text})
+    chunks = [chat_chunk(delta) for delta in deltas]
+    return [*chunks, chat_chunk({}, finish), chat_chunk({}, choices=[], usage=USAGE), "[DONE]"]
 
 
-def messages_stream(parts, finish):
-    usage = {"input_tokens": 7, "cache_read_input_tokens": 4, "output_tokens": 1}
-    events = [{"type": "message_start", "message": {"id": "m", "type": "message", "role": "assistant", "model": "m",
-                                                    "content": [], "usage": usage}}]
-    for index, part in enumerate(parts):
-        if part[0] == "text":
-            block, deltas = {"type": "text", "text": ""}, [{"type": "text_delta", "text": part[1]}]
-        elif part[0] == "thought":
-            block, deltas = {"type": "thinking", "thinking": ""}, [{"type": "thinking_delta", "thinking": part[1]}]
-        else:
-            block = {"type": "tool_use", "id": part[1], "name": part[2], "input": {}}
-            deltas = [{"type": "input_json_delta", "partial_json": piece} for piece in part[3]]
-        events += [{"type": "content_block_start", "index": index, "content_block": block}]
-        events += [{"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas]
-        events += [{"type": "content_block_stop", "index": index}]
-    reason = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}[finish]
-    return [*events, {"type": "message_delta", "delta": {"stop_reason": reason}, "usage": {"output_tokens": 20}},
-            {"type": "message_stop"}]
+def responses_stream(parts, finish="stop"):
+    events = [("created", {"response": {"id": "r", "created_at": 1, "model": "m"}})]
+    for index, (kind, text, *call) in enumerate(parts):
+        item, done = {"type": "message", "role": "assistant", "content": []}, {}
+        steps = [("output_text.delta", {"content_index": 0, "delta": text})]
+        if kind == "thought":
+            item = {"type": "reasoning", "summary": []}
+            steps = [("reasoning_summary_part.added", {"summary_index": 0}),
+                     ("reasoning_summary_text.delta", {"summary_index": 0, "delta": text})]
+        elif kind == "call":
+            item = {"type": "function_call", "call_id": text, "name": call[0], "arguments": ""}
+            steps = [("function_call_arguments.delta", {"delta": piece}) for piece in call[1]]
+            done = {"arguments": "".join(call[1]), "status": "completed"}
+        item["id"] = f"i{index}"
+        steps = [("output_item.added", {"item": item}), *steps,
+                 ("output_item.done", {"item": {**item, **done}})]
+        place = {"output_index": index, "item_id": item["id"]}
+        events += [(step, {**place, **more}) for step, more in steps]
+    response = {"id": "r", "usage": {
+        "input_tokens": 11, "input_tokens_details": {"cached_tokens": 4}, "output_tokens": 20,
+        "output_tokens_details": {"reasoning_tokens": 7}, "total_tokens": 31}}
+    reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(finish)
+    if reason:
+        response["incomplete_details"] = {"reason": reason}
+    events.append(("incomplete" if reason else "completed", {"response": response}))
+    return [{"type": "response." + step, **more} for step, more in events]
+
+
+def messages_stream(parts, finish="stop"):
+    message = {"id": "m", "type": "message", "role": "assistant", "model": "m", "content": [],
+               "usage": {"input_tokens": 7, "cache_read_input_tokens": 4, "output_tokens": 1}}
+    events = [{"type": "message_start", "message": message}]
+    for index, (kind, text, *call) in enumerate(parts):
+        block, delta, pieces = {"type": "text", "text": ""}, ("text_delta", "text"), [text]
+        if kind == "thought":
+            block, delta = {"type": "thinking", "thinking": ""}, ("thinking_delta", "thinking")
+        elif kind == "call":
+            block = {"type": "tool_use", "id": text, "name": call[0], "input": {}}
+            delta, pieces = ("input_json_delta", "partial_json"), call[1]
+        steps = [{"type": "start", "content_block": block}, *[
+            {"type": "delta", "delta": {"type": delta[0], delta[1]: piece}} for piece in pieces],
+            {"type": "stop"}]
+        events += [{**step, "type": "content_block_" + step["type"], "index": index}
+                   for step in steps]
+    reason = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use",
+              "content_filter": "refusal"}[finish]
+    return [*events, {"type": "message_delta", "delta": {"stop_reason": reason},
+                      "usage": {"output_tokens": 20}}, {"type": "message_stop"}]
+
+
+STREAMS = {"chat/completions": chat_stream, "responses": responses_stream,
+           "messages": messages_stream}
 
 
 def answering(*parts, finish="stop"):
-    """Return a `respond` that streams an answer of `parts` in the wire format that it is asked in."""
+    """Return a `respond` that streams an answer of `parts` in the format that it is asked in.
+
+    On /chat/completions it tells the usage only where it is asked to, as providers do.
+    """
     def respond(exchange):
+        events = STREAMS[exchange.format](parts, finish)
+        asked = (exchange.body.get("stream_options") or {}).get("include_usage")
+        if exchange.format == "chat/completions" and not asked:
+            del events[-2]
         exchange.begin()
-        exchange.send(*stream_of(exchange.format, parts, finish))
+        exchange.send(*events)
     return respond
 
 
@@ -227,13 +270,129 @@ answer_text = answering(("text", "Hel"), ("text", "lo "), ("text", "w\u00f6r\u20
 def failing(status, body, content_type="application/json", **headers):
     """Return a `respond` that refuses."""
     def respond(exchange):
-        data = body if isinstance(body, str) else json.dumps(body)
-        exchange.begin(status, content_type, Content_Length=str(len(data.encode())), **headers)
-        exchange.wfile.write(data.encode())
+        data = (body if isinstance(body, str) else json.dumps(body)).encode()
+        exchange.begin(status, content_type, Content_Length=str(len(data)), **headers)
+        exchange.wfile.write(data)
     return respond
 
 
-# ------------------------------------------------------------------------------------------------------- proxies
+# ------------------------------------------------------------------------ a login as it really is
+
+# For TLS on loopback; known to everybody, trusted by nobody.
+KEY_PAIR = """-----BEGIN EC PRIVATE KEY-----
+MHcCAQEEIE5Lw+ExRn9L3ku3YmVJschrt4TY58QVutQn8LZuHa/woAoGCCqGSM49AwEHoUQDQgAEnmwtqVyvqaiZ6sJBWlgu
+jm0FZpGguYj5rr2H7zA3qMlgwlE3ROmieUAAqkhy/pGVcV7Wx9ESuYtjt1tIuYC7PA==
+-----END EC PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBFDCBuwIUT6MwgKnZEAVfe4pHnizW6rnizdkwCgYIKoZIzj0EAwIwDDEKMAgGA1UEAwwBeDAgFw0yNjExMjQyMjE5MzZa
+GA8yMTI2MTAzMTIyMTkzNlowDDEKMAgGA1UEAwwBeDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABJ5sLalcr6momerCQVpY
+Lo5tBWaRoLmI+a69h+8wN6jJYMJRN0TponlAAKpIcv6RlXFe1sfRErmLY7dbSLmAuzwwCgYIKoZIzj0EAwIDSAAwRQIgPq2n
+XdFd99hcKjspygq8xuPbu2ZKG8e80hn2Pu8+KNECIQCdGKLWSqgTmb5X5QJcHEy4TXaX+jh3rGZYh2FuInY9kg==
+-----END CERTIFICATE-----
+"""
+COPILOT, CHATGPT = "api.githubcopilot.com", "chatgpt.com"
+# What GitHub lists: a name, its endpoints, the most tokens of an answer, reasoning efforts.
+OFFERS = (("gpt-5-mini", "/chat/completions /responses", 64000, "low medium high"),
+          ("gpt-5.4-mini", "/responses", 128000, "low medium high xhigh"),
+          ("claude-sonnet-4.6", "/v1/messages /chat/completions", 32000, "low high"),
+          ("claude-opus-4.6", "/v1/messages", 8000, ""),
+          ("gemini-2.5-pro", "/chat/completions", 64000, ""))
+LIVE = {"chat/completions": "github-copilot/gemini-2.5-pro", "responses": CHAT,
+        "messages": MESSAGES, "chatgpt": "openai/gpt-5.4"}
+
+
+class Services(Upstream):
+    """A CONNECT proxy that answers, over TLS, as the services that a login leads to.
+
+    `hosts` are the names that were asked for, those that it refuses included. `respond` answers
+    what the real services would not refuse.
+    """
+
+    def __init__(self):
+        self.hosts = []
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        with tempfile.NamedTemporaryFile("w") as file:
+            file.write(KEY_PAIR)
+            file.flush()
+            self.context.load_cert_chain(file.name)
+        super().__init__(Tunnel)
+
+    def login(self):
+        chatgpt = {**OAUTH, "access": "a.b.c", "expires": 99999999999999, "accountId": "account"}
+        return {"github-copilot": OAUTH, "openai": chatgpt}, {}, {
+            "HTTPS_PROXY": self.url, "NO_PROXY": "127.0.0.1,localhost",
+            "NODE_TLS_REJECT_UNAUTHORIZED": "0"}
+
+
+class Tunnel(Exchange):
+    """A connection to one of the services."""
+
+    def do_CONNECT(self):
+        self.host = self.path.partition(":")[0]
+        self.server.hosts.append(self.host)
+        if self.host not in (COPILOT, CHATGPT):
+            self.send_error(502)
+            return
+        self.send_response(200)
+        self.end_headers()
+        self.request = self.server.context.wrap_socket(self.request, server_side=True)
+        self.setup()
+
+    def finish(self):
+        super().finish()
+        self.request.close()
+
+    def do_GET(self):
+        if (self.host, self.path) == (COPILOT, "/models"):
+            failing(200, {"data": [offer(*row) for row in OFFERS]})(self)
+        else:
+            self.send_error(404)
+
+    def answer(self):
+        reasons = [text for refused, text in self.rules() if refused]
+        if not reasons:
+            super().answer()
+        elif self.host == CHATGPT:
+            failing(400, {"detail": reasons[0]})(self)
+        else:
+            failing(400, {"error": {"message": reasons[0], "code": "invalid_request_body"}})(self)
+
+    def rules(self):
+        """Yield whether the request breaks a rule of the service, and what is said then."""
+        body = self.body
+        if self.host == CHATGPT:
+            yield not body.get("instructions"), "Instructions are required"
+            yield body.get("store") is not False, "Store must be set to false"
+            for name in ("max_output_tokens", "temperature", "top_p", "user", "metadata",
+                         "safety_identifier"):
+                yield name in body, "Unsupported parameter: " + name
+        elif self.format == "responses":
+            yield body.get("max_output_tokens", 16) < 16, "max_output_tokens: below 16"
+        elif self.format == "messages":
+            limits = {name: limit for name, _, limit, _ in OFFERS}
+            yield body["max_tokens"] > limits[body["model"]], "max_tokens: too many"
+            yield "temperature" in body and "top_p" in body, "not both temperature and top_p"
+            blank = [stop for stop in body.get("stop_sequences", ()) if not stop.strip()]
+            yield blank, "stop_sequences: white space alone"
+        else:
+            newer = body["model"].startswith("gpt-5")
+            yield newer and "max_tokens" in body, "max_tokens: use max_completion_tokens"
+
+
+def offer(name, endpoints, limit, efforts):
+    """Return a model as GitHub lists it."""
+    supports = {"streaming": True, "tool_calls": True, "vision": True, "parallel_tool_calls": True}
+    if efforts:
+        supports["reasoning_effort"] = efforts.split()
+    limits = {"max_context_window_tokens": 200000, "max_prompt_tokens": 128000,
+              "max_output_tokens": limit}
+    return {"id": name, "name": name, "version": name, "object": "model", "vendor": "any",
+            "model_picker_enabled": True, "policy": {"state": "enabled"},
+            "supported_endpoints": endpoints.split(), "capabilities": {
+                "type": "chat", "family": name, "limits": limits, "supports": supports}}
+
+
+# ---------------------------------------------------------------------------------------- proxies
 
 def settings(**changes):
     """Return the settings of a command line without arguments, with `changes`."""
@@ -242,19 +401,74 @@ def settings(**changes):
     return values
 
 
-class Running:
-    """A proxy in this process."""
+def chat_body(content="hi", **fields):
+    """Return a chat request's JSON."""
+    return json.dumps({"messages": [{"role": "user", "content": content}], **fields}).encode()
+
+
+class Client:
+    """What an app does with the proxy at a port of loopback."""
+
+    def __init__(self, port):
+        self.port = port
+
+    def request(self, method, path, body=None, headers=None):
+        """Return (status, headers, body) of one request on a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE)
+        with contextlib.closing(connection):
+            data = json.dumps(body) if isinstance(body, (dict, list)) else body
+            connection.request(method, path, data, headers or {})
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+
+    def chat(self, content="hi", **fields):
+        """Return (status, answer) of a chat request that is not streamed."""
+        status, _, data = self.request("POST", "/v1/chat/completions", chat_body(content, **fields))
+        return status, json.loads(data)
+
+    def content(self, content="hi", **fields):
+        """Return the text that answers a chat request."""
+        status, answer = self.chat(content, **fields)
+        assert status == 200, (status, answer)
+        return answer["choices"][0]["message"]["content"]
+
+    def stream(self, content="hi", **fields):
+        """Return what is in the SSE events of a streamed chat request: objects and "[DONE]"."""
+        body = chat_body(content, stream=True, **fields)
+        status, _, data = self.request("POST", "/v1/chat/completions", body)
+        assert status == 200, (status, data)
+        return sse_events(data)
+
+    def send(self, content="hi", after=b"", **fields):
+        """Return a connection on which a chat request was sent, and then the bytes `after`."""
+        body = chat_body(content, **fields)
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE)
+        connection.sendall(f"{head}{len(body)}\r\n\r\n".encode() + body + after)
+        return connection
+
+    def health(self):
+        """Return what /health tells, its HTTP status included."""
+        status, _, data = self.request("GET", "/health")
+        return {"http": status, **json.loads(data)}
+
+    def becomes(self, seconds=DEADLINE, **expected):
+        """Tell whether /health comes to tell what is `expected`."""
+        return eventually(lambda: expected.items() <= self.health().items(), seconds)
+
+
+class Running(Client):
+    """A proxy in this process, proven."""
 
     closed = False
 
     def __init__(self, opencode_path, **changes):
         self.settings = settings(**changes)
-        self.opencode = proxy.Opencode(opencode_path, self.settings.model)
-        self.pool = proxy.Pool(self.opencode, self.settings.max_concurrency, self.settings.max_queue,
-                               self.settings.spares, self.settings.requests_per_process)
+        opencode = proxy.Opencode(opencode_path, self.settings.model)
+        self.pool = proxy.Pool(opencode, self.settings, None)
         self.server = proxy.ProxyServer(self.settings, self.pool)
-        self.port = self.server.server_port
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05})
+        super().__init__(self.server.server_port)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
         self.thread.start()
         try:
             self.pool.prove()
@@ -263,47 +477,14 @@ class Running:
             raise
 
     def close(self, grace=0.0):
-        if self.closed:
-            return
-        self.closed = True
-        self.server.stop(grace, time.sleep)
-        self.thread.join()
-
-    def connect(self):
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE)
-
-    def request(self, method, path, body=None, headers=None):
-        """Return (status, headers, body) of one request on a connection of its own."""
-        with contextlib.closing(self.connect()) as connection:
-            data = body if body is None or isinstance(body, (bytes, str)) else json.dumps(body)
-            connection.request(method, path, data, headers or {})
-            response = connection.getresponse()
-            return response.status, response.headers, response.read()
-
-    def chat(self, content="hi", **fields):
-        """Return (status, answer) of a chat request that is not streamed."""
-        body = {"messages": [{"role": "user", "content": content}], **fields}
-        status, _, data = self.request("POST", "/v1/chat/completions", body)
-        return status, json.loads(data)
-
-    def stream(self, content="hi", **fields):
-        """Return the data of the SSE events of a streamed chat request: objects and "[DONE]"."""
-        body = {"messages": [{"role": "user", "content": content}], "stream": True, **fields}
-        status, headers, data = self.request("POST", "/v1/chat/completions", body)
-        assert status == 200, (status, data)
-        return sse_events(data)
-
-    def raw(self, data, half_close=False):
-        """Return all bytes that the server answers to `data` until it closes the connection."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE) as connection:
-            connection.sendall(data)
-            if half_close:
-                connection.shutdown(socket.SHUT_WR)
-            return b"".join(iter(lambda: connection.recv(65536), b""))
+        if not self.closed:
+            self.closed = True
+            self.server.stop(grace, time.sleep)
+            self.thread.join()
 
 
 def sse_events(data):
-    """Return what is in the events of an SSE stream; fail on anything that is not an event or a comment."""
+    """Return what is in the events of an SSE stream; fail on what is no event and no comment."""
     events = []
     for block in data.decode().split("\n\n"):
         if block.startswith("data: "):
@@ -315,26 +496,36 @@ def sse_events(data):
 
 def deltas_of(events):
     """Return the deltas of the chunks among `events`."""
-    return [choice["delta"] for event in events if event != "[DONE]" for choice in event.get("choices", ())]
+    chunks = [event for event in events if event != "[DONE]"]
+    return [choice["delta"] for chunk in chunks for choice in chunk.get("choices", ())]
 
 
-def children():
-    """Return the command lines of this process's descendants."""
-    found = subprocess.run(["ps", "-eo", "pid=,ppid=,stat=,args="], stdout=subprocess.PIPE, check=True).stdout.decode()
-    rows = [line.split(None, 3) for line in found.splitlines()]
-    mine, result = {str(os.getpid())}, []
-    for pid, parent, stat, args in sorted(rows, key=lambda row: int(row[0])):
-        if parent in mine and not args.startswith("ps -eo"):
-            mine.add(pid)
-            result.append(f"{pid} {stat} {args}")
-    return result
+def children(parent=None):
+    """Return [pid, state, command] of each descendant of this process, or of `parent`."""
+    command = ["ps", "-eo", "pid=,ppid=,stat=,args="]
+    output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.decode()
+    rows = [line.split(None, 3) for line in output.splitlines()]
+    family, size = {str(parent or os.getpid())}, 0
+    while size != len(family):
+        size = len(family)
+        family.update(row[0] for row in rows if row[1] in family)
+    return [[int(pid), state, args] for pid, above, state, args in rows
+            if above in family and args != " ".join(command)]
 
 
-def run_directories():
-    return list(pathlib.Path(tempfile.gettempdir()).glob("opencode-proxy-*"))
+def opencode_pids(parent=None):
+    """Return the processes of opencode, without zombies, that serve this process or `parent`."""
+    return [pid for pid, state, args in children(parent)
+            if "acp" in args.split() and not state.startswith("Z")]
 
 
-# ---------------------------------------------------------------------------------------------- the real opencode
+def clean_environment():
+    """Return this process's environment without what would change a proxy or an opencode."""
+    foreign = re.compile(r"XDG_.*_HOME|OPENCODE.*|FAKE_MODE|.*_API_KEY|(?i:.*_proxy)")
+    return {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
+
+
+# ------------------------------------------------------------------------------ the real opencode
 
 def real_opencode():
     try:
@@ -343,213 +534,569 @@ def real_opencode():
         missing("opencode")
 
 
-CHAT, RESPONSES, MESSAGES = "github-copilot/gpt-5-mini", "github-copilot/gpt-5.4-mini", "github-copilot/claude-sonnet-4.6"
-OLD_CLAUDE = "github-copilot/claude-3-5-sonnet"
-FORMATS = {"chat/completions": CHAT, "responses": RESPONSES, "messages": MESSAGES}
-
-
-def make_home(folder, upstream, **more):
-    """Make a HOME whose opencode is logged in to GitHub Copilot, at `upstream`; return the environment for it."""
-    login = {"github-copilot": {"type": "oauth", "refresh": "x", "access": "x", "expires": 0}}
-    copilot = {"options": {"baseURL": upstream.url},
-               "models": {name: {"provider": {"npm": "@ai-sdk/anthropic"}} for name in ("claude-sonnet-4.6", "claude-3-5-sonnet")}}
-    local = {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": upstream.url + "/v1", "apiKey": "k"}, "models": {"m": {}}}
-    google = {"npm": "@ai-sdk/google", "options": {"baseURL": upstream.url + "/google", "apiKey": "k"}, "models": {"m": {}}}
-    config = {"provider": {"github-copilot": copilot, "local": local, "other": google}, **more}
-    for path, content in ((".local/share/opencode/auth.json", login), (".config/opencode/opencode.json", config)):
+def make_home(folder, upstream, **config):
+    """Make a HOME whose opencode is logged in at `upstream`; return the environment for it."""
+    logins, own_config, variables = upstream.login()
+    for path, content in ((".local/share/opencode/auth.json", logins),
+                          (".config/opencode/opencode.json", {**own_config, **config})):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(json.dumps(content))
-    return {"HOME": str(folder)}
-
-
-XDG = ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME")
+    return {"HOME": str(folder), **variables}
 
 
 class RealCase(unittest.TestCase):
-    """A proxy with the real opencode and an upstream, shared by the tests of a class."""
+    """A proxy with the real opencode and a provider, shared by the tests of a class."""
 
+    provider = Upstream
+    config = {}  # more of opencode.json
     changes = {"requests_per_process": 40, "timeout": 30.0}
 
     @classmethod
     def setUpClass(cls):
         path = real_opencode()
-        cls.resources = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             cls.folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            cls.upstream = Upstream()
+            cls.upstream = cls.provider()
             stack.callback(cls.upstream.close)
-            clean = {name: value for name, value in os.environ.items() if name not in XDG}
-            stack.enter_context(unittest.mock.patch.dict(os.environ, {**clean, **make_home(cls.folder, cls.upstream)}, clear=True))
+            home = make_home(cls.folder, cls.upstream, **cls.config)
+            variables = {**clean_environment(), **home}
+            stack.enter_context(unittest.mock.patch.dict(os.environ, variables, clear=True))
+            cls.logged = []
+            stack.enter_context(unittest.mock.patch.object(proxy, "log", cls.logged.append))
             cls.proxy = Running(path, **cls.changes)
             stack.callback(cls.proxy.close)
-            stack.enter_context(unittest.mock.patch.object(proxy, "log", lambda text: cls.logged.append(text)))
-            cls.logged = []
-            cls.resources = stack.pop_all()
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.resources.close()
+            cls.addClassCleanup(stack.pop_all().close)
 
     def setUp(self):
         self.upstream.respond = answer_text
         self.upstream.exchanges.clear()
 
     def exchange(self):
-        """Return the one exchange with the upstream that the test led to."""
+        """Return the one exchange with the provider that the test led to."""
         self.assertEqual(len(self.upstream.exchanges), 1)
         return self.upstream.exchanges[0]
 
 
-# ------------------------------------------------------------------------------------------------------- errors
+# -------------------------------------------------------------------------------- a fake opencode
+
+# Speaks as opencode with the plugin does, and is its own provider. It does what it is told in
+# Python: by FAKE_MODE when it starts, by the last user message where that begins with "do "; any
+# other message is the answer itself. A journal beside it tells what happened.
+FAKE = r'''
+import json, os, queue, signal, subprocess, sys, threading, time
+
+ACP = sys.argv[1] == "acp"  # otherwise it lists the models
+NAMES, VERSION = ["github-copilot/gpt-5-mini", "local/m"], "1.18.33"
+LOADS = WARMS = True
+DEAF = DIES = False  # when it has got the first line of a request
+ABLE = {"text": True, "audio": False, "image": False, "video": False, "pdf": False}
+ENTRY = {"name": "any", "api": {"id": "any", "url": "", "npm": "x"}, "limit": {"output": 0},
+         "cost": {"input": 0, "output": 0, "cache": {"read": 0, "write": 0}}, "capabilities": {
+             "temperature": True, "reasoning": False, "attachment": False, "toolcall": True,
+             "input": ABLE, "output": ABLE}}
+HERE = os.path.dirname(os.path.abspath(__file__))
+OUT, SESSIONS = threading.Lock(), {}
+
+def note(*words):
+    with open(HERE + "/journal", "a") as journal:
+        journal.write(" ".join(map(str, words)) + "\n")
+
+def write(text, descriptor=1):
+    with OUT:
+        os.write(descriptor, text.encode())
+
+def out(**message):
+    write(json.dumps({"jsonrpc": "2.0", **message}, separators=(",", ":")) + "\n")
+
+def chunk(delta, finish=None, **more):
+    choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
+    return "data: " + json.dumps({"id": "x", "choices": choices, **more}) + "\n\n"
+
+class Session:
+    def __init__(self, name, model):
+        self.name, self.model, self.ahead = name, model, 0
+        self.lines, self.cancelled = queue.Queue(), threading.Event()
+
+    def obey(self, kind, payload):
+        if kind == "taken":
+            self.ahead -= int(payload)
+        elif kind in ("turn", "body"):
+            self.lines.put(json.loads(payload))
+
+    def cancel(self):
+        note("cancelled", os.getpid())
+        self.cancelled.set()
+        self.lines.put(None)
+
+    def rest(self, seconds):
+        if self.cancelled.wait(seconds):
+            raise InterruptedError
+
+    def hold(self):  # until the test lets go
+        while not os.path.exists(HERE + "/go"):
+            self.rest(0.02)
+
+    def line(self):
+        line = self.lines.get()
+        self.rest(0)
+        return line
+
+    def tell(self, kind, **params):
+        out(method="proxy/" + kind, params={"sessionId": self.name, **params})
+
+    def data(self, text):
+        for start in range(0, len(text), 60000):
+            piece = text[start:start + 60000]
+            if self.ahead > 1 << 20:
+                note("waits", self.name)
+            while self.ahead > 1 << 20:
+                self.rest(0.02)
+            self.ahead += len(piece)
+            self.tell("data", text=piece, size=len(piece))
+
+    def say(self, text):
+        self.data(chunk({"content": text}))
+
+    def run(self, number):
+        try:
+            self.turn()
+            out(id=number, error={"code": -32603, "message": "Internal error: over"})
+        except InterruptedError:
+            out(id=number, result={"stopReason": "cancelled"})
+        del SESSIONS[self.name]
+
+    def turn(self):
+        if self.line().get("warmup"):
+            return WARMS and self.tell("warm")
+        if DIES:
+            os._exit(3)
+        theirs = {"model": self.model.partition("/")[2], "stream": True}
+        self.tell("outgoing", url="http://127.0.0.1/chat/completions", body=theirs)
+        text = self.line()["messages"][-1]["content"]
+        note("post", os.getpid(), text[:60])
+        self.tell("upstream", status=200, headers={})
+        if text.startswith("do "):
+            own = {"data": self.data, "say": self.say, "rest": self.rest, "hold": self.hold}
+            exec(text[3:], {**globals(), **own})
+        else:
+            self.say(text)
+        usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+        self.data(chunk({}, "stop") + chunk({}, usage=usage) + "data: [DONE]\n\n")
+        self.tell("end")
+
+def listen():
+    for line in FIFO:
+        try:
+            kind, name, payload = line.decode().rstrip("\n").split(" ", 2)
+            SESSIONS[name].obey(kind, payload)
+        except (ValueError, KeyError):
+            continue  # broken off, or of a session that is over
+        if DEAF and kind == "turn" and "warmup" not in payload:
+            return note("deaf", os.getpid())
+
+def serve(number, method, params):
+    session = SESSIONS.get(params.get("sessionId"))
+    if method == "initialize":
+        if LOADS:
+            out(method="proxy/loaded", params={})
+        out(id=number, result={"agentInfo": {"version": VERSION}})
+    elif method == "session/new":
+        model = json.loads(os.environ["OPENCODE_CONFIG_CONTENT"])["model"]
+        session = Session("ses_%d_%d" % (os.getpid(), number), model)
+        SESSIONS[session.name] = session
+        offered = [{"value": name} for name in NAMES]
+        out(id=number, result={"sessionId": session.name, "configOptions": [
+            {"id": "model", "currentValue": model, "options": offered}]})
+    elif method == "session/set_model":
+        session.model = params["modelId"]
+        out(id=number, result={})
+    elif method == "session/prompt":
+        threading.Thread(target=session.run, args=(number,), daemon=True).start()
+    elif method == "session/cancel" and session:
+        session.cancel()
+
+if ACP:
+    note("start", os.getpid())
+exec(os.environ.get("FAKE_MODE", ""))
+if not ACP:
+    for name in NAMES:
+        provider, _, model = name.partition("/")
+        print(name, json.dumps({**ENTRY, "id": model, "providerID": provider}), sep="\n")
+    sys.exit()
+FIFO = open(os.environ["OPENCODE_PROXY_FIFO"], "rb")
+threading.Thread(target=listen, daemon=True).start()
+for line in sys.stdin.buffer:
+    message = json.loads(line)
+    if "method" in message:
+        serve(message.get("id"), message["method"], message["params"])
+    else:
+        note("reply", message["error"]["message"])
+os._exit(0)
+'''
+# Messages that it obeys.
+PID = "do say(str(os.getpid()))"
+DIE = "do say('a'); write('last words\\n', 2); os._exit(3)"
+SILENT = "do rest(600)"
+PAUSE = "do say('a'); rest(600)"
+SLOWLY = "do for n in range(20): say('%d ' % n); rest(0.05)"
+
+
+class FakeCase(unittest.TestCase):
+    """A proxy with the fake opencode, new for every test, of which nothing may be left."""
+
+    def setUp(self):
+        self.stack = contextlib.ExitStack()
+        self.addCleanup(self.stack.close)
+        self.stack.callback(self.assert_nothing_left, threading.enumerate())
+        self.folder = pathlib.Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+        self.tmp = self.folder / "tmp"
+        self.auth = self.folder / ".local/share/opencode/auth.json"
+        self.auth.parent.mkdir(parents=True)
+        self.auth.write_text("{}")
+        self.tmp.mkdir()
+        self.patch(tempfile, tempdir=str(self.tmp))
+        self.fake = self.folder / "opencode"
+        self.fake.write_text(f"#!{sys.executable} -IS\n{FAKE}")
+        self.fake.chmod(0o700)
+        self.variables = {**clean_environment(), "HOME": str(self.folder)}
+        variables = unittest.mock.patch.dict(os.environ, self.variables, clear=True)
+        self.stack.enter_context(variables)
+        self.logged = []
+        self.patch(proxy, log=self.logged.append)
+        self.background = self.stack.enter_context(concurrent.futures.ThreadPoolExecutor(64))
+
+    def patch(self, target, **values):
+        """Give attributes of `target` other values until the test ends."""
+        self.stack.enter_context(unittest.mock.patch.multiple(target, **values))
+
+    def mode(self, words):
+        """Set the mode of the fakes that start from now on."""
+        os.environ["FAKE_MODE"] = words
+
+    def start(self, **changes):
+        """Return a running proxy, without spares where `changes` want none."""
+        running = Running(str(self.fake), **{"spares": 0, **changes})
+        self.stack.callback(running.close)
+        return running
+
+    def journal(self, kind):
+        """Return what the fakes noted: start, post, cancelled, reply, deaf or waits."""
+        journal = self.folder / "journal"
+        lines = journal.read_text().splitlines() if journal.exists() else []
+        return [line.partition(" ")[2] for line in lines if line.startswith(kind + " ")]
+
+    def let_go(self):
+        """Let the answers go on that hold()."""
+        (self.folder / "go").touch()
+
+    def assert_nothing_left(self, before):
+        def left():
+            threads = [thread for thread in threading.enumerate() if thread not in before]
+            return threads + children() + (list(self.tmp.iterdir()) if self.tmp.exists() else [])
+
+        eventually(lambda: not left(), SOON)
+        self.assertEqual(left(), [])
+# ------------------------------------------------------------------------------------------- errors
 
 class ErrorTest(unittest.TestCase):
     def test_type_follows_status(self):
-        for status, kind in ((400, "invalid_request_error"), (401, "authentication_error"), (403, "permission_error"),
-                             (404, "invalid_request_error"), (413, "invalid_request_error"), (429, "rate_limit_error"),
-                             (500, "server_error"), (503, "server_error")):
-            self.assertEqual(proxy.APIError(status, "m").body(),
-                             {"error": {"message": "m", "type": kind, "param": None, "code": None}})
+        for kind, statuses in (("invalid_request_error", (400, 404, 413)),
+                               ("authentication_error", (401,)), ("permission_error", (403,)),
+                               ("rate_limit_error", (429,)), ("server_error", (500, 503))):
+            for status in statuses:
+                error = {"message": "m", "type": kind, "param": None, "code": None}
+                self.assertEqual(proxy.APIError(status, "m").body(), {"error": error})
+
+    def seen(self, status, body, headers=()):
+        error = proxy.upstream_error(status, dict(headers), body)
+        return error.status, error.message, error.type, error.param, error.code, error.headers
 
     def test_upstream_error(self):
-        def seen(status, body, headers=()):
-            error = proxy.upstream_error(status, dict(headers), body)
-            return error.status, error.message, error.type, error.param, error.code, error.headers
-        table = [
-            ((429, '{"error":{"message":"slow","type":"tokens","param":"p","code":"rate"}}', {"retry-after": "7"}),
-             (429, "slow", "tokens", "p", "rate", {"Retry-After": "7"})),
-            ((400, '{"error":{"message":"no","code":17}}'), (400, "no", "invalid_request_error", None, None, {})),
-            ((401, '{"type":"error","error":{"type":"authentication_error","message":"key"}}'),
-             (401, "key", "authentication_error", None, None, {})),
-            ((403, '{"error":"forbidden"}'), (403, "forbidden", "permission_error", None, None, {})),
-            ((422, '{"detail":"wrong"}'), (422, "wrong", "invalid_request_error", None, None, {})),
-            ((502, "<html><head><title>502 Bad</title><style>p{}</style></head><body><p>gate\nway</p></body></html>"),
-             (502, "The model's provider answered 502 Bad Gateway: 502 Bad gate way", "server_error", None, None, {})),
-            ((500, ""), (500, "The model's provider answered 500 Internal Server Error", "server_error", None, None, {})),
-            ((302, "[1]"), (502, "The model's provider answered 302 Found: [1]", "invalid_request_error", None, None, {})),
-        ]
-        table[-1] = (table[-1][0], (502, table[-1][1][1], "server_error", None, None, {}))
-        for arguments, expected in table:
-            with self.subTest(arguments):
-                self.assertEqual(seen(*arguments), expected)
-        page = "<html><style>" + "p{}" * 9000 + '</style><p>Unicorn!<img src="data:image/png;base64,' + "A" * 9000  # cut off
-        self.assertEqual(seen(502, page)[1], "The model's provider answered 502 Bad Gateway: Unicorn!")
-        for body in ("<" * 65536, "<script" * 9000, "<style><" * 9000, "<a" * 30000, "[" * 65536):  # takes no time, and is not an exception
-            self.assertEqual(seen(500, body)[0], 500)
+        answered, bad = "The model's provider answered ", "invalid_request_error"
+        whole = '{"error":{"message":"slow","type":"tokens","param":"p","code":"rate"}}'
+        anthropic = '{"type":"error","error":{"type":"authentication_error","message":"key"}}'
+        page = ("<html><head><title>502 Bad</title><style>p{}</style></head>"
+                "<body><p>gate\nway</p></body></html>")
+        for status, body, expected in (
+                (429, whole, (429, "slow", "tokens", "p", "rate", {"Retry-After": "7"})),
+                (400, '{"error":{"message":"no","code":17}}', (400, "no", bad, None, None)),
+                (401, anthropic, (401, "key", "authentication_error", None, None, {})),
+                (403, '{"error":"forbidden"}', (403, "forbidden", "permission_error")),
+                (422, '{"detail":"wrong"}', (422, "wrong", bad)),
+                (404, '[{"error":{"message":"gone","code":404}}]', (404, "gone", bad)),
+                (400, '{"message":"no","n":' + "9" * 9999 + "}", (400, "no", bad)),
+                (502, page, (502, answered + "502 Bad Gateway: 502 Bad gate way", "server_error")),
+                (500, "", (500, answered + "500 Internal Server Error", "server_error")),
+                (599, '{"error":null}', (599, answered + '599 error: {"error":null}')),
+                (302, "[1]", (502, answered + "302 Found: [1]", "server_error", None, None))):
+            with self.subTest(status=status, body=body[:60]):
+                headers = {"retry-after": "7"} if status == 429 else {}
+                self.assertEqual(self.seen(status, body, headers)[:len(expected)], expected)
+
+    def test_hostile_bodies_take_linear_time(self):
+        cut_off = ("<html><style>" + "p{}" * 9000 + "</style><p>Unicorn!"
+                   '<img src="data:image/png;base64,' + "A" * 9000)
+        self.assertEqual(self.seen(502, cut_off)[1],
+                         "The model's provider answered 502 Bad Gateway: Unicorn!")
+        for piece in ("<", "<script", "<style><", "<a", "[", '{"a":', "9", " ", "<!--", "</script"):
+            def seconds(count):
+                started = time.process_time()
+                self.assertEqual(self.seen(500, piece * count)[0], 500)
+                return time.process_time() - started
+            with self.subTest(piece):  # in quadratic time it would be 256 times as long
+                few = min(seconds(4000) for _ in range(3))
+                self.assertLess(min(seconds(64000) for _ in range(3)), 100 * few + 0.02)
+
+    def test_turn_error(self):
+        for error, message, code in (
+                ({"message": "Internal error: x"}, "The answer failed: x", "upstream_failed"),
+                ({}, "The answer failed: opencode gave no reason", "upstream_failed"),
+                ({"network": "ECONNRESET", "message": "The socket connection was closed "
+                  "unexpectedly. For more information, pass `verbose: true` in the second "
+                  "argument to fetch()"}, "The connection to the model's provider failed: "
+                 "The socket connection was closed unexpectedly.", "upstream_unreachable"),
+                ({"message": "No. Was there a typo in the url or port?"},
+                 "The answer failed: No.", "upstream_failed")):
+            found = proxy.turn_error(error)
+            self.assertEqual((found.status, found.message, found.code), (502, message, code))
 
 
-# ------------------------------------------------------------------------------------------------------ request
+# ------------------------------------------------------------------------------------------ request
 
-def chat_body(**fields):
-    return json.dumps({"messages": [{"role": "user", "content": "hi"}], **fields}).encode()
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+CUSTOM_CALL = {"id": "c", "type": "custom", "custom": {"name": "f", "input": "x"}}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+AUDIO = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+FILE = {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:a/b;base64,AAAA"}}
+TEXT = {"type": "text", "text": "a"}
+
+
+def changed(part, **fields):
+    """Return a content part with other fields below its type."""
+    return {**part, part["type"]: {**part[part["type"]], **fields}}
 
 
 class RequestTest(unittest.TestCase):
-    def test_defaults(self):
-        request = proxy.parse_chat_request(chat_body())
-        self.assertEqual((request.model, request.stream, request.include_usage, request.choices, request.stop,
-                          request.legacy_functions), (None, False, False, 1, (), False))
-
-    def test_fields(self):
-        request = proxy.parse_chat_request(chat_body(model="m", stream=True, stream_options={"include_usage": True}, n=2,
-                                                     stop="x", temperature=None, anything={"goes": 1}))
-        self.assertEqual((request.model, request.stream, request.include_usage, request.choices, request.stop),
-                         ("m", True, True, 2, ("x",)))
-        self.assertNotIn("temperature", request.body)
-        self.assertEqual(request.body["anything"], {"goes": 1})
-
-    def test_good_messages(self):
-        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-        for message in (
-                {"role": "system", "content": "s"}, {"role": "developer", "content": [{"type": "text", "text": "s"}]},
-                {"role": "user", "content": ""}, {"role": "assistant", "content": None, "tool_calls": [call]},
-                {"role": "assistant"}, {"role": "tool", "tool_call_id": "c", "content": "r"},
-                {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
-                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y"}}]},
-                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]},
-                {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}]},
-                {"role": "user", "content": [{"type": "file", "file": {"file_id": "f"}}]},
-                {"role": "user", "content": "x", "name": "n", "unknown": [1]}):
-            with self.subTest(message):
-                proxy.parse_chat_request(json.dumps({"messages": [message]}).encode())
+    def parse(self, **fields):
+        return proxy.parse_chat_request(chat_body(**fields))
 
     def assert_invalid(self, data, param=None, text=""):
         with self.assertRaises(proxy.APIError) as caught:
             proxy.parse_chat_request(data)
-        self.assertEqual((caught.exception.status, caught.exception.type, caught.exception.param),
+        error = caught.exception
+        self.assertEqual((error.status, error.type, error.param),
                          (400, "invalid_request_error", param), data[:100])
-        self.assertIn(text, caught.exception.message)
+        self.assertIn(text, error.message)
+        self.assertLess(len(error.message), 300)
+
+    def test_defaults(self):
+        request = self.parse()
+        messages = [{"role": "user", "content": "hi"}]
+        self.assertEqual(request, proxy.ChatRequest(
+            {"messages": messages}, messages, None, False, False, 1, (), None, False))
+
+    def test_fields(self):
+        request = self.parse(
+            model="m", stream=True, stream_options={"include_usage": True}, n=2, stop="x",
+            temperature=None, top_p=1, max_tokens=5, anything={"goes": 1})
+        self.assertEqual((request.model, request.stream, request.include_usage, request.choices,
+                          request.stop, request.max_tokens), ("m", True, True, 2, ("x",), 5))
+        self.assertNotIn("temperature", request.body)
+        self.assertEqual(request.body["anything"], {"goes": 1})
+        self.assertEqual(self.parse(max_tokens=5, max_completion_tokens=7).max_tokens, 7)
+        self.assertEqual(self.parse(stop=["a", "", "b"]).stop, ("a", "b"))
+        self.assertIsNone(self.parse(model="").model)
+
+    def test_good_messages(self):
+        for message in (
+                {"role": "system", "content": "s"}, {"role": "developer", "content": [TEXT]},
+                {"role": "user", "content": ""}, {"role": "user", "content": []},
+                {"role": "assistant", "content": None, "tool_calls": [CALL, CUSTOM_CALL]},
+                {"role": "assistant", "tool_calls": [{"id": "c", "function": CALL["function"]}]},
+                {"role": "assistant", "tool_calls": None, "function_call": None},
+                {"role": "assistant"}, {"role": "tool", "tool_call_id": "c", "content": []},
+                {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+                {"role": "tool", "tool_call_id": "c", "content": [TEXT, IMAGE]},
+                {"role": "user", "content": [changed(IMAGE, url="HTTPS://x/y", detail="low")]},
+                {"role": "user", "content": [changed(IMAGE, detail=None), AUDIO, FILE]},
+                {"role": "user", "content": [{"type": "file", "file": {"file_id": "f"}}]},
+                {"role": "user", "content": "x", "name": "n", "unknown": [1]}):
+            with self.subTest(message):
+                self.parse(messages=[message])
+
+    def test_bad_messages(self):
+        for messages, param in (
+                ("x", ""), ([], ""), ({}, ""), ({"a": 1}, ""), ([1], "[0]"),
+                ([{"role": "user"}], "[0].content"),
+                ([{"role": "user", "content": None}], "[0].content"),
+                ([{"content": "x"}], "[0].role"),
+                ([{"role": ["user"], "content": "x"}], "[0].role"),
+                ([{"role": "tool", "content": "x"}], "[0].tool_call_id"),
+                ([{"role": "function", "content": "x"}], "[0].name"),
+                ([{"role": "assistant"}, {"role": "robot"}], "[1].role")):
+            with self.subTest(messages):
+                self.assert_invalid(chat_body(messages=messages), "messages" + param)
+        self.assert_invalid(b'{"messages":null}', "messages", "messages is required")
+
+    def test_bad_content(self):
+        for content, param in (
+                (1, ""), (["x"], "[0]"), ([TEXT, {"type": "video"}], "[1].type"),
+                ([{"type": ["text"]}], "[0].type"), ([{"type": "text"}], "[0].text"),
+                ([{"type": "image_url", "image_url": "x"}], "[0].image_url"),
+                ([changed(IMAGE, url="file:///etc/passwd")], "[0].image_url.url"),
+                ([changed(IMAGE, detail=1)], "[0].image_url.detail"),
+                ([changed(AUDIO, format=None)], "[0].input_audio.format"),
+                ([{"type": "file"}], "[0].file"),
+                ([changed(FILE, file_data=[])], "[0].file.file_data")):
+            with self.subTest(content):
+                self.assert_invalid(chat_body(content), "messages[0].content" + param)
+
+    def test_bad_calls(self):
+        def call(kind, **fields):
+            return {"id": "c", "type": kind, kind: fields}
+        for calls, param in (
+                ({}, ""), ("", ""), ([1], "[0]"), ([{}], "[0].id"), ([CALL, {"id": 1}], "[1].id"),
+                ([{"id": "c"}], "[0].function"), ([{"id": "c", "type": "x"}], "[0].type"),
+                ([{"id": "c", "type": ["custom"]}], "[0].type"),
+                ([call("function", name="f")], "[0].function.arguments"),
+                ([call("function", name="f", arguments={})], "[0].function.arguments"),
+                ([call("custom", input="x")], "[0].custom.name"),
+                ([call("custom", name="f", arguments="x")], "[0].custom.input")):
+            with self.subTest(calls):
+                message = {"role": "assistant", "tool_calls": calls}
+                self.assert_invalid(chat_body(messages=[message]), "messages[0].tool_calls" + param)
+        message = {"role": "assistant", "function_call": {"name": "f"}}
+        self.assert_invalid(chat_body(messages=[message]), "messages[0].function_call.arguments")
 
     def test_not_json(self):
-        for data, text in ((b"", "JSON"), (b"{", "JSON"), (b"nul", "JSON"), (b"[]", "object"), (b'"x"', "object"), (b"\xff{}", "UTF-8"),
-                           (b'{"a":"\xed\xa0\x80"}', "UTF-8"), (b'{"a":NaN}', "NaN"), (b'{"a":-Infinity}', "Infinity"),
-                           (b'{"a":1e999}', "too large"), (b"[" * 100000, "nested"), (b'{"a":' * 100000, "nested"), (b"{}\0", "JSON")):
+        for data, text in (
+                (b"", "JSON"), (b"{", "JSON"), (b"nul", "JSON"), (b"{}\0", "JSON"),
+                (b"[]", "object"), (b'"x"', "object"), (b"\xff{}", "utf-8"),
+                (b'{"a":"\xed\xa0\x80"}', "utf-8"), (b'{"a":NaN}', "NaN"),
+                (b'{"a":-Infinity}', "Infinity"), (b'{"a":1e999}', "1e999 is no number"),
+                (b"[" * 100000, "recursion"), (b'{"a":' * 100000, "recursion")):
             with self.subTest(data[:20]):
                 self.assert_invalid(data, text=text)
+        self.assertEqual(proxy.parse_json_object(b'\xef\xbb\xbf{"a":-1.5e1}'), {"a": -15.0})
 
-    def test_huge_integer(self):
-        data = chat_body()[:-1] + b',"seed":' + b"9" * 5000 + b"}"
-        try:
-            request = proxy.parse_chat_request(data)
-        except proxy.APIError as error:  # Python limits the digits of an integer since 3.10.7
-            self.assertEqual(error.status, 400)
-        else:
-            self.assertEqual(len(str(request.body["seed"])), 5000)
+    def test_long_numbers(self):
+        longest = int("9" * proxy.MAX_DIGITS)
+        self.assertEqual(self.parse(seed=-longest).body["seed"], -longest)
+        for digits in (b"9" * (proxy.MAX_DIGITS + 1), b"-" + b"9" * (proxy.MAX_DIGITS + 1),
+                       b"9" * 9000000, b"0." + b"9" * 9000000):
+            data = chat_body()[:-1] + b',"seed":' + digits + b"}"
+            self.assert_invalid(data, text="too long")
 
     def test_bad_fields(self):
-        wrong = {proxy.STRING: 1, proxy.NUMBER: "1", proxy.INTEGER: 1.5, proxy.BOOLEAN: 1, proxy.OBJECT: [], proxy.ARRAY: {}}
         for name, kinds in proxy.FIELDS.items():
-            value = True if len(kinds) > 1 else wrong[kinds[0]]
-            with self.subTest(name):
-                self.assert_invalid(chat_body(**{name: value}), name, name)
-        for name in ("temperature", "max_tokens"):
-            self.assert_invalid(chat_body(**{name: True}), name)
+            for value in (True, 1, 1.5, "1", [], {}):
+                if type(value) not in kinds and not (type(value) is int and float in kinds):
+                    self.assert_invalid(chat_body(**{name: value}), name, f"{name} must be a")
+        self.assert_invalid(chat_body(top_p="1"), "top_p", "top_p must be a number")
+        self.assert_invalid(chat_body(stop=1), "stop", "stop must be a string or an array")
 
     def test_bad_values(self):
         for fields, param in (
-                ({"n": 0}, "n"), ({"n": 9}, "n"), ({"stop": ["a", 1]}, "stop[1]"), ({"tools": [1]}, "tools[0]"),
-                ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
-                ({"functions": [{}]}, "functions[0].name"), ({"function_call": {}}, "function_call.name"),
-                ({"tool_choice": {"type": "function", "function": "f"}}, "tool_choice.function"),
-                ({"tool_choice": {"function": {"name": 1}}}, "tool_choice.function.name"), ({"stop": ["x"] * 65}, "stop"),
+                ({"n": 0}, "n"), ({"n": proxy.MAX_CHOICES + 1}, "n"),
+                ({"stop": ["x"] * (proxy.MAX_STOP_SEQUENCES + 1)}, "stop"),
+                ({"stop": ["a", 1]}, "stop[1]"), ({"response_format": {}}, "response_format.type"),
+                ({"response_format": {"type": "yaml"}}, "response_format.type"),
+                ({"response_format": {"type": ["text"]}}, "response_format.type"),
                 ({"response_format": {"type": "json_schema"}}, "response_format.json_schema")):
             with self.subTest(fields):
                 self.assert_invalid(chat_body(**fields), param)
+        for name in ("max_tokens", "max_completion_tokens"):
+            for value in (0, -1, 1 << 31, 10 ** 30):
+                self.assert_invalid(chat_body(**{name: value}), name, "from 1 to 2147483647")
+            self.assertEqual(self.parse(**{name: (1 << 31) - 1}).max_tokens, (1 << 31) - 1)
+        self.parse(n=proxy.MAX_CHOICES, stop=["x"] * proxy.MAX_STOP_SEQUENCES,
+                   response_format={"type": "json_object"})
 
-    def test_bad_messages(self):
-        image = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
-        for messages, param in (
-                (None, "messages"), ("x", "messages"), ([], "messages"), ([1], "messages[0]"),
-                ([{"role": "user"}], "messages[0].content"), ([{"role": "user", "content": None}], "messages[0].content"),
-                ([{"content": "x"}], "messages[0].role"), ([{"role": ["user"], "content": "x"}], "messages[0].role"),
-                ([{"role": "user", "content": 1}], "messages[0].content"),
-                ([{"role": "user", "content": ["x"]}], "messages[0].content[0]"),
-                ([{"role": "user", "content": [{"type": "video"}]}], "messages[0].content[0].type"),
-                ([{"role": "user", "content": [{"type": ["text"]}]}], "messages[0].content[0].type"),
-                ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
-                ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "messages[0].content[0].image_url"),
-                ([{"role": "user", "content": [image]}], "messages[0].content[0].image_url.url"),
-                ([{"role": "tool", "content": "x"}], "messages[0].tool_call_id"),
-                ([{"role": "function", "content": "x"}], "messages[0].name"),
-                ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0].id"),
-                ([{"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f"}}]}],
-                 "messages[0].tool_calls[0].function.arguments")):
-            with self.subTest(messages):
-                self.assert_invalid(json.dumps({"messages": messages}).encode(), param)
+    def test_tools(self):
+        function = {"name": "f", "parameters": {}}
+        for tools, param in (
+                ([1], "[0]"), ([{}], "[0].type"), ([{"type": "function"}], "[0].function"),
+                ([{"type": "function", "function": {}}], "[0].function.name"),
+                ([{"type": "function", "function": {"name": "f", "parameters": []}}],
+                 "[0].function.parameters"),
+                ([{"type": "web_search"}, {"type": "custom"}], "[1].custom"),
+                ([{"type": "custom", "custom": {"name": 1}}], "[0].custom.name")):
+            with self.subTest(tools):
+                self.assert_invalid(chat_body(tools=tools), "tools" + param)
+        for functions, param in (([{}], "[0].name"), ([function, 1], "[1]"),
+                                 ([{"name": "f", "parameters": "x"}], "[0].parameters")):
+            self.assert_invalid(chat_body(functions=functions), "functions" + param)
+        tools = [{"type": "function", "function": function}, {"type": "web_search", "x": 1},
+                 {"type": "function", "function": {"name": "g", "parameters": None}},
+                 {"type": "custom", "custom": {"name": "h", "format": {"type": "text"}}}]
+        self.assertEqual(self.parse(tools=tools).body["tools"], tools)
+
+    def test_tool_choice(self):
+        def allowed(*tools, mode="auto"):
+            return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
+        named, custom = ({"type": kind, kind: {"name": "f"}} for kind in ("function", "custom"))
+        for choice, param in (
+                ("maybe", ""), ("", ""), ({}, ".function"), ({"type": "mcp"}, ".type"),
+                ({"type": ["function"]}, ".type"), ({"type": "function", "name": "f"}, ".function"),
+                ({"type": "function", "function": "f"}, ".function"),
+                ({"function": {"name": 1}}, ".function.name"), ({"type": "custom"}, ".custom"),
+                ({"type": "custom", "custom": {}}, ".custom.name"),
+                ({"type": "allowed_tools"}, ".allowed_tools"),
+                (allowed(named, mode="any"), ".allowed_tools.mode"),
+                ({**allowed(), "allowed_tools": {"mode": "auto"}}, ".allowed_tools.tools"),
+                (allowed(named, {}), ".allowed_tools.tools[1].function"),
+                (allowed({"type": "mcp"}), ".allowed_tools.tools[0].type")):
+            with self.subTest(choice):
+                self.assert_invalid(chat_body(tool_choice=choice), "tool_choice" + param)
+        for choice in ("none", "auto", "required", named, custom, {"function": {"name": "f"}},
+                       allowed(custom, mode="required")):
+            self.assertEqual(self.parse(tool_choice=choice).body["tool_choice"], choice)
+        for choice, param in (("maybe", ""), ({}, ".name")):
+            self.assert_invalid(chat_body(function_call=choice), "function_call" + param)
+
+    def test_legacy_functions(self):
+        function, call = {"name": "f", "parameters": {}}, {"name": "f", "arguments": "{}"}
+        messages = [{"role": "user", "content": "q"},
+                    {"role": "assistant", "content": None, "function_call": call},
+                    {"role": "function", "name": "f", "content": "r"},
+                    {"role": "assistant", "content": "x", "function_call": None}]
+        request = self.parse(functions=[function], function_call={"name": "f"}, messages=messages)
+        self.assertTrue(request.legacy_functions)
+        self.assertEqual(request.body, {
+            "tools": [{"type": "function", "function": function}],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+            "messages": [
+                messages[0],
+                {"role": "assistant", "content": None,
+                 "tool_calls": [{"id": "call_1", "type": "function", "function": call}]},
+                {"role": "tool", "tool_call_id": "call_1", "content": "r"},
+                {"role": "assistant", "content": "x"}]})
+        self.assertIs(request.messages, request.body["messages"])
+        self.assertEqual(self.parse(functions=[], function_call="none").body["tool_choice"], "none")
+        both = self.parse(functions=[function], function_call="none", tools=[])
+        self.assertFalse(both.legacy_functions)
+        self.assertEqual(sorted(both.body), ["messages", "tools"])
 
     def test_fuzz(self):
-        """Whatever comes, it is a request or a 400."""
+        """Whatever comes, it is a request that JavaScript can read, or a 400."""
         seeded = random.Random(4141)
-        parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
-                 {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}, {"type": "file", "file": {"file_data": "data:a/b;base64,AAAA"}}]
-        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
-        good = chat_body(messages=[
-            {"role": "system", "content": "s"}, {"role": "user", "content": parts}, {"role": "assistant", "content": None, "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": "c", "content": parts[:2]}, {"role": "assistant", "function_call": call["function"]},
-            {"role": "function", "name": "f", "content": "r"}],
-            tools=[{"type": "function", "function": {"name": "f"}}], tool_choice={"type": "function", "function": {"name": "f"}}, stop=["a"], n=2,
-            stream_options={"include_usage": True}, response_format={"type": "json_schema", "json_schema": {}}, functions=[{"name": "f"}], function_call={"name": "f"})
-        values = [None, True, 0, -1, 1.5, "", "x", "text", "function", "custom", [], {}, [None], {"a": None}, [[]], "\ud800", 10 ** 30, "[NaN]", "1e999"]
-        keys = ["text", "refusal", "type", "function", "name", "arguments", "content", "file", "image_url", "json_schema", "tool_calls", "tool_choice"]
+        named = {"type": "function", "function": {"name": "f"}}
+        good = chat_body(
+            messages=[{"role": "system", "content": "s"},
+                      {"role": "user", "content": [TEXT, IMAGE, AUDIO, FILE]},
+                      {"role": "assistant", "content": None, "tool_calls": [CALL, CUSTOM_CALL]},
+                      {"role": "tool", "tool_call_id": "c", "content": [TEXT, IMAGE]},
+                      {"role": "assistant", "function_call": CALL["function"]},
+                      {"role": "function", "name": "f", "content": "r"}],
+            tools=[named, {"type": "custom", "custom": {"name": "g"}}], stop=["a"], n=2,
+            tool_choice={"type": "allowed_tools",
+                         "allowed_tools": {"mode": "auto", "tools": [named]}},
+            stream_options={"include_usage": True}, functions=[{"name": "f"}],
+            response_format={"type": "json_schema", "json_schema": {}}, max_tokens=9)
+        values = [None, True, 0, -1, 1.5, "", "x", "text", "function", "custom", [], {}, [None],
+                  {"a": None}, [[]], "\ud800", 10 ** 30, "[NaN]", "1e999"]
+        keys = ["text", "refusal", "type", "function", "name", "arguments", "content", "file",
+                "image_url", "json_schema", "tool_calls", "tool_choice", "function_call"]
         for _ in range(int(os.environ.get("OPENCODE_PROXY_TEST_FUZZ", "5000"))):
             if seeded.random() < 0.3:
                 data = bytearray(good)
@@ -558,758 +1105,841 @@ class RequestTest(unittest.TestCase):
             else:
                 body = json.loads(good)
                 for _ in range(seeded.randint(1, 4)):
-                    target = body
-                    while isinstance(target, (dict, list)) and target:
-                        key = seeded.choice(list(target) if isinstance(target, dict) else range(len(target)))
-                        if not isinstance(target[key], (dict, list)) or seeded.random() < 0.3:
-                            key = seeded.choice(keys) if isinstance(target, dict) and seeded.random() < 0.2 else key
-                            target[key] = json.loads(json.dumps(seeded.choice(values)))
-                            break
-                        target = target[key]
+                    self.damage(seeded, body, keys, values)
                 data = json.dumps(body).encode()
             try:
-                envelope = proxy.envelope(proxy.parse_chat_request(bytes(data)))
-                json.dumps(envelope, allow_nan=False)  # which JavaScript could not read
-                for overlay in envelope["overlays"].values():
-                    json.loads(overlay["add"])
+                json.dumps(proxy.parse_chat_request(bytes(data)).body, allow_nan=False)
             except proxy.APIError as error:
                 self.assertEqual(error.status, 400, data)
 
-    def test_too_deep(self):
-        """What can just be read may be too deep to be written."""
-        for depth in range(300, 1000, 7):
-            deep = b"[" * depth + b"]" * depth
-            call = {"id": "c", "function": {"name": "f", "arguments": deep.decode()}}
-            for data in (chat_body()[:-1] + b',"x":' + deep + b"}", chat_body(messages=[{"role": "assistant", "tool_calls": [call]}])):
-                with contextlib.suppress(proxy.APIError):
-                    json.loads(proxy.prompt_of(proxy.parse_chat_request(data)))
-
-    def test_legacy_functions(self):
-        request = proxy.parse_chat_request(json.dumps({
-            "functions": [{"name": "f", "parameters": {}}], "function_call": {"name": "f"}, "messages": [
-                {"role": "user", "content": "q"}, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
-                {"role": "function", "name": "f", "content": "r"}]}).encode())
-        self.assertTrue(request.legacy_functions)
-        self.assertEqual(request.body["tools"], [{"type": "function", "function": {"name": "f", "parameters": {}}}])
-        self.assertEqual(request.body["tool_choice"], {"type": "function", "function": {"name": "f"}})
-        self.assertEqual(request.messages[1:], [
-            {"role": "assistant", "content": None,
-             "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
-            {"role": "tool", "tool_call_id": "call_1", "content": "r"}])
-        self.assertNotIn("functions", request.body)
+    def damage(self, seeded, target, keys, values):
+        """Put something else somewhere into a JSON value."""
+        while isinstance(target, (dict, list)) and target:
+            key = seeded.choice(list(target) if isinstance(target, dict) else range(len(target)))
+            if not isinstance(target[key], (dict, list)) or seeded.random() < 0.3:
+                if isinstance(target, dict) and seeded.random() < 0.2:
+                    key = seeded.choice(keys)
+                target[key] = json.loads(json.dumps(seeded.choice(values)))
+                return
+            target = target[key]
 
 
-# ----------------------------------------------------------------------------------------------------- envelope
+# ------------------------------------------------------------------------------------- command line
 
-def envelope_of(*messages, **fields):
-    return proxy.envelope(proxy.parse_chat_request(json.dumps({"messages": list(messages), **fields}).encode()))
+class SettingsTest(unittest.TestCase):
+    def settings(self, *arguments, **environment):
+        with unittest.mock.patch.dict(os.environ, environment):
+            return proxy.read_settings(arguments)
 
+    def assert_refused(self, text, *arguments, **environment):
+        with unittest.mock.patch.object(sys, "stderr") as stderr, \
+                self.assertRaises(SystemExit) as caught:
+            self.settings(*arguments, **environment)
+        self.assertEqual(caught.exception.code, 2)
+        self.assertIn(text, stderr.write.call_args.args[0])
 
-USER = {"role": "user", "content": "q"}
+    def test_defaults(self):
+        settings = self.settings()
+        self.assertEqual((settings.host, settings.port, settings.model, settings.api_key,
+                          settings.max_concurrency, settings.max_queue, settings.spares,
+                          settings.requests_per_process),
+                         ("0.0.0.0", 4141, None, [], 64, 64, 1, 1))
 
+    def test_bad_values(self):
+        for arguments in (
+                "--port x", "--port 70000", "--timeout 0", "--timeout nan", "--max-concurrency 0",
+                "--requests-per-process 0", "--model bare", "--model /m", "--spares -1",
+                "--api-key-file /no/such/file", "--api-key-file " + os.devnull,
+                "--api-key-file ", "--api-key ", "--nonsense", "--systemd-unit x"):
+            with self.subTest(arguments):
+                self.assert_refused("error: ", *arguments.split(" "))
+        self.assert_refused("argument --port: invalid int value: 'x'", OPENCODE_PROXY_PORT="x")
 
-class EnvelopeTest(unittest.TestCase):
-    def test_conversation(self):
-        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
-        envelope = envelope_of({"role": "system", "content": "s"}, USER, {"role": "developer", "content": [{"type": "text", "text": "d"}]},
-                               {"role": "assistant", "content": "t", "tool_calls": [call]},
-                               {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "r"}]})
-        self.assertEqual(envelope["system"], ["s", "d"])
-        state = {"status": "completed", "input": {"a": 1}, "output": "r", "title": "", "metadata": {}, "time": {"start": 0, "end": 0}}
-        self.assertEqual(envelope["conversation"], [
-            {"role": "user", "parts": [{"type": "text", "text": "q"}]},
-            {"role": "assistant", "parts": [{"type": "text", "text": "t"}, {"type": "tool", "callID": "c", "tool": "f", "state": state}]}])
+    def test_environment_and_options(self):
+        for name, value, expected in (
+                ("port", "7", 7), ("port", "", 4141), ("model", "p/m", "p/m"), ("grace", "1", 1.0),
+                ("max_body_size", "9", 9), ("verbose", "1", True), ("verbose", "0", False),
+                ("api_key", "a b", ["a", "b"]), ("cors_origin", "", []),
+                ("cors_origin", "https://A.x/ *", ["https://a.x", "*"])):
+            variable = {"OPENCODE_PROXY_" + name.upper(): value}
+            self.assertEqual(getattr(self.settings(**variable), name), expected)
+        settings = self.settings("--port", "8", "--api-key", "c", "--api-key", "d",
+                                 OPENCODE_PROXY_PORT="7", OPENCODE_PROXY_API_KEY="a")
+        self.assertEqual((settings.port, settings.api_key), (8, ["c", "d"]))
+        with tempfile.NamedTemporaryFile() as keys:
+            pathlib.Path(keys.name).write_text("one\ntwo\n")
+            settings = self.settings("--api-key", "c", OPENCODE_PROXY_API_KEY_FILE=keys.name)
+            self.assertEqual(settings.api_key, ["c", "one", "two"])
+            self.assert_refused("empty", "--api-key-file", keys.name, OPENCODE_PROXY_API_KEY="")
 
-    def test_results_belong_to_the_call_before_them(self):
-        call = {"id": "c", "function": {"name": "f", "arguments": "{}"}}
-        turn = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "1"}]
-        envelope = envelope_of(*turn, turn[0], {"role": "tool", "tool_call_id": "c", "content": "2"}, turn[0])
-        self.assertEqual([part["state"]["output"] for turn in envelope["conversation"] for part in turn["parts"]], ["1", "2", ""])
-        twice = [{"role": "assistant", "tool_calls": [call, {**call, "type": None}]}, *({**turn[1], "content": text} for text in "12")]
-        envelope = envelope_of(*turn, *twice)
-        self.assertEqual([part["state"]["output"] for turn in envelope["conversation"] for part in turn["parts"]], ["1", "1", "2"])
-
-    def test_arguments_that_are_not_json(self):
-        for arguments in ("", "{", "[NaN]", "1e999", "[" * 100000):
-            call = {"id": "c", "function": {"name": "f", "arguments": arguments}}
-            envelope = envelope_of({"role": "assistant", "tool_calls": [call, {"id": "d", "type": "custom", "custom": {}}]})
-            (part,) = envelope["conversation"][0]["parts"]
-            self.assertEqual(part["state"]["input"], {})
-
-    def test_only_system(self):
-        self.assertEqual(envelope_of({"role": "system", "content": "s"})["conversation"],
-                         [{"role": "user", "parts": [{"type": "text", "text": " "}]}])
-
-    def test_chat_completions_is_verbatim(self):
-        fields = {"temperature": 0.5, "seed": 12345678901234567890, "logit_bias": {"50256": -100}, "unknown": {"z": 1.0, "a": None}}
-        overlay = envelope_of(USER, model="m", stream=True, n=2, **fields)["overlays"]["chat/completions"]
-        self.assertEqual(overlay["add"], '{"messages":[{"role":"user","content":"q"}],"temperature":0.5,"seed":12345678901234567890,'
-                                         '"logit_bias":{"50256":-100},"unknown":{"z":1.0,"a":null}}')
-        self.assertIn("max_tokens", overlay["remove"])
-        self.assertIn("unknown", overlay["remove"])
-        self.assertNotIn("model", overlay["remove"])
-
-    def test_text_survives(self):
-        for text in ("w\u00f6rld \u2028 \U0001f600", "\ud800 lone", "{file:/etc/passwd} {env:HOME}", "/help", '"\\\n\0'):
-            add = envelope_of({"role": "user", "content": text})["overlays"]["chat/completions"]["add"]
-            add.encode()
-            self.assertEqual(json.loads(add)["messages"][0]["content"], text)
-
-    def test_attachments_pass_as_markers(self):
-        payload = "QUJD" * 1000
-        envelope = envelope_of({"role": "user", "content": [
-            {"type": "image_url", "image_url": {"url": "data:image/JPEG;base64," + payload, "detail": "low"}},
-            {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}},
-            {"type": "input_audio", "input_audio": {"data": payload, "format": "mp3"}},
-            {"type": "file", "file": {"file_data": "data:application/pdf;base64," + payload, "filename": "f.pdf"}},
-            {"type": "image_url", "image_url": {"url": "data:image/svg+xml,<svg/>"}}, {"type": "file", "file": {"file_id": "f"}}]})
-        self.assertEqual(json.dumps(envelope).count(payload), 3)
-        token = envelope["token"]
-        (first, _), (second, _), (third, _) = envelope["payloads"]
-        self.assertEqual([first, second, third], [token + "0001", token + "0002", token + "0003"])
-        markers = [token + f"{n:04x}" for n in range(4, 10)]
-        self.assertEqual(envelope["conversation"][0]["parts"],
-                         [{"type": "file", "mime": "image/png", "url": "data:image/png;base64," + marker} for marker in markers])
-        self.assertEqual([found for found, _ in envelope["overlays"]["responses"]["replace"]],
-                         [f'"type":"input_image","image_url":"data:image/png;base64,{marker}"' for marker in markers])
-        self.assertEqual([found for found, _ in envelope["overlays"]["messages"]["replace"]],
-                         [f'"type":"image","source":{{"type":"base64","media_type":"image/png","data":"{marker}"}}' for marker in markers])
-        audio = f'"type":"input_audio","input_audio":{{"data":"{second}","format":"mp3"}}'
-        self.assertEqual([meant for _, meant in envelope["overlays"]["responses"]["replace"]], [
-            f'"type":"input_image","image_url":"data:image/JPEG;base64,{first}","detail":"low"', '"type":"input_image","image_url":"https://example.com/a.png"',
-            audio, f'"type":"input_file","file_data":"data:application/pdf;base64,{third}","filename":"f.pdf"',
-            '"type":"input_image","image_url":"data:image/svg+xml,<svg/>"', '"type":"input_file","file_id":"f"'])
-        self.assertEqual([meant for _, meant in envelope["overlays"]["messages"]["replace"]], [
-            f'"type":"image","source":{{"type":"base64","media_type":"image/jpeg","data":"{first}"}}',
-            '"type":"image","source":{"type":"url","url":"https://example.com/a.png"}', audio,
-            f'"type":"document","source":{{"type":"base64","media_type":"application/pdf","data":"{third}"}},"title":"f.pdf"',
-            '"type":"image","source":{"type":"url","url":"data:image/svg+xml,<svg/>"}', '"type":"file","file":{"file_id":"f"}'])
-
-    def test_hostile_attachments_take_no_time(self):
-        """Each of these took quadratic time once: it would be hours."""
-        for url in ("data:" + "a" * (1 << 22) + ",x", "data:" + ";base64" * (1 << 19) + ",x", "data:" + ";" * (1 << 22) + ";base64,x"):
-            envelope_of({"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]})
-
-    def test_base64_with_line_breaks_is_left_as_it_is(self):
-        url = "data:image/png;base64,AAAA\nBBBB\n"
-        envelope = envelope_of({"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]})
-        self.assertEqual(envelope["payloads"], [])
-        self.assertEqual(json.loads(envelope["overlays"]["chat/completions"]["add"])["messages"][0]["content"][0]["image_url"]["url"], url)
-        self.assertIn(json.dumps(url), envelope["overlays"]["responses"]["replace"][0][1])
-        self.assertIn('"data":"AAAA\\nBBBB\\n"', envelope["overlays"]["messages"]["replace"][0][1])
-
-    def test_odd_tools(self):
-        tools = [{"type": "function", "function": {"name": "f", "description": None, "parameters": {}}}, {"type": "custom", "custom": {"name": "c"}}]
-        choice = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}
-        overlays = envelope_of(USER, tools=tools, tool_choice=choice)["overlays"]
-        none = {"type": "object", "properties": {}}
-        self.assertEqual(json.loads(overlays["responses"]["add"]), {"tool_choice": choice, "tools": [
-            {"type": "function", "name": "f", "description": None, "parameters": none, "strict": False}, tools[1]]})
-        self.assertEqual(json.loads(overlays["messages"]["add"]), {"tool_choice": choice, "tools": [{"name": "f", "input_schema": none}, tools[1]]})
-
-    def test_tools_for_each_format(self):
-        function = {"name": "a.b", "description": "d", "parameters": {"type": "object", "properties": {"2": {}, "1": {}}}, "strict": True}
-        tool = {"type": "function", "function": function}
-        schema = '{"type":"object","properties":{"2":{},"1":{}}}'
-        responses_tool = '"tools":[{"type":"function","name":"a.b","description":"d","parameters":' + schema + ',"strict":true}]'
-        messages_tool = '"tools":[{"name":"a.b","description":"d","input_schema":' + schema + "}]"
-        one = {"type": "function", "function": {"name": "a.b"}}
-        for choice, in_responses, in_messages in (
-                ("auto", '"auto"', '{"type":"auto"}'), ("none", '"none"', '{"type":"none"}'), ("required", '"required"', '{"type":"any"}'),
-                (one, '{"type":"function","name":"a.b"}', '{"type":"tool","name":"a.b"}')):
-            overlays = envelope_of(USER, tools=[tool], tool_choice=choice)["overlays"]
-            self.assertEqual(overlays["responses"]["add"], "{" + responses_tool + ',"tool_choice":' + in_responses + "}")
-            self.assertEqual(overlays["messages"]["add"], "{" + messages_tool + ',"tool_choice":' + in_messages + "}")
-        overlays = envelope_of(USER, tools=[tool], parallel_tool_calls=False)["overlays"]
-        self.assertEqual(overlays["responses"]["add"], '{"parallel_tool_calls":false,' + responses_tool + "}")
-        self.assertEqual(overlays["messages"]["add"],
-                         "{" + messages_tool + ',"tool_choice":{"type":"auto","disable_parallel_tool_use":true}}')
-
-    def test_response_format(self):
-        wanted = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": {"type": "object"}}}
-        overlays = envelope_of(USER, response_format=wanted, verbosity="low")["overlays"]
-        self.assertEqual(overlays["responses"]["merge"], {"text": {"verbosity": "low", "format": {
-            "type": "json_schema", "name": "n", "strict": True, "schema": {"type": "object"}}}})
-        self.assertEqual(overlays["messages"]["merge"], {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}})
-        overlays = envelope_of(USER, response_format={"type": "json_object"})["overlays"]
-        self.assertEqual((overlays["responses"]["merge"], overlays["messages"]["merge"]), ({"text": {"format": {"type": "json_object"}}}, {}))
-
-    def test_own_settings(self):
-        envelope = envelope_of(USER, temperature=0, top_p=1, max_tokens=5, max_completion_tokens=6, reasoning_effort="high", stop="x", user="u")
-        self.assertEqual(envelope["params"], {"temperature": 0, "topP": 1, "maxOutputTokens": 6})
-        self.assertEqual(envelope["effort"], "high")
-        self.assertEqual(envelope["overlays"]["messages"]["add"], '{"stop_sequences":["x"],"metadata":{"user_id":"u"}}')
+    def test_empty_key_lets_nobody_in(self):
+        for key in ("", " ", "\n"):
+            self.assert_refused("argument --api-key: empty", OPENCODE_PROXY_API_KEY=key)
+            self.assert_refused("argument --api-key: empty", "--api-key", key, "--api-key", "k")
+            self.assert_refused("argument --api-key-file: ", OPENCODE_PROXY_API_KEY_FILE=key)
+        self.assertEqual(self.settings("--api-key", "k", OPENCODE_PROXY_API_KEY="").api_key, ["k"])
 
 
-# ----------------------------------------------------------------------------------------------------- opencode
+class SystemdTest(unittest.TestCase):
+    def test_units(self):
+        odd = "/opt/$HOME 100%/open\"code"
+        with unittest.mock.patch.dict(os.environ, {"HOME": "/h$o", "XDG_DATA_HOME": "/d$x y"}), \
+                unittest.mock.patch.object(sys, "executable", "/py$thon"):
+            user, system = (proxy.systemd_unit(kind, odd) for kind in ("user", "system"))
+        for unit in (user, system):
+            self.assertIn('opencode_proxy.py --opencode "/opt/$$HOME 100%%/open\\"code"\n', unit)
+            self.assertIn("\nExecStart=/py$thon ", unit)
+            self.assertIn("\nKillMode=mixed\n", unit)
+            self.assertIn("\nNoNewPrivileges=yes\n", unit)
+            self.assertNotRegex(unit, r"[{}]|  ")
+        self.assertNotIn("network-online", user)
+        for line in ("Environment=HOME=/h$o", 'ReadWritePaths="-/d$x y/opencode"',
+                     "After=network-online.target", "CapabilityBoundingSet=", "PrivateTmp=yes",
+                     "SystemCallFilter=@system-service", "WantedBy=multi-user.target"):
+            self.assertIn(f"\n{line}\n", system)
 
-class CatalogTest(unittest.TestCase):
-    catalog = proxy.Catalog(("p/a", "p/b", "q/a"), "p/a", frozenset({"p", "q"}))
+    @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is missing")
+    def test_systemd_takes_them(self):
+        with tempfile.TemporaryDirectory() as folder:
+            program = pathlib.Path(folder, "open $code %")
+            program.touch(0o700)
+            for kind in ("user", "system"):
+                path = pathlib.Path(folder, f"opencode-proxy-{kind}.service")
+                with unittest.mock.patch.object(sys, "executable", str(program)):
+                    path.write_text(proxy.systemd_unit(kind, str(program)))
+                done = subprocess.run(
+                    ["systemd-analyze", "verify", "--" + kind, "--man=no", str(path)], text=True,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+                    env={**os.environ, "XDG_RUNTIME_DIR": folder})
+                mine = [line for line in done.stdout.splitlines() if path.name in line]
+                self.assertEqual((done.returncode, mine), (0, []), done.stdout)
 
-    def test_resolve(self):
-        for name, model in ((None, "p/a"), ("", "p/a"), ("p/b", "p/b"), ("b", "p/b"), ("q/a", "q/a"), ("gpt-3.5-turbo", "p/a")):
-            self.assertEqual(self.catalog.resolve(name), model)
+    def test_notify(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for name in (f"{folder}/notify", "@opencode-proxy-test"):
+                if name.startswith("@") and sys.platform != "linux":
+                    continue
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+                    manager.bind(re.sub("^@", "\0", name))
+                    manager.settimeout(DEADLINE)
+                    with unittest.mock.patch.dict(os.environ, {"NOTIFY_SOCKET": name}):
+                        proxy.notify("READY=1")
+                    self.assertEqual(manager.recv(100), b"READY=1")
+        proxy.notify("READY=1")
+# ------------------------------------------------------------------------------------- wire formats
 
-    def test_not_offered(self):
-        for name in ("p/c", "x/a", "q/b", "/", "p/"):
-            with self.assertRaises(proxy.APIError) as caught:
-                self.catalog.resolve(name)
-            self.assertEqual((caught.exception.status, caught.exception.code, caught.exception.param), (404, "model_not_found", "model"))
-
-    def test_not_logged_in(self):
-        catalog = proxy.Catalog((), proxy.DEFAULT_MODEL, frozenset({"q"}))
-        for name in (None, "gpt-4", "github-copilot/gpt-4.1", "github-copilot/other"):
-            with self.assertRaises(proxy.APIError) as caught:
-                catalog.resolve(name)
-            self.assertEqual(caught.exception.status, 503)
-            self.assertIn("opencode auth login", caught.exception.message)
-
-    def test_default_and_successors(self):
-        def default(names, wanted=None, logins=("github-copilot",)):
-            models = [fake_model(name) for name in names]
-            catalog = proxy.make_catalog(models, logins, wanted)
-            return catalog.default, catalog.models, catalog.declared
-        mini, four, copilot = "github-copilot/gpt-5-mini", "github-copilot/gpt-4.1", "github-copilot/"
-        self.assertEqual(default([mini, four]), (four, (four, mini), False))
-        self.assertEqual(default([copilot + "gpt-5.5", copilot + "x", mini]), (mini, (mini, copilot + "gpt-5.5", copilot + "x"), False))
-        self.assertEqual(default([copilot + "x"]), (four, (four, copilot + "x"), True))
-        self.assertEqual(default([mini], four), (four, (four, mini), True))
-        self.assertEqual(default([mini, "q/a"], "q/a"), ("q/a", ("q/a", mini), False))
-        self.assertEqual(default(["opencode/free", mini]), (mini, (mini,), False))  # a cloud service that nobody chose
-        self.assertEqual(default(["opencode/free"], "opencode/free"), ("opencode/free", ("opencode/free",), False))
-        self.assertEqual(default(["q/a"]), (four, ("q/a",), False))
-
-    def test_parse_models(self):
-        text = "p/a\n" + json.dumps({"id": "a", "note": "\n{"}, indent=2) + "\np/b\n" + json.dumps({"id": "b"}, indent=2) + "\n"
-        self.assertEqual([model["id"] for model in proxy.parse_models("\n" + text)], ["a", "b"])
-        self.assertEqual(proxy.parse_models("nothing"), [])
-
-
-def fake_model(name):
-    provider, _, model = name.partition("/")
-    able = {"text": True, "audio": False, "image": False, "video": False, "pdf": False}
-    return {"id": model, "providerID": provider, "name": model, "api": {"id": model, "url": "", "npm": "x"}, "status": "active",
-            "cost": {"input": 0, "output": 0, "cache": {"read": 0, "write": 0}}, "limit": {"context": 0, "output": 0},
-            "capabilities": {"temperature": True, "reasoning": False, "attachment": False, "toolcall": True, "input": able, "output": able,
-                             "interleaved": False}, "release_date": "", "variants": {}}
+WIRE_PNG = "data:image/png;base64,QUJD"
+AT_CHAT, AT_RESPONSES, AT_MESSAGES = (
+    "https://x.example/v1/" + path for path in ("chat/completions", "responses", "messages"))
+AT_CHATGPT = "https://chatgpt.com/backend-api/codex/responses"
+COLD = proxy.Model("p/m", takes_temperature=False)
+FUNCTION = {"name": "f", "parameters": {"properties": {"2": {}, "1": {}}, "type": "object"}}
+TOOLS = [{"type": "function", "function": function} for function in (FUNCTION, {"name": "g"})]
+GRAMMAR = {"type": "grammar", "grammar": {"syntax": "lark"}}
+CUSTOM = {"type": "custom", "custom": {"name": "c", "format": GRAMMAR}}
+ARGUMENTS = '{"b":1.0,\n"a":12345678901234567890}'
+USER, SYSTEM = {"role": "user", "content": "q"}, {"role": "system", "content": "s"}
+MARK = {"cache_control": {"type": "ephemeral"}}
+DONE = {"role": "tool", "tool_call_id": "c", "content": "r"}
+WIRE_IMAGE = {"type": "image_url", "image_url": {"url": WIRE_PNG}}
+PDF = {"file_data": "data:application/pdf;base64,UERG", "filename": "a.pdf"}
+SCHEMA = {"name": "n", "strict": True, "schema": {"type": "object"}}
 
 
-# ------------------------------------------------------------------------------------------------------- process
-
-def parsed(wire_format, events):
-    """Return what a parser makes of a provider's events, neighbouring pieces of a tool call joined."""
-    parser, found = proxy.PARSERS[wire_format](), []
-    for event in events:
-        found += parser.feed(event if isinstance(event, str) else json.dumps(event))
-        if found and isinstance(found[-1], proxy.Finish):
-            break
-    return found
+def text(words, kind="text"):
+    return {"type": kind, "text": words}
 
 
-class ParserTest(unittest.TestCase):
-    usage = proxy.usage_of(11, 20, 4, 7)
+def said(role, *content):
+    return {"role": role, "content": list(content)}
 
-    def test_answers(self):
-        parts = [("thought", "hm"), ("text", "a"), ("call", "c1", "f", ['{"a": ', "1.0}"]), ("call", "c2", "a.b", [])]
-        for wire_format in FORMATS:
-            usage = self.usage if wire_format != "messages" else proxy.usage_of(11, 20, 4, 0)
-            empty = [] if wire_format == "chat/completions" else [proxy.ToolCallDelta(1, "{}")]
-            self.assertEqual(parsed(wire_format, stream_of(wire_format, parts, "tool_calls")), [
-                proxy.ReasoningDelta("hm"), proxy.TextDelta("a"), proxy.ToolCallDelta(0, "", "c1", "f"), proxy.ToolCallDelta(0, '{"a": '),
-                proxy.ToolCallDelta(0, "1.0}"), proxy.ToolCallDelta(1, "", "c2", "a.b"), *empty, proxy.Finish("tool_calls", usage)], wire_format)
 
-    def test_finish_reasons(self):
-        for wire_format in FORMATS:
-            for finish in ("stop", "length", "content_filter"):
-                self.assertEqual(parsed(wire_format, stream_of(wire_format, [("text", "x")], finish))[-1].reason, finish, wire_format)
-        self.assertEqual(parsed("chat/completions", [chat_chunk({}, "eos"), "[DONE]"])[-1].reason, "stop")
+def asks(call_id, arguments, kind="function"):
+    inner = {"name": "f", {"function": "arguments", "custom": "input"}[kind]: arguments}
+    return {"role": "assistant", "tool_calls": [{"id": call_id, "type": kind, kind: inner}]}
 
-    def test_usage(self):
-        for told, expected in (({"prompt_tokens": 3, "completion_tokens": 4}, proxy.usage_of(3, 4, 0, 0)), (None, proxy.usage_of(0, 0, 0, 0)),
-                               ({**USAGE, "extra": 1}, {**USAGE, "extra": 1})):
-            self.assertEqual(parsed("chat/completions", [{"choices": [], "usage": told}, chat_chunk({}, "stop"), "[DONE]"])[-1].usage, expected)
-        usage = {"input_tokens": 1, "cache_read_input_tokens": 2, "cache_creation_input_tokens": 3, "output_tokens": 1}
-        events = [{"type": "message_start", "message": {"usage": usage}}, {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 9}},
-                  {"type": "message_stop"}]
-        self.assertEqual(parsed("messages", events)[-1].usage, proxy.usage_of(6, 9, 2, 0))
 
-    def test_odd_but_understood(self):
-        for delta, event in (
-                ({"reasoning_text": "r"}, proxy.ReasoningDelta("r")), ({"reasoning": "r"}, proxy.ReasoningDelta("r")), ({"refusal": "no"}, proxy.TextDelta("no")),
-                ({"content": [{"type": "text", "text": "a"}]}, proxy.TextDelta("a")),
-                ({"tool_calls": [{"id": "c", "function": {"name": "f", "arguments": None}}]}, proxy.ToolCallDelta(0, "", "c", "f"))):
-            self.assertEqual(parsed("chat/completions", [chat_chunk(delta)]), [event])
-        made = parsed("chat/completions", [chat_chunk({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "{}"}}]})])
-        self.assertRegex(made[0].id, "^call_[0-9a-f]{32}$")
-        self.assertEqual(made[1], proxy.ToolCallDelta(0, "{}"))
-        calls = [{"index": 0, "id": name, "function": {"name": name, "arguments": "{}"}} for name in ("c", "d")]  # all of one index
-        more = {"index": 0, "id": "other", "function": {"arguments": " "}}  # a new id without a name is no new call
-        self.assertEqual(parsed("chat/completions", [chat_chunk({"tool_calls": [call]}) for call in [*calls, more]]), [
-            proxy.ToolCallDelta(0, "", "c", "c"), proxy.ToolCallDelta(0, "{}"), proxy.ToolCallDelta(1, "", "d", "d"),
-            proxy.ToolCallDelta(1, "{}"), proxy.ToolCallDelta(1, " ")])
-        again = [chat_chunk({"tool_calls": [{"index": 0, "id": name, "function": {"name": "f", "arguments": name}}]}) for name in "abac"]
-        self.assertEqual([(delta.index, delta.arguments) for delta in parsed("chat/completions", again)],
-                         [(0, ""), (0, "a"), (1, ""), (1, "b"), (0, "a"), (2, ""), (2, "c")])
-        late = [chat_chunk({"tool_calls": [{"index": 0, **more, "function": {"name": "f"}}]}) for more in ({}, {"id": "c"})]
-        self.assertEqual(len(parsed("chat/completions", late)), 1)
-        block = {"type": "content_block_start", "index": 1, "content_block": {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1.0}}}
-        self.assertEqual(parsed("messages", [block, {"type": "content_block_stop", "index": 1}]),
-                         [proxy.ToolCallDelta(0, "", "c", "f"), proxy.ToolCallDelta(0, '{"a":1.0}')])
+def wire(url=AT_CHAT, messages=(USER,), model=proxy.Model("p/m"), **fields):
+    body = json.dumps({"messages": list(messages), **fields}).encode()
+    return proxy.wire_format_of(url)(proxy.parse_chat_request(body), model, url)
+
+
+def events(url, *messages, **fields):
+    """Return the deltas, with logprobs if any, that messages mean, and the last event."""
+    form = wire(url, **fields)
+    data = [part if isinstance(part, str) else json.dumps(part) for part in messages]
+    *found, last = [event for datum in data for event in form.events(datum)]
+    return [event[:2] if event.logprobs else event.delta for event in found], last
+
+
+def error(function, *arguments):
+    """Return the status, param and message of the error that a call raises."""
+    try:
+        list(function(*arguments))
+    except proxy.APIError as error:
+        return error.status, error.param, error.message
+    raise AssertionError("no error")
+
+
+# Everything that a conversation can hold and the three formats have.
+CONVERSATION = (
+    SYSTEM, said("user", text("look"), {"type": "image_url", "image_url": {
+        "url": WIRE_PNG, "detail": "low"}}, {"type": "file", "file": PDF}),
+    {"content": "ok", **asks("c.1", ARGUMENTS)}, asks("c2", ""), USER,
+    {**DONE, "tool_call_id": "c.1", "content": [text("r"), WIRE_IMAGE]},
+    {**DONE, "tool_call_id": "c2", "content": ""}, said("developer", text("d")),
+    {"role": "assistant", "content": None, "refusal": "no"}, said("user", text("\ud800 \u2028é")))
+FIELDS = {"temperature": 0.5, "top_p": 0.9, "max_tokens": 5, "stop": ["\n", "END"], "user": "u",
+          "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "n": 2,
+          "response_format": {"type": "json_schema", "json_schema": SCHEMA}, "seed": 7,
+          "reasoning_effort": "low", "metadata": {"k": "v"}, "stream": True, "verbosity": "low"}
+THEIRS = {"model": "real", "stream": True, "max_tokens": 32000, "temperature": 1, "tools": [{}],
+          "prompt_cache_key": "ses_1", "service_tier": "flex"}
+
+
+class BodyTest(unittest.TestCase):
+    def test_chat_completions_has_everything(self):
+        body = wire(AT_CHAT, CONVERSATION, **FIELDS).body({**THEIRS, "usage": {"include": True}})
+        fields = {name: value for name, value in FIELDS.items() if name != "n"}
+        self.assertEqual(json.loads(body), {
+            "model": "real", "service_tier": "flex", "usage": {"include": True}, **fields,
+            "messages": list(CONVERSATION), "stream_options": {"include_usage": True}})
+        self.assertIn('"arguments":' + json.dumps(ARGUMENTS), body)
+        self.assertIn('"\\ud800 \u2028é"', body)
+
+    def test_responses_has_everything(self):
+        theirs = {**THEIRS, "store": False, "include": ["i"], "reasoning": {"effort": "low"}}
+        self.assertEqual(json.loads(wire(AT_RESPONSES, CONVERSATION, **FIELDS).body(theirs)), {
+            "model": "real", "stream": True, "service_tier": "flex", "store": False,
+            "include": ["i"], "reasoning": {"effort": "low"}, "temperature": 0.5, "top_p": 0.9,
+            "max_output_tokens": 16, "user": "u", "metadata": {"k": "v"}, "tool_choice": "required",
+            "parallel_tool_calls": False, "text": {"verbosity": "low", "format": {
+                "type": "json_schema", "name": "n", "strict": True, "schema": {"type": "object"}}},
+            "tools": [{"type": "function", "strict": False, **FUNCTION}, {
+                "type": "function", "name": "g", "strict": False,
+                "parameters": {"type": "object", "properties": {}}}],
+            "input": [
+                said("system", text("s", "input_text")),
+                said("user", text("look", "input_text"), {
+                    "type": "input_image", "image_url": WIRE_PNG, "detail": "low"},
+                     {"type": "input_file", **PDF}),
+                said("assistant", text("ok", "output_text")),
+                {"type": "function_call", "call_id": "c.1", "name": "f", "arguments": ARGUMENTS},
+                {"type": "function_call", "call_id": "c2", "name": "f", "arguments": ""},
+                said("user", text("q", "input_text")),
+                {"type": "function_call_output", "call_id": "c.1", "output": [
+                    text("r", "input_text"), {"type": "input_image", "image_url": WIRE_PNG}]},
+                {"type": "function_call_output", "call_id": "c2", "output": ""},
+                said("developer", text("d", "input_text")),
+                said("assistant", {"type": "refusal", "refusal": "no"}),
+                said("user", text("\ud800 \u2028é", "input_text"))]})
+
+    def test_messages_has_everything(self):
+        theirs = {**THEIRS, "output_config": {"effort": "low"}}
+        body = wire(AT_MESSAGES, CONVERSATION, **FIELDS).body(theirs)
+        self.assertIn('"input":{"b":1.0,"a":12345678901234567890}', body)
+        self.assertIn('"properties":{"2":{},"1":{}}', body)
+        png, pdf = ({"type": "base64", "media_type": media, "data": data} for media, data in (
+            ("image/png", "QUJD"), ("application/pdf", "UERG")))
+        self.assertEqual(json.loads(body), {
+            "model": "real", "stream": True, "service_tier": "flex", "temperature": 0.5,
+            "max_tokens": 5, "stop_sequences": ["END"], "metadata": {"user_id": "u"},
+            "tools": [{"name": "f", "input_schema": FUNCTION["parameters"]},
+                      {"name": "g", "input_schema": {"type": "object"}}],
+            "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+            "output_config": {"effort": "low", "format": {
+                "type": "json_schema", "schema": {"type": "object"}}},
+            "system": [text("s"), {**text("d"), **MARK}],
+            "messages": [
+                said("user", text("look"), {"type": "image", "source": png},
+                     {"type": "document", "source": pdf, "title": "a.pdf"}),
+                said("assistant", text("ok"), {
+                    "type": "tool_use", "id": "c_1", "name": "f",
+                    "input": {"b": 1.0, "a": 12345678901234567890}}, {
+                    "type": "tool_use", "id": "c2", "name": "f", "input": {}}),
+                said("user", {"type": "tool_result", "tool_use_id": "c_1", "content": [
+                    text("r"), {"type": "image", "source": png}]},
+                     {"type": "tool_result", "tool_use_id": "c2", "content": ""}, text("q")),
+                said("assistant", text("no")),
+                said("user", {**text("\ud800 \u2028é"), **MARK})]})
+
+    def test_fields_and_messages(self):
+        """Each row: URL, what the client and opencode ask for, what is in the body then."""
+        gpt, mistral = proxy.Model("github-copilot/gpt-5-mini"), proxy.Model("mistral/m")
+        flat = {"type": "custom", "name": "c", "format": {"type": "grammar", "syntax": "lark"}}
+        named = {"type": "function", "function": {"name": "f"}}
+        allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [CUSTOM]}}
+        thinking, most = {"thinking": {"type": "enabled", "budget_tokens": 99}}, {"max_tokens": 1}
+        small, warm = proxy.Model("p/m", True, 90), {"temperature": 2, "top_p": 0}
+        gone = {"max_tokens": None}
+        s, file = text("s", "input_text"), {"type": "file", "file": {"file_data": "https://x"}}
+        dot, answer = {**text("."), **MARK}, {"role": "assistant", "content": ".\n"}
+        url, result = {"type": "url", "url": "https://x"}, {"type": "tool_result", "content": "r"}
+        document = {"type": "document", "source": url, **MARK}
+        for at, fields, theirs, expected in (
+                (AT_CHAT, {"model": mistral}, {}, {"stream_options": None}),
+                (AT_CHAT, {"model": gpt, **most}, {}, {"max_completion_tokens": 1, **gone}),
+                (AT_CHAT, {"reasoning_effort": "low"}, {"reasoning": {}}, {"reasoning": None}),
+                (AT_RESPONSES, {**most, "max_completion_tokens": 18}, {}, {"max_output_tokens": 18}),
+                (AT_RESPONSES, {"model": COLD, **warm}, {}, {"temperature": None, "top_p": None}),
+                (AT_RESPONSES, {"tools": [CUSTOM], "tool_choice": allowed}, {}, {
+                    "tools": [flat], "tool_choice": {
+                        "type": "allowed_tools", "mode": "auto", "tools": [flat]}}),
+                (AT_RESPONSES, {"logprobs": True}, {},
+                 {"include": ["message.output_text.logprobs"], "top_logprobs": 0}),
+                (AT_RESPONSES, {"messages": [SYSTEM, said("user")]}, {}, {
+                    "input": [said("system", s), said("user", text("", "input_text"))]}),
+                (AT_RESPONSES, {"messages": [asks("c", "i", "custom"), DONE]}, {}, {"input": [
+                    {"type": "custom_tool_call", "call_id": "c", "name": "f", "input": "i"},
+                    {"type": "custom_tool_call_output", "call_id": "c", "output": "r"}]}),
+                (AT_CHATGPT, {**FIELDS, "store": True, "messages": [SYSTEM]}, {}, {
+                    **dict.fromkeys(("temperature", "top_p", "max_output_tokens", "metadata")),
+                    "store": False, "instructions": "Answer the user.", "user": None,
+                    "input": [said("developer", s)]}),
+                (AT_MESSAGES, {}, {"max_tokens": 128000}, {"max_tokens": 32000, "tool_choice": None}),
+                (AT_MESSAGES, {"model": small}, {}, {"max_tokens": 90}),
+                (AT_MESSAGES, most, thinking, {"max_tokens": 100, **thinking}),
+                (AT_MESSAGES, {**most, "model": small}, thinking, {"max_tokens": 90}),
+                (AT_MESSAGES, {"messages": [DONE]}, thinking, {"thinking": None}),
+                (AT_MESSAGES, warm, {}, {"temperature": 1, "top_p": None}),
+                (AT_MESSAGES, {"temperature": 1}, thinking, {"temperature": None}),
+                (AT_MESSAGES, {"tools": TOOLS, "tool_choice": named}, {},
+                 {"tool_choice": {"type": "tool", "name": "f"}}),
+                (AT_MESSAGES, {"tools": TOOLS, "tool_choice": "none"}, {},
+                 {"tool_choice": {"type": "none"}}),
+                (AT_MESSAGES, {"messages": [said("user", text(" ")), answer]}, {},
+                 {"messages": [said("user", text(".")), said("assistant", dot)]}),
+                (AT_MESSAGES, {"messages": [said("assistant"), DONE]}, {},
+                 {"messages": [said("user", {**result, "tool_use_id": "c", **MARK})]}),
+                (AT_MESSAGES, {"messages": [said("user", file)]}, {},
+                 {"messages": [said("user", document)]})):
+            with self.subTest(url=at, fields=fields):
+                body = json.loads(wire(at, **fields).body(theirs))
+                self.assertEqual({name: body.get(name) for name in expected}, expected)
+
+    def test_no_place(self):
+        """What a format cannot carry is a 400 that names the field."""
+        heard = {"type": "input_audio", "input_audio": {"data": "x", "format": "mp3"}}
+        file, form = {"type": "file", "file": {"file_id": "i"}}, {"type": "json_object"}
+        allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}
+        for url, message, fields, param in (
+                *((AT_MESSAGES, asks("c", arguments), {}, "messages[0].tool_calls")
+                  for arguments in ('{"a":', "[]", '{"a":NaN}', "\ud800", "[" * 100000)),
+                (AT_RESPONSES, said("user", heard), {}, "messages[0]"),
+                (AT_MESSAGES, {"role": "assistant", "audio": {"id": "a"}}, {}, "messages[0]"),
+                (AT_MESSAGES, said("user", file), {}, "messages[0]"),
+                (AT_MESSAGES, asks("c", "i", "custom"), {}, "messages[0]"),
+                (AT_MESSAGES, USER, {"tools": [CUSTOM]}, "tools[0]"),
+                (AT_MESSAGES, USER, {"tools": TOOLS, "tool_choice": allowed}, "tool_choice"),
+                (None, USER, {"tools": TOOLS}, "tools"), (None, DONE, {}, "messages"),
+                (AT_MESSAGES, SYSTEM, {}, "messages"),
+                (None, USER, {"response_format": form}, "response_format"),
+                (None, said("user", WIRE_IMAGE), {}, "messages")):
+            made = wire(url or AT_CHAT, [message], **fields)
+            found = error(made.body, {}) if url else error(proxy.foreign_turn, made.request)
+            self.assertEqual(found[:2], (400, param))
+
+
+def call_delta(index, arguments, call_id=None, kind="function", **more):
+    inner = {"name": "f"} if call_id else {}
+    inner[{"function": "arguments", "custom": "input"}[kind]] = arguments
+    head = {"id": call_id, "type": kind} if call_id else {}
+    return {"tool_calls": [{"index": index, **head, kind: inner, **more}]}
+
+
+def chunk(finish_reason=None, call=None, **delta):
+    delta.update({"tool_calls": [call]} if call else {})
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
+
+
+def event(kind, index=0, item="message", **fields):
+    item = {"type": item, "call_id": f"c{index}", "name": "f", **fields}
+    return {"type": "response." + kind, "output_index": index, "item": item, **fields}
+
+
+def block(kind, index, piece=None):
+    return {"type": "content_block_" + kind, "index": index, "delta": piece}
+
+
+ENTRY = {"token": "a", "logprob": -0.5}
+CHAT_STREAM = (
+    chunk(role="assistant", content="", refusal=None),
+    chunk(reasoning_text="r", reasoning_opaque="o"), chunk(reasoning="r"),
+    {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": [ENTRY]}}]},
+    chunk(content=[{"type": "thinking", "thinking": [text("t")]}, text("b")]),
+    chunk(refusal="no", annotations=[1], audio={"id": "a"}),
+    chunk(call={"index": 0, "id": "c1", "function": {"name": "f", "arguments": ""}, "more": 1}),
+    chunk(call={"index": 0, "id": None, "function": {"arguments": "{}"}}),
+    chunk(call={"index": 0, "id": "c2", "function": {"name": "f", "arguments": "1"}}),  # another
+    chunk(call={"index": 1, "id": "c3", "type": "custom", "custom": {"name": "f", "input": ""}}),
+    chunk(call={"index": 1, "custom": {"input": "x"}}), chunk("tool_calls", {"index": 1}),
+    {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": None,
+                              "x": 1, "prompt_tokens_details": {"cached_tokens": 2}}}, "[DONE]")
+RESPONSES_STREAM = (
+    event("created", response={}), event("reasoning_summary_text.delta", delta="p"),
+    event("output_text.delta", delta="a", logprobs=[{**ENTRY, "top_logprobs": [ENTRY]}]),
+    event("refusal.delta", delta="no"), event("output_item.added", 1, "function_call"),
+    event("function_call_arguments.delta", 1, delta="{}"),
+    event("output_item.done", 1, "function_call", arguments="{}"),
+    event("output_item.added", 2, "function_call"),
+    event("output_item.done", 2, "function_call", arguments='{"late":1}'),
+    event("output_item.done", 3, "function_call", arguments=""),
+    event("output_item.added", 4, "custom_tool_call"),
+    event("custom_tool_call_input.delta", 4, delta="x"), event("completed", response={"usage": {
+        "input_tokens": 11, "output_tokens": 20, "input_tokens_details": {"cached_tokens": 4},
+        "output_tokens_details": {"reasoning_tokens": 7}}}))
+MESSAGES_STREAM = (
+    {"type": "message_start", "message": {"usage": {
+        "input_tokens": 5, "cache_read_input_tokens": 4, "cache_creation_input_tokens": 2}}},
+    {"type": "ping"}, block("delta", 0, {"type": "thinking_delta", "thinking": "r"}),
+    block("delta", 0, {"type": "signature_delta", "signature": "s"}), block("stop", 0),
+    block("start", 1, text("a")), block("delta", 1, text("b", "text_delta")),
+    block("start", 2, {"type": "tool_use", "id": "c1", "name": "f", "input": {}}),
+    block("delta", 2, {"type": "input_json_delta", "partial_json": '{"x":1.0}'}), block("stop", 2),
+    block("start", 3, {"type": "tool_use", "id": "c2", "name": "f"}), block("stop", 3),
+    block("start", 4, {"type": "server_tool_use", "id": "s"}), block("stop", 4),
+    {"type": "message_delta", "delta": {"stop_reason": "tool_use"},
+     "usage": {"output_tokens": 20, "input_tokens": None}}, {"type": "message_stop"})
+
+
+class EventTest(unittest.TestCase):
+    def test_streams_that_have_everything(self):
+        entry = {"bytes": None, **ENTRY, "top_logprobs": [{"bytes": None, **ENTRY}]}
+        self.assertEqual(events(AT_CHAT, *CHAT_STREAM), ([
+            {"reasoning_content": "r", "reasoning_opaque": "o"}, {"reasoning_content": "r"},
+            ({"content": "a"}, {"content": [ENTRY]}), {"content": "b", "reasoning_content": "t"},
+            {"refusal": "no", "annotations": [1], "audio": {"id": "a"}},
+            call_delta(0, "", "c1", more=1), call_delta(0, "{}"), call_delta(1, "1", "c2"),
+            call_delta(2, "", "c3", "custom"), call_delta(2, "x", kind="custom")],
+            ({}, None, "tool_calls", {**proxy.usage_of(3, 4, 2), "x": 1})))
+        self.assertEqual(events(AT_RESPONSES, *RESPONSES_STREAM, logprobs=True), ([
+            {"reasoning_content": "p"}, ({"content": "a"}, {"content": [entry], "refusal": None}),
+            {"refusal": "no"}, call_delta(0, "", "c1"), call_delta(0, "{}"),
+            call_delta(1, "", "c2"), call_delta(1, '{"late":1}'), call_delta(2, "", "c3"),
+            call_delta(2, "{}"), call_delta(3, "", "c4", "custom"),
+            call_delta(3, "x", kind="custom")],
+            ({}, None, "tool_calls", proxy.usage_of(11, 20, 4, 7))))
+        self.assertEqual(events(AT_RESPONSES, *RESPONSES_STREAM)[0][1], {"content": "a"})
+        self.assertEqual(events(AT_MESSAGES, *MESSAGES_STREAM), ([
+            {"reasoning_content": "r"}, {"content": "a"}, {"content": "b"},
+            call_delta(0, "", "c1"), call_delta(0, '{"x":1.0}'), call_delta(1, "", "c2"),
+            call_delta(1, "{}")], ({}, None, "tool_calls", proxy.usage_of(11, 20, 4))))
+
+    def test_whole_answer_and_calls_without_ids(self):
+        calls = [asks("", arguments)["tool_calls"][0] for arguments in "12"]
+        (delta,), last = events(AT_CHAT, {"object": "chat.completion", "choices": [
+            {"message": {"content": "a", "tool_calls": calls}, "finish_reason": "eos"}]})
+        for index, told in enumerate(delta["tool_calls"]):
+            self.assertRegex(told["id"], "^call_[0-9a-f]{32}$")
+            self.assertEqual([told], call_delta(index, "12"[index], told["id"])["tool_calls"])
+        self.assertEqual((delta["content"], last), ("a", ({}, None, "stop", None)))
+
+    def test_endings(self):
+        cut = event("incomplete", response={"incomplete_details": {"reason": "max_output_tokens"}})
+        refused = {"type": "message_stop", "delta": {"stop_reason": "refusal"}}
+        self.assertEqual(events(AT_RESPONSES, cut)[1].finish_reason, "length")
+        self.assertEqual(events(AT_MESSAGES, refused)[1].finish_reason, "content_filter")
+        form = wire(AT_MESSAGES)
+        self.assertEqual(list(form.events(json.dumps(MESSAGES_STREAM[0]))), [])
+        self.assertEqual(form.usage, proxy.usage_of(11, 0, 4))
 
     def test_failures(self):
-        for wire_format, data, status, text in (
-                ("chat/completions", "{no", 502, "not an answer"), ("chat/completions", "[" * 100000, 502, "not an answer"), ("chat/completions", "[]", 502, "not an answer"),
-                ("chat/completions", '{"choices":[1]}', 502, "not an answer"), ("chat/completions", "[DONE]", 502, "without saying why"),
-                ("chat/completions", '{"error":{"message":"busy","code":429}}', 429, "busy"), ("chat/completions", '{"error":"x"}', 502, "x"),
-                ("responses", '{"type":"response.failed","response":{"error":{"code":"server_error","message":"m"}}}', 502, "m"),
-                ("responses", '{"type":"error","code":"c","message":"m"}', 502, "m"),
-                ("messages", '{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}', 502, "Overloaded"),
-                ("messages", '{"type":"content_block_delta","index":5,"delta":{"partial_json":"x"}}', 502, "not an answer")):
-            with self.subTest(data), self.assertRaises(proxy.APIError) as caught:
-                proxy.PARSERS[wire_format]().feed(data)
-            self.assertEqual(caught.exception.status, status)
-            self.assertIn(text, caught.exception.message)
+        for url, data, status, words in (
+                *((AT_CHAT, data, 502, "The provider sent bad data") for data in (
+                    "{no", "[" * 100000, "[]", '{"a":NaN}', {"choices": [1]})),
+                (AT_CHAT, "[DONE]", 502, "The provider did not finish its answer"),
+                (AT_CHAT, {"error": "x"}, 502, "x"),
+                (AT_CHAT, {"error": {"message": "busy", "code": 429}}, 429, "busy"),
+                (AT_RESPONSES, event("failed", response={"error": {"message": "m"}}), 502, "m"),
+                (AT_RESPONSES, {"type": "error", "code": "c", "message": "m"}, 502, "m"),
+                (AT_MESSAGES, {"type": "error", "error": {"message": "m"}}, 502, "m")):
+            self.assertEqual(error(events, url, data), (status, None, words))
 
     def test_fuzz(self):
-        """Whatever a provider sends, it is events or an APIError."""
+        """Whatever a provider sends, it is events that can be sent on, or an APIError."""
         seeded = random.Random(4141)
-        values = [None, True, 0, -1, "", "x", [], {}, [None], {"a": None}, 1.5]
-        for _ in range(3000):
-            wire_format = seeded.choice(list(FORMATS))
-            events = [event for event in stream_of(wire_format, [("text", "x"), ("call", "c", "f", ["{}"]), ("thought", "t")], "stop") if isinstance(event, dict)]
-            target = event = json.loads(json.dumps(seeded.choice(events)))
-            while True:
-                key = seeded.choice(list(target) if isinstance(target, dict) else range(len(target)))
-                if not isinstance(target[key], (dict, list)) or not target[key] or seeded.random() < 0.3:
-                    target[key] = json.loads(json.dumps(seeded.choice(values)))
-                    break
-                target = target[key]
+        values = (None, True, 0, -1, "", "x", [], {}, [None], {"a": None}, 1.5, [[]], {"type": "x"})
+        streams = (AT_CHAT, CHAT_STREAM), (AT_RESPONSES, RESPONSES_STREAM), (AT_MESSAGES, MESSAGES_STREAM)
+        for _ in range(6000):
+            url, stream = seeded.choice(streams)
+            target = messages = json.loads(json.dumps(stream))
+            while target and isinstance(target, (dict, list)):
+                holder, keys = target, range(len(target)) if isinstance(target, list) else target
+                key = seeded.choice(list(keys))
+                target = holder[key] if seeded.random() < 0.8 else None
+            holder[key] = seeded.choice(values)
             with contextlib.suppress(proxy.APIError):
-                json.dumps([proxy.Choice(("x",)).deltas(found) for found in proxy.PARSERS[wire_format]().feed(json.dumps(event))])
+                json.dumps(events(url, *messages, logprobs=True), allow_nan=False)
+
+    def test_events_in_every_split(self):
+        stream = ("\ufeffdata: a\n: hi\n\ndata:b\ndata:  c\nid: 1\n\nevent: x\n\n"
+                  "data:\n\ndata: \u2028d\n\ndata: e")
+        for whole in (stream.replace("\n", ends) for ends in ("\n", "\r", "\r\n")):
+            for size in range(1, len(whole) + 1):
+                reader, found = proxy.SSEReader(), []
+                for start in range(0, len(whole), size):
+                    found += reader.feed(whole[start:start + size]) + reader.feed("")
+                self.assertEqual(found + reader.end(), ["a", "b\n c", "\u2028d", "e"])
+
+    def test_events_are_bounded(self):
+        reader, piece_of_line = proxy.SSEReader(), "data: " + "x" * 1000000
+        for _ in range(20):
+            self.assertEqual(len(reader.feed(piece_of_line + "\n\n")[0]), 1000000)
+        error(lambda: [reader.feed(piece_of_line) for _ in range(20)])
+
+    def test_turns_for_opencode(self):
+        tool, answer = {**DONE, "content": [WIRE_IMAGE]}, said("assistant", text("a"))
+        for messages, kinds in (
+                ([SYSTEM], ["text"]), ([USER, DONE], ["text", "tool"]),
+                ([tool, SYSTEM], ["text", "file", "tool"]), ([tool, USER], ["text", "file"])):
+            turn = proxy.stub_turn(wire(messages=messages, reasoning_effort="low").request)
+            parts = [part["type"] for entry in turn["conversation"] for part in entry["parts"]]
+            self.assertEqual((parts, turn["effort"]), (kinds, "low"))
+        request = wire(messages=[SYSTEM, USER, answer], temperature=0, max_tokens=5).request
+        self.assertEqual(proxy.foreign_turn(request), {
+            "system": ["s"], "effort": None, "params": {"temperature": 0, "maxOutputTokens": 5},
+            "conversation": [{"role": "user", "parts": [text("q")]},
+                             {"role": "assistant", "parts": [text("a")]}]})
 
     def test_reports_of_the_plugin(self):
-        parser = proxy.OpencodeParser()
-        for method, params, events in (
-                ("delta", {"type": "text", "text": "x"}, [proxy.TextDelta("x")]), ("delta", {"type": "reasoning", "text": "x"}, [proxy.ReasoningDelta("x")]),
-                ("finish", {"finish": "length", "tokens": None}, [proxy.Finish("length", proxy.usage_of(0, 0, 0, 0))]),
-                ("finish", {"finish": "content-filter", "tokens": {"input": 7, "output": 13, "reasoning": 7, "cache": {"read": 4, "write": 2}}},
-                 [proxy.Finish("content_filter", proxy.usage_of(13, 20, 4, 7))]), ("upstream", {}, [])):
-            self.assertEqual(proxy.to_events("proxy/" + method, params, parser), events)
-        self.assertEqual(proxy.to_events("proxy/delta", {"type": "text", "text": "x"}, proxy.ChatParser()), [])
-        for method, params, status, text in (
-                ("finish", {"finish": "unknown"}, 502, "without saying why"), ("error", {"message": "Internal error: x"}, 502, "The answer failed: x"),
-                ("error", {"network": "ECONNREFUSED", "message": "no"}, 502, "connection to the model's provider failed: no"), ("end", {}, 502, "without saying why"),
-                ("error", {"status": 418, "headers": {}, "body": "{}"}, 418, "418")):
-            with self.assertRaises(proxy.APIError) as caught:
-                proxy.to_events("proxy/" + method, params, proxy.OpencodeParser())
-            self.assertEqual(caught.exception.status, status)
-            self.assertIn(text, caught.exception.message)
+        form = proxy.WireFormat(wire().request, proxy.Model("p/m"), "")
+        self.assertEqual(error(form.report, {"finish": "unknown"})[0], 502)
+        tokens = {"input": 7, "output": 13, "reasoning": 7, "cache": {"read": 4, "write": 2}}
+        reports = [{"type": "text", "text": "x"}, {"type": "reasoning", "text": "y"},
+                   {"finish": "content-filter", "tokens": tokens}]
+        self.assertEqual([event for report in reports for event in form.report(report)], [
+            ({"content": "x"}, None, None, None), ({"reasoning_content": "y"}, None, None, None),
+            ({}, None, "content_filter", proxy.usage_of(13, 20, 4, 7))])
+# --------------------------------------------------------------------------------- exchange, answer
+
+def tell(exchange, *pieces):
+    events = [event for piece in pieces for event in exchange.feed(piece)]
+    return events if events and events[-1].finish_reason else events + list(exchange.end())
 
 
-class InboxTest(unittest.TestCase):
-    def test_order_end_and_silence(self):
-        inbox = proxy.Inbox()
-        inbox.put(b"a")
-        inbox.put(b"b")
-        self.assertEqual((inbox.get(0), inbox.get(0), inbox.get(0.01)), (b"a", b"b", None))
-        inbox.close()
-        self.assertEqual(inbox.get(0), b"")
+class ExchangeTest(unittest.TestCase):
+    CHAT = "https://x/v1/chat/completions"
 
-    def test_interruption_comes_first(self):
-        inbox = proxy.Inbox()
-        inbox.put(b"a")
-        inbox.interrupt(proxy.ClientDisconnected())
-        self.assertRaises(proxy.ClientDisconnected, inbox.get, 0)
+    def exchange(self, **fields):
+        request = proxy.parse_chat_request(chat_body(**fields))
+        exchange = proxy.ChatExchange(request, proxy.Model("p/m"))
+        exchange.body(self.CHAT, {"model": "m"})
+        return exchange
 
-    def test_bounded(self):
-        inbox, block = proxy.Inbox(), b"x" * (proxy.MAX_INBOX_BYTES // 2)
-        writer = threading.Thread(target=lambda: [inbox.put(block) for _ in range(4)])
-        writer.start()
-        self.assertTrue(eventually(lambda: inbox._size == 2 * len(block)))
-        self.assertTrue(writer.is_alive())
-        self.assertEqual([len(inbox.get(DEADLINE)) for _ in range(4)], [len(block)] * 4)
-        writer.join()
+    def native(self, form, **fields):
+        data = json.dumps({"model": "p/m", **fields}).encode()
+        request = proxy.parse_native_request(data, form, {"anthropic-beta": "b"})
+        return proxy.NativeExchange(request, proxy.Model("p/m"))
 
+    def content(self, text, finish=None, **more):
+        return f"data: {json.dumps(chat_chunk({'content': text}, finish, **more))}\n\n"
 
-# ------------------------------------------------------------------------------------------------------ response
+    def assert_fails(self, status, text, call, *arguments, **fields):
+        with self.assertRaisesRegex(proxy.APIError, text) as caught:
+            call(*arguments, **fields)
+        self.assertEqual(caught.exception.status, status)
 
-class ResponseTest(unittest.TestCase):
     def test_stop_filter_at_every_split(self):
-        for text, stops, expected in (("one STOP two", ("STOP",), "one "), ("aab", ("ab",), "a"), ("abcab", ("abd", "cab"), "ab"),
-                                      ("no stop", ("x", "opz"), "no stop"), ("xyz", ("yz", "xy"), ""), ("aaa", ("aaaa",), "aaa")):
-            for first in range(len(text) + 1):
-                for second in range(first, len(text) + 1):
-                    stop = proxy.StopFilter(stops)
-                    shown = ""
-                    for piece in (text[:first], text[first:second], text[second:]):
-                        if not stop.hit:
-                            shown += stop.feed(piece)
-                    self.assertEqual((shown + stop.flush(), stop.hit), (expected, expected != text), (text, first, second))
+        for stops, text, shown in (
+                (["END"], "some ENEND more", "some EN"), (["b", "abc"], "xabcx", "xa"),
+                (["abcd", "bc", "c"], "xabcd", "xa"), (["aab"], "aaaab", "aa"),
+                (["\n\n"], "a\nb\n\nc", "a\nb"), ([], "abc", "abc"), (["zz"], "abz", "abz")):
+            for pieces in [(text[:at], text[at:]) for at in range(len(text) + 1)] + [tuple(text)]:
+                found, stop = "", proxy.StopFilter(stops)
+                for piece in pieces:
+                    found += "" if stop.hit else stop.feed(piece)
+                self.assertEqual((found + stop.held, stop.hit), (shown, shown != text), pieces)
 
-    def test_choice(self):
-        choice = proxy.Choice()
-        deltas = [delta for event in (
-            proxy.ReasoningDelta("r"), proxy.TextDelta("t"), proxy.ToolCallDelta(0, "", "c", "f"), proxy.ToolCallDelta(0, '{"a":'), proxy.Silence(),
-            proxy.ToolCallDelta(1, "", "d", "g"), proxy.ToolCallDelta(0, " 1}"), proxy.ToolCallDelta(1, "{}"), proxy.Finish("tool_calls", USAGE))
-            for delta in choice.deltas(event)]
-        self.assertEqual(deltas, [
-            {"reasoning_content": "r"}, {"content": "t"},
-            {"tool_calls": [{"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}]},
-            {"tool_calls": [{"index": 0, "function": {"arguments": '{"a":'}}]},
-            {"tool_calls": [{"index": 1, "id": "d", "type": "function", "function": {"name": "g", "arguments": ""}}]},
-            {"tool_calls": [{"index": 0, "function": {"arguments": " 1}"}}]}, {"tool_calls": [{"index": 1, "function": {"arguments": "{}"}}]}])
-        self.assertEqual((choice.finish_reason, choice.usage), ("tool_calls", USAGE))
-        self.assertEqual(proxy.message_of(deltas), {
-            "role": "assistant", "content": "t", "refusal": None, "reasoning_content": "r", "tool_calls": [
-                {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}},
-                {"id": "d", "type": "function", "function": {"name": "g", "arguments": "{}"}}]})
+    def test_answers(self):
+        usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+        answer = self.content("hi", "stop", usage=usage)
+        choice = {"message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"}
+        whole = json.dumps({"object": "chat.completion", "choices": [choice], "usage": usage})
+        for text in (answer + "data: [DONE]\n\n", answer, answer.rstrip(), whole, "\n" + whole):
+            for pieces in ([text], text, [text[:9], text[9:]]):
+                first, last, *_ = tell(self.exchange(), *pieces)
+                self.assertEqual(first, proxy.Event({"content": "hi"}))
+                self.assertEqual(last.finish_reason, "stop")
+                self.assertEqual({**last.usage, **usage}, last.usage)
+        for text, status, message in (
+                ('{"error": {"message": "no", "code": 429}}', 429, "no"),
+                ('data: {"error": {"message": "no"}}', 502, "no"), ("", 502, "did not finish"),
+                (self.content("cut off"), 502, "did not finish"), ('{"half": ', 502, "bad data")):
+            self.assert_fails(status, message, tell, self.exchange(), text)
+        self.assert_fails(403, "no", self.exchange().refused, 403, {}, '{"error": "no"}')
 
-    def test_choice_with_legacy_functions(self):
-        choice = proxy.Choice(legacy_functions=True)
-        deltas = [delta for event in (proxy.ToolCallDelta(0, "", "c", "f"), proxy.ToolCallDelta(0, "{"), proxy.ToolCallDelta(1, "", "d", "g"),
-                                         proxy.ToolCallDelta(0, "}"), proxy.ToolCallDelta(1, "{}"), proxy.Finish("tool_calls", USAGE))
-                  for delta in choice.deltas(event)]
-        self.assertEqual(deltas[:2], [{"function_call": {"name": "f", "arguments": ""}}, {"function_call": {"arguments": "{"}}])
-        self.assertEqual(proxy.message_of(deltas), {"role": "assistant", "content": None, "refusal": None,
-                                                    "function_call": {"name": "f", "arguments": "{}"}})
-        self.assertEqual(choice.finish_reason, "function_call")
+    def test_cut_at_a_stop_sequence(self):
+        cut = self.content("a EN") + self.content("D b") + self.content("c")
+        usage = 'data: {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}\n\n'
+        for more, counted in (("", None), (usage, 2)):
+            *events, last = tell(self.exchange(stop="END"), cut + more)
+            self.assertEqual([event.delta["content"] for event in events], ["a ", ""])
+            self.assertEqual((last.finish_reason, (last.usage or {}).get("completion_tokens")),
+                             ("stop", counted))
+        for text, fields, patience in (
+                ("", {}, None), (cut, {}, proxy.CUT_SECONDS), (cut, {"stream": True}, 0.0),
+                (self.content("EN", "length"), {"stream": True}, proxy.FINISH_SECONDS)):
+            exchange = self.exchange(stop="END", **fields)
+            list(exchange.feed(text))
+            self.assertEqual(exchange.patience, patience)
+        held, last = list(exchange.end())
+        self.assertEqual((held.delta, last.finish_reason), ({"content": "EN"}, "length"))
 
-    def test_choice_cut_at_stop(self):
-        choice = proxy.Choice(("##",))
-        self.assertEqual(choice.deltas(proxy.TextDelta("a#")) + choice.deltas(proxy.TextDelta("#b")), [{"content": "a"}])
-        self.assertEqual((choice.finish_reason, choice.usage), ("stop", None))
-        choice = proxy.Choice(("##",))
-        choice.deltas(proxy.TextDelta("a#"))
-        self.assertEqual(choice.deltas(proxy.Finish("length", USAGE)), [{"content": "#"}])
-        self.assertEqual(choice.finish_reason, "length")
-
-    def test_empty_answer(self):
-        self.assertEqual(proxy.message_of([]), {"role": "assistant", "content": "", "refusal": None})
-
-    def test_total_usage(self):
-        self.assertEqual(proxy.total_usage([USAGE]), USAGE)
-        self.assertEqual(proxy.total_usage([USAGE, USAGE])["prompt_tokens_details"], {"cached_tokens": 8})
-        self.assertEqual(proxy.total_usage([USAGE, USAGE])["total_tokens"], 62)
-        self.assertIsNone(proxy.total_usage([USAGE, None]))
-        self.assertEqual(proxy.total_usage([{"a": 1, "b": None, "c": {"d": 1}}, {"a": 2, "b": 3, "c": None}]), {"a": 3, "b": None, "c": {"d": 1}})
-
-    def test_bytes(self):
-        with unittest.mock.patch("time.time", lambda: 7.9), unittest.mock.patch("uuid.uuid4", lambda: unittest.mock.Mock(hex="u")):
-            plain, counted = proxy.Completion("p/m"), proxy.Completion("p/m", include_usage=True)
-        head = b'data: {"id":"chatcmpl-u","object":"chat.completion.chunk","created":7,"model":"p/m","system_fingerprint":"fp_opencode","choices":['
-        self.assertEqual(plain.chunk(0, {"content": '"\u2028\ud800'}),
-                         head + b'{"index":0,"delta":{"content":"\\"\\u2028\\ud800"},"logprobs":null,"finish_reason":null}]}\n\n')
-        self.assertEqual(counted.chunk(1, {}, "stop"), head + b'{"index":1,"delta":{},"logprobs":null,"finish_reason":"stop"}],"usage":null}\n\n')
-        self.assertEqual(counted.usage_chunk({"a": 1}), head + b'],"usage":{"a":1}}\n\n')
-        choice = proxy.Choice()
-        choice.deltas(proxy.Finish("stop", USAGE))
-        self.assertEqual(plain.whole([(choice, [{"content": "x"}])]), {
-            "id": "chatcmpl-u", "object": "chat.completion", "created": 7, "model": "p/m", "system_fingerprint": "fp_opencode", "choices": [
-                {"index": 0, "message": {"role": "assistant", "content": "x", "refusal": None}, "logprobs": None, "finish_reason": "stop"}],
-            "usage": USAGE})
+    def test_native_exchange(self):
+        responses = self.native(proxy.Responses, input="é", store=False)
+        self.assertEqual(responses.body("https://x/v1/responses", {"model": "real"}),
+                         '{"model":"real","input":"é","store":false}')
+        messages = self.native(proxy.Messages, messages=[], max_tokens=1, store=True)
+        self.assertEqual(messages.body("https://x/messages", {"model": "m", "store": 1}),
+                         '{"model":"m","messages":[],"max_tokens":1,"store":1}')
+        self.assertEqual(messages.headers(), {"anthropic-beta": "b"})
+        for url, word in ((self.CHAT, "/chat/completions"), ("https://x/y", "of its own")):
+            self.assert_fails(400, word, messages.body, url, {"model": "m"})
+        for name in ("previous_response_id", "conversation", "background", "store"):
+            self.assert_fails(400, name, self.native, proxy.Responses, **{name: True})
+        for said, is_agent, has_image in (
+                ("hi", False, False), ([{"role": "user", "content": '"image"'}], False, False),
+                ([{"role": "user", "content": [{"type": "input_image"}]}], False, True),
+                ([{"type": "function_call_output", "output": "x"}], True, False),
+                ([{"role": "user", "content": [{"type": "tool_result"}]}], True, False)):
+            self.assertEqual(self.native(proxy.Responses, input=said).needs(False)["conversation"],
+                             proxy.stub_conversation(is_agent, has_image), said)
+        head = proxy.Head(400, {"content-type": "a/b"})
+        self.assertEqual(list(messages.refused(400, {"content-type": "a/b", "x": "y"}, "no")),
+                         [head, proxy.Piece("no", "stop")])
+        self.assertEqual(tell(messages, "x"), [proxy.Piece("x"), proxy.Piece("", "stop")])
 
 
-# --------------------------------------------------------------------------------------------- a fake opencode
+class AnswerTest(unittest.TestCase):
+    def answer(self, *events, **fields):
+        request = proxy.parse_chat_request(chat_body("x" * 40, **fields))
+        answer = proxy.Answer(request, proxy.Model("p/m"))
+        return answer, b"".join(answer.take(index, proxy.Event(*event)) for index, *event in events)
 
-FAKE = r'''
-import json, os, signal, subprocess, sys, threading, time
-MODE = os.environ.get("FAKE_MODE", "")
-NAMES = (os.environ.get("FAKE_MODELS") or "github-copilot/gpt-5-mini github-copilot/gpt-5.4-mini local/m").split()
-if sys.argv[1] == "models":
-    if MODE == "models-odd":
-        print("a/b\n" + os.environ["FAKE_ODD"])
-        sys.exit()
-    if MODE == "models-fail":
-        sys.exit("\x1b[91mError: \x1b[0mConfig file at /x/opencode.json is not valid JSON(C)")
-    models = json.loads(os.environ["FAKE_CATALOG"])
-    for name in NAMES:
-        print(name + "\n" + json.dumps({**models, "id": name.partition("/")[2], "providerID": name.partition("/")[0]}, indent=2))
-    sys.exit()
+    def test_stream(self):
+        answer, said = self.answer(
+            (0, {"content": "\u00e9"}), (0, {}, None, "stop", {"prompt_tokens": 3}), stream=True,
+            model="m", stream_options={"include_usage": True})
+        start = answer.tail().decode().partition('],"usage"')[0]
+        self.assertRegex(start, '^data: {"id":"chatcmpl-[0-9a-f]{32}","object":"chat.completion.'
+                         'chunk","created":[0-9]+,"model":"m","system_fingerprint":"fp_opencode",'
+                         '"choices":[[]$')
+        expected = "".join(f'{start}{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":'
+                           f'{finish}}}],"usage":null}}\n\n' for delta, finish in (
+                               ('{"role":"assistant","content":""}', "null"),
+                               ('{"content":"\\u00e9"}', "null"), ("{}", '"stop"')))
+        expected += start + '],"usage":{"prompt_tokens":3,"completion_tokens":1,"total_tokens":4}}'
+        self.assertEqual((answer.head() + said + answer.tail()).decode(),
+                         expected + "\n\ndata: [DONE]\n\n")
+        self.assertEqual(self.answer(stream=True)[0].tail(), b"data: [DONE]\n\n")
 
-def out(**message):
-    sys.stdout.write(json.dumps({"jsonrpc": "2.0", **message}, separators=(",", ":")) + "\n")
-    sys.stdout.flush()
+    def test_whole(self):
+        calls = [{"id": "c", "type": "function", "function": {"name": name, "arguments": text}}
+                 for name, text in (("f", "{}"), ("g", "1"))]
+        deltas = [{"reasoning_content": "th"}, {"reasoning_content": "ink"}, {"content": "a"},
+                  {"tool_calls": [{**calls[0], "index": 0, "function": {"name": "f"}}]},
+                  {"tool_calls": [{"index": 0, "function": {"arguments": "{"}}]},
+                  {"tool_calls": [{"index": 0, "function": {"arguments": "}"}}]},
+                  {"tool_calls": [{**calls[1], "index": 1}]}, {"annotations": [{"at": 1}]}]
+        events = [*((0, delta, {"content": [1]}) for delta in deltas), (0, {}, None, "tool_calls")]
+        answer, said = self.answer(*events, model="other")
+        whole = answer.whole()
+        self.assertEqual((said, whole["object"], whole["model"]), (b"", "chat.completion", "p/m"))
+        message = {"role": "assistant", "content": "a", "refusal": None, "tool_calls": calls,
+                   "reasoning_content": "think", "annotations": [{"at": 1}]}
+        logprobs = {"content": [1] * len(deltas)}
+        self.assertEqual(whole["choices"], [{"index": 0, "finish_reason": "tool_calls",
+                                             "logprobs": logprobs, "message": message}])
+        empty = self.answer((0, {}, None, "stop"))[0].whole()["choices"][0]["message"]
+        self.assertEqual(empty, {"role": "assistant", "content": "", "refusal": None})
+        old = self.answer(*events, functions=[])[0].whole()["choices"][0]  # has room for one
+        self.assertEqual(old["message"].pop("function_call"), calls[0]["function"])
+        self.assertEqual(old["finish_reason"], "function_call")
 
-def tell(method, session, **params):
-    out(method="proxy/" + method, params={"sessionId": session, **params})
-
-def delta(session, text, kind="text"):
-    tell("delta", session, type=kind, text=text)
-
-def turn(session, envelope):
-    if envelope.get("warmup"):
-        if MODE == "no-warm":
-            return
-        return tell("warm", session)
-    words = envelope["conversation"][-1]["parts"][0]["text"].split() if envelope["conversation"][-1]["parts"] else [""]
-    act, count = words[0] if words else "", int(words[1]) if len(words) > 1 and words[1].isdigit() else 1
-    if act == "die-first":
-        os._exit(3)
-    tell("upstream", session, **({"format": "chat/completions"} if act == "deltas" else {}))
-    if act == "die":
-        sys.stderr.write("last words\n"); sys.stderr.flush(); delta(session, "a"); os._exit(3)
-    if act == "rubbish":
-        delta(session, "a"); sys.stdout.write("Segmentation fault\n"); sys.stdout.flush(); time.sleep(60)
-    if act == "long-line":
-        block = "x" * (1 << 20)
-        for _ in range(100):
-            sys.stdout.write(block)
-        sys.stdout.flush(); time.sleep(60)
-    if act == "flood":
-        for _ in range(200):
-            sys.stderr.write("e" * 100000 + "\n")
-    if act == "stubborn":
-        delta(session, "a"); time.sleep(60)
-    if act == "grandchild":
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]); os._exit(0)
-    if act == "escaped":
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(5)"], start_new_session=True); os._exit(0)
-    if act == "silent":
-        time.sleep(count)
-    if act == "pause":
-        delta(session, "a"); time.sleep(count)
-    if act == "ask":
-        out(id=99, method="session/request_permission", params={"sessionId": session})
-        delta(session, json.loads(sys.stdin.readline())["error"]["message"])
-    if act == "deltas":
-        def sse(data):
-            return json.dumps({"jsonrpc": "2.0", "method": "proxy/sse", "params": {"sessionId": session, "data": data}}) + "\n"
-        chunk = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [{"index": 0, "delta": {"content": "tok "}}]}
-        sys.stdout.write(sse(json.dumps(chunk)) * count)
-        sys.stdout.write(sse(json.dumps({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})) + sse("[DONE]"))
-        sys.stdout.flush()
-    elif act == "slowly":
-        for index in range(count):
-            delta(session, str(index) + " "); time.sleep(0.05)
-    elif act != "nothing":
-        delta(session, " ".join(words))
-    tell("finish", session, finish="stop", tokens={"input": 1, "output": 2})
-
-if MODE == "stubborn":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if MODE == "crash":
-    sys.exit("cannot start")
-if MODE == "hang":
-    time.sleep(60)
-sessions = 0
-if MODE == "deaf":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-for line in iter(sys.stdin.readline, ""):
-    message = json.loads(line)
-    method, number = message.get("method"), message.get("id")
-    if method == "initialize":
-        time.sleep(float(os.environ.get("FAKE_START", "0")))
-        if MODE != "no-plugin":
-            tell("loaded", None)
-        out(id=number, result={"agentInfo": {"version": "1.16.9" if MODE == "old" else "1.18.33"}})
-    elif method == "session/new":
-        sessions += 1
-        config = json.loads(os.environ["OPENCODE_CONFIG_CONTENT"])
-        if MODE == "loses" and "OPENCODE_MODELS_PATH" in os.environ:
-            NAMES = NAMES[:-1]
-        offered = [{"value": name} for name in NAMES] + [{"value": config["model"]}] * (MODE == "declares")
-        out(id=number, result={"sessionId": "ses_%d_%d" % (os.getpid(), sessions), "configOptions": [
-            {"id": "model", "currentValue": config["model"], "options": offered}]})
-        if MODE == "deaf":
-            time.sleep(60)
-    elif method == "session/set_model":
-        out(id=number, result={})
-    elif method == "session/prompt":
-        envelope = json.loads(message["params"]["prompt"][0]["text"])
-        if MODE == "blind" and "fifo" in envelope:
-            os._exit(3)
-        if MODE == "slow" and "fifo" in envelope:
-            time.sleep(60)
-        if "fifo" in envelope:
-            with open(envelope["fifo"]) as fifo:
-                envelope = json.load(fifo)
-        turn(message["params"]["sessionId"], envelope)
-        out(id=number, error={"code": -32603, "message": "Internal error: over"})
-'''
-
-
-class FakeCase(unittest.TestCase):
-    """A proxy with a fake opencode, new for every test."""
-
-    changes = {}
-    environment = {}
-
-    def setUp(self):
-        stack = contextlib.ExitStack()
-        self.addCleanup(stack.close)
-        self.before = children()
-        stack.callback(self.assert_nothing_left)
-        self.folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        (self.folder / "tmp").mkdir()
-        stack.enter_context(unittest.mock.patch.object(tempfile, "tempdir", str(self.folder / "tmp")))
-        self.fake = self.folder / "opencode"
-        self.fake.write_text(f"#!{sys.executable}\n{FAKE}")
-        self.fake.chmod(0o700)
-        self.auth = self.folder / ".local/share/opencode/auth.json"
-        self.auth.parent.mkdir(parents=True)
-        self.auth.write_text("{}")
-        clean = {name: value for name, value in os.environ.items() if name not in XDG and not name.startswith("OPENCODE_PROXY")}
-        self.clean = {**clean, "HOME": str(self.folder), "FAKE_CATALOG": json.dumps(fake_model("x/y")), **self.environment}
-        stack.enter_context(unittest.mock.patch.dict(os.environ, self.clean, clear=True))
-        self.logged = []
-        stack.enter_context(unittest.mock.patch.object(proxy, "log", self.logged.append))
-        self.stack = stack
-
-    def start(self, **changes):
-        running = Running(str(self.fake), **{"spares": 0, **self.changes, **changes})
-        self.stack.callback(running.close)
-        return running
-
-    @staticmethod
-    def post(body=b"", *headers, path="/v1/chat/completions", version="1.1", host="Host: x\r\n"):
-        lines = "".join(header + "\r\n" for header in headers)
-        return f"POST {path} HTTP/{version}\r\n{host}{lines}\r\n".encode() + body
-
-    def post_chat(self, **fields):
-        """Return the bytes of a whole chat request."""
-        body = chat_body(**fields)
-        return self.post(body, f"Content-Length: {len(body)}")
-
-    def assert_nothing_left(self):
-        gone = eventually(lambda: not self.leftovers(), 30)
-        self.assertTrue(gone, self.leftovers())
-        self.assertEqual([thread.name for thread in threading.enumerate() if thread is not threading.main_thread()
-                          and not eventually(lambda: not thread.is_alive(), 30)], [])
-
-    def leftovers(self):
-        known = {line.split()[0] for line in self.before}
-        return [line for line in children() if line.split()[0] not in known] + (
-            list((self.folder / "tmp").iterdir()) if (self.folder / "tmp").exists() else [])
-
+    def test_usage(self):
+        told = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12, "cost": 0.5,
+                "prompt_tokens_details": {"cached_tokens": 2}, "is_byok": True}
+        for second, *counts, cached in ((told, 10, 14, 24, 1.0, 4), (None, 16, 10, 26, 0.5, 2),
+                                        ({"prompt_tokens": 1}, 6, 10, 16, 0.5, 2)):
+            answer = self.answer((0, {"content": "x"}), (1, {"content": "x" * 8}),
+                                 (1, {}, None, "stop", second), (0, {}, None, "stop", told), n=2)[0]
+            expected = dict(zip(told, (*counts, {"cached_tokens": cached}, True)))
+            self.assertEqual(answer.usage, expected)
+# ------------------------------------------------------------------- processes: faults of opencode
 
 class FaultTest(FakeCase):
-    def fails(self, running, content, status, text, **fields):
-        got, answer = running.chat(content, **fields)
+    """A process that does what it should not; the next request is answered all the same."""
+
+    def fails(self, running, content, status, text):
+        got, answer = running.chat(content)
         self.assertEqual(got, status, answer)
         self.assertIn(text, answer["error"]["message"])
-        self.assertEqual(running.chat("well")[1]["choices"][0]["message"]["content"], "well")
+        self.assertEqual(running.content("well"), "well")
 
     def test_child_that_dies(self):
         running = self.start()
-        self.fails(running, "die", 502, "opencode ended: last words")
-        self.fails(running, "die-first", 502, "opencode ended")
-        events = running.stream("die")
-        self.assertEqual(deltas_of(events), [{"role": "assistant", "content": ""}, {"content": "a"}])
-        self.assertEqual(events[-2]["error"]["code"], "opencode_failed")
-        self.assertEqual(events[-1], "[DONE]")
+        self.fails(running, DIE, 502, "opencode ended: last words")
+        events = running.stream(DIE)
+        self.assertIn({"content": "a"}, deltas_of(events))
+        self.assertEqual((events[-2]["error"]["code"], events[-1]), ("opencode_failed", "[DONE]"))
 
-    def test_child_that_prints_rubbish(self):
-        self.fails(self.start(), "rubbish", 502, "Segmentation fault")
+    def test_what_was_handed_over_is_not_sent_twice(self):
+        running = self.start(spares=1)
+        self.fails(running, "do os._exit(3)", 502, "opencode ended")
+        posts = [post.split(" ", 1)[1] for post in self.journal("post")]
+        self.assertEqual(posts, ["do os._exit(3)", "well"])
 
-    def test_child_that_prints_a_long_line(self):
-        self.fails(self.start(), "long-line", 502, "a line of more than")
+    def test_what_was_not_handed_over_is_given_to_another_process(self):
+        self.mode("DIES = True")
+        running = self.start(spares=1)
+        self.mode("")
+        self.assertEqual(running.content("well"), "well")
+        self.assertEqual([len(self.journal(kind)) for kind in ("start", "post")], [2, 1])
 
-    def test_child_that_floods_stderr(self):
-        status, answer = self.start().chat("flood")
-        self.assertEqual((status, answer["choices"][0]["message"]["content"]), (200, "flood"))
+    def test_children_that_all_die(self):
+        self.mode("DIES = True")
+        status, answer = self.start().chat()
+        self.assertEqual((status, answer["error"]["code"]), (502, "opencode_failed"))
+        self.assertEqual(self.journal("post"), [])
+
+    def test_what_plugins_of_the_user_print(self):
+        """Anything, anywhere, also unfinished lines; where opencode ends, they may say why."""
+        noise = "write('Segmentation fault\\n\\n{}\\n[1]\\n{\"jsonrpc\"\\nhas printed this')"
+        self.mode(f"ACP and {noise}")
+        running = self.start()
+        text = f"do {noise}; say('well')"
+        self.assertEqual(running.content(text), "well")
+        self.fails(running, f"do {noise}; os._exit(3)", 502, "opencode ended: has printed this")
+
+    def test_bounds(self):
+        running = self.start()
+        self.fails(running, "do write('x' * (32 << 20))", 502, "of over 16777216 bytes")
+        on_stderr = "do write(('e' * 100000 + '\\n') * 200, 2); say('well')"
+        self.assertEqual(running.content(on_stderr), "well")
 
     def test_child_that_ignores_sigterm(self):
-        os.environ["FAKE_MODE"] = "stubborn"
-        with unittest.mock.patch.object(proxy, "STOP_SECONDS", 0.3):
-            running = self.start(timeout=0.5)
-            self.fails(running, "stubborn", 504, "sent nothing for 0.5 seconds")
-            self.assertTrue(eventually(lambda: not running.pool._processes))
+        self.patch(proxy, STOP_SECONDS=0.3)
+        self.mode("signal.signal(signal.SIGTERM, signal.SIG_IGN)")
+        running = self.start(timeout=0.5, spares=1)
+        self.fails(running, "do time.sleep(600)", 504, "sent nothing for 0.5 seconds")
+        first = int(self.journal("start")[0])
+        self.assertTrue(eventually(lambda: first not in opencode_pids(), SOON))
 
-    def test_child_that_does_not_read(self):
-        running = self.start(timeout=0.5)
-        os.environ["FAKE_MODE"] = "deaf"
-        status, answer = running.chat("x" * 500_000)
-        self.assertEqual((status, answer["error"]["code"]), (502, "opencode_failed"))
-
-    def test_grandchild_that_holds_the_pipe(self):
-        self.fails(self.start(), "grandchild", 502, "opencode ended")
-
-    def test_grandchild_that_leaves_the_group(self):
-        self.fails(self.start(), "escaped", 502, "opencode ended")
+    def test_grandchildren_that_hold_the_pipes(self):
+        running = self.start()
+        for more in ("", ", start_new_session=True"):
+            orphan = f"do subprocess.Popen(['sleep', '5']{more}); os._exit(0)"
+            self.fails(running, orphan, 502, "opencode ended")
 
     def test_requests_of_the_child_are_refused(self):
-        self.assertEqual(self.start().chat("ask")[1]["choices"][0]["message"]["content"], "refusedask")
+        ask = "do out(id=9, method='fs/read_text_file', params={}); hold(); say('well')"
+        answer = self.background.submit(self.start().content, ask)
+        self.assertTrue(eventually(lambda: self.journal("reply") == ["refused"]))
+        self.let_go()
+        self.assertEqual(answer.result(), "well")
 
     def test_silence(self):
-        running = self.start(timeout=0.5)
-        self.fails(running, "silent 30", 504, "sent nothing for 0.5 seconds")
-        events = running.stream("pause 30")
-        self.assertEqual(events[-2]["error"]["code"], "timeout")
-        self.assertEqual([choice["finish_reason"] for event in events[:-2] for choice in event["choices"]], [None, None])
+        running = self.start(timeout=0.5, spares=1, requests_per_process=100)
+        self.fails(running, SILENT, 504, "sent nothing for 0.5 seconds")
+        events = running.stream(PAUSE)
+        self.assertEqual((events[-2]["error"]["code"], events[-1]), ("timeout", "[DONE]"))
+        self.assertTrue(eventually(lambda: len(self.journal("cancelled")) == 2))
 
     def test_pings(self):
-        with unittest.mock.patch.object(proxy, "PING_SECONDS", 0.2):
-            running = self.start()
-            for content in ("silent 1", "pause 1"):
-                body = {"messages": [{"role": "user", "content": content}], "stream": True}
-                _, _, data = running.request("POST", "/v1/chat/completions", body)
-                self.assertGreaterEqual(data.count(b": keep-alive\n\n"), 2)
-                self.assertTrue(data.startswith(b'data: {"id":"chatcmpl-'), data[:50])
-                self.assertEqual(deltas_of(sse_events(data))[0], {"role": "assistant", "content": ""})
-                self.assertTrue(data.endswith(b"data: [DONE]\n\n"))
-            self.assertEqual(running.chat("silent 1")[0], 200)
+        """In the queue, before the first token and between tokens; an error then is an event."""
+        self.patch(proxy, PING_SECONDS=0.2)
+        running = self.start(max_concurrency=1, timeout=1.2)
+        with running.send(PAUSE), running.send("well", stream=True) as waiting:
+            data = b""
+            while b": keep-alive\n\n" not in data:
+                data += waiting.recv(65536)
+        body = chat_body("do rest(0.8); say('one'); rest(0.8); say('two'); rest(600)", stream=True)
+        data = running.request("POST", "/v1/chat/completions", body)[2]
+        self.assertTrue(data.startswith(b'data: {"id":"chatcmpl-'), data[:50])
+        for piece in re.split(b"one|two", data):
+            self.assertIn(b": keep-alive\n\n", piece)
+        self.assertEqual(sse_events(data)[-2]["error"]["code"], "timeout")
 
-    def test_error_after_a_ping_is_an_event(self):
-        with unittest.mock.patch.object(proxy, "PING_SECONDS", 0.2):
-            events = self.start(timeout=0.7).stream("silent 30")
-        self.assertEqual((events[-2]["error"]["code"], events[-1]), ("timeout", "[DONE]"))
+    def test_clients_that_leave(self):
+        """Whatever they have sent after their request: their session ends, and nothing else."""
+        running = self.start(timeout=600.0, spares=1, requests_per_process=100)
+        pid = running.content(PID)
+        pipelined = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        cases = ((b"", True), (b"", False), (b"\r\n", True), (pipelined, False))
+        for number, (after, stream) in enumerate(cases, 1):
+            with self.subTest(after=after, stream=stream):
+                with running.send(PAUSE, after, stream=stream):
+                    self.assertTrue(eventually(lambda: len(self.journal("post")) == number + 1))
+                self.assertTrue(running.becomes(SOON, running=0))
+                self.assertTrue(eventually(lambda: self.journal("cancelled") == [pid] * number))
+        self.assertEqual(running.content(PID), pid)
+        self.assertEqual(len([line for line in self.logged if " 499 " in line]), 4)
 
-    def test_client_that_leaves(self):
+    def test_children_that_do_not_read_their_prompt(self):
+        """Clients that leave are noticed then, too; at last the request fails."""
+        self.patch(proxy, FIFO_SECONDS=600.0)
+        self.mode("DEAF = True")
+        running = self.start(timeout=600.0)
+        with running.send("x" * (5 << 20)):
+            self.assertTrue(eventually(lambda: self.journal("deaf")))
+            time.sleep(0.5)
+            self.assertEqual(running.health()["running"], 1)
+        self.assertTrue(running.becomes(SOON, running=0))
+        self.patch(proxy, FIFO_SECONDS=0.5)
+        status, answer = running.chat("x" * (5 << 20))
+        self.assertEqual((status, answer["error"]["code"]), (502, "opencode_failed"))
+        self.assertEqual(self.journal("post"), [])
+
+    def test_clients_that_read_nothing_do_not_fill_the_memory(self):
+        running = self.start(timeout=600.0)
+        text = "do hold(); data(chunk({'content': 'tok '}) * 200000)"  # 17 MB
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        with running.send(text, stream=True, n=4):
+            self.assertTrue(eventually(lambda: len(self.journal("post")) == 4))
+            self.let_go()
+            self.assertTrue(eventually(lambda: len(set(self.journal("waits"))) == 4))
+            time.sleep(1)  # in which all of it would come
+            self.assertLess(tracemalloc.get_traced_memory()[1], 24 << 20)
+
+    def test_clients_that_read_late_get_everything(self):
         running = self.start()
-        for stream in (True, False):
-            with running.connect().sock or socket.create_connection(("127.0.0.1", running.port)) as connection:
-                connection.sendall(self.post_chat(messages=[{"role": "user", "content": "silent 60"}], stream=stream))
-                self.assertTrue(eventually(lambda: running.pool._processes))
-            self.assertTrue(eventually(lambda: not running.pool._processes, 30))  # half of what the child would take
-        self.assertTrue(eventually(lambda: len([line for line in self.logged if " 499 " in line]) == 2), self.logged)
+        text = "do data(chunk({'content': 'tok '}) * 40000)"
+        with running.send(text, b"GET / HTTP/1.0\r\n\r\n", stream=True) as client:
+            self.assertTrue(eventually(lambda: self.journal("waits")))
+            data = b"".join(iter(lambda: client.recv(1 << 20), b""))
+        self.assertEqual(data.count(b'"content":"tok "'), 40000)
 
-    def test_slow_client_does_not_fill_the_memory(self):
-        running = self.start()
-        body = json.dumps({"messages": [{"role": "user", "content": "deltas 300000"}], "stream": True})
-        with socket.create_connection(("127.0.0.1", running.port), timeout=DEADLINE) as connection:
-            connection.sendall(f"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
-            self.assertTrue(connection.recv(100).startswith(b"HTTP/1.1 200"))
-            process = next(iter(running.pool._processes))
-            self.assertTrue(eventually(lambda: process.inbox._size >= proxy.MAX_INBOX_BYTES))
-            time.sleep(0.3)
-            self.assertLess(process.inbox._size, proxy.MAX_INBOX_BYTES + (1 << 17))
 
+# ------------------------------------------------------------------------- processes: their start
 
 class StartTest(FakeCase):
-    def refused(self, text, **changes):
-        with self.assertRaises(proxy.StartError) as caught:
-            self.start(**changes)
-        self.assertIn(text, str(caught.exception))
-
     def test_what_does_not_work_is_said(self):
-        for mode, text in (("models-fail", "Config file at /x/opencode.json is not valid JSON(C)"), ("crash", "opencode ended: cannot start"),
-                           ("old", "opencode 1.16.9 is too old: 1.17.0 or newer"), ("no-plugin", "did not load the proxy's plugin"),
-                           ("no-warm", "did not reach the model in the start-up proof")):
-            os.environ["FAKE_MODE"] = mode
-            with self.subTest(mode):
-                self.refused(text)
-        os.environ["FAKE_MODE"] = "models-odd"
-        for odd in ('{"id": "b", "providerID": "a"}', "{broken", "{}"):
-            os.environ["FAKE_ODD"] = odd
-            with self.subTest(odd):
-                self.refused("opencode cannot be used: ")
-
-    def test_opencode_that_hangs(self):
-        os.environ["FAKE_MODE"] = "hang"
-        with unittest.mock.patch.object(proxy, "START_SECONDS", 0.5):
-            self.refused("opencode did not answer initialize within")
-
-    def test_opencode_that_cannot_be_run(self):
+        self.patch(proxy, START_SECONDS=0.7)
+        invalid = "\\x1b[91mError: \\x1b[0mopencode.json is not valid JSON(C)"
+        for mode, text in ((f"ACP or sys.exit('{invalid}')", "Error: opencode.json is not valid"),
+                           ("ACP or sys.exit(print('a/b\\n{}'))", "opencode cannot be used: "),
+                           ("ACP or sys.exit(print('a/b\\n{b'))", "opencode cannot be used: "),
+                           ("ACP and sys.exit('no memory')", "opencode ended: no memory"),
+                           ("ACP and time.sleep(9)", "opencode did not answer initialize within"),
+                           ("VERSION = '1.16.9'", "1.16.9 is too old: 1.17.0 or newer"),
+                           ("LOADS = False", "did not load the proxy's plugin"),
+                           ("WARMS = False", "did not reach the model in the start-up proof")):
+            with self.subTest(mode), self.assertRaisesRegex(proxy.StartError, re.escape(text)):
+                self.mode(mode)
+                self.start()
         self.fake.write_text("#!/no/such/interpreter\n")
-        self.refused("cannot be run")
+        with self.assertRaisesRegex(proxy.StartError, "cannot be run"):
+            self.start()
 
     def test_find_opencode(self):
         self.assertEqual(proxy.find_opencode(str(self.fake)), str(self.fake))
-        for path, text in ((str(self.folder), "not executable"), ("/no/such/file", "not found")):
-            with self.assertRaisesRegex(proxy.StartError, text):
+        for path in (str(self.folder), "/no/such/file"):
+            with self.assertRaisesRegex(proxy.StartError, "not found or not executable"):
                 proxy.find_opencode(path)
         os.environ["PATH"] = "/nowhere"
-        if not any(pathlib.Path(folder, "opencode").exists() for folder in ("/usr/local/bin", "/opt/homebrew/bin")):
+        homes = ("/usr/local/bin", "/opt/homebrew/bin")
+        if not any(pathlib.Path(home, "opencode").exists() for home in homes):
             with self.assertRaisesRegex(proxy.StartError, "npm install -g opencode-ai"):
                 proxy.find_opencode(None)
         installed = self.folder / ".opencode/bin/opencode"
@@ -1317,1588 +1947,1336 @@ class StartTest(FakeCase):
         shutil.copy2(self.fake, installed)
         self.assertEqual(proxy.find_opencode(None), str(installed))
 
-    def test_not_logged_in(self):
-        os.environ["FAKE_MODELS"] = "opencode/free"
+    def test_not_logged_in_and_then_logged_in(self):
+        self.mode("NAMES = ['opencode/free']")
         running = self.start(spares=1)
         status, answer = running.chat()
         self.assertEqual((status, answer["error"]["code"]), (503, "provider_not_logged_in"))
-        status, _, health = running.request("GET", "/health")
-        self.assertEqual((status, json.loads(health)["status"]), (503, "unhealthy"))
-        self.assertIn("opencode auth login", json.loads(health)["reason"])
-        self.assertIn("warning: opencode is not logged in to github-copilot: run `opencode auth login`", proxy.banner(running.server))
-
-        os.environ["FAKE_MODELS"] = "github-copilot/gpt-5-mini"  # the user logs in
+        health = running.health()
+        self.assertEqual((health["http"], health["status"]), (503, "unhealthy"))
+        self.assertIn("opencode auth login", health["reason"])
+        self.mode("")
         self.auth.write_text('{"github-copilot":{}}')
-        self.assertEqual(running.chat("now")[1]["choices"][0]["message"]["content"], "now")
-        self.assertEqual(running.request("GET", "/health")[0], 200)
+        self.assertEqual(running.content("now"), "now")
+        self.assertEqual(running.health()["http"], 200)
 
-    def test_model_of_the_command_line(self):
-        os.environ["FAKE_MODE"] = "declares"
-        running = self.start(model="github-copilot/gpt-4.1")
-        self.assertEqual(running.chat()[1]["model"], "github-copilot/gpt-4.1")
-        self.assertEqual(running.pool.catalog().models[0], "github-copilot/gpt-4.1")
-        self.assertNotIn("is not offered", " ".join(proxy.banner(running.server)))
-
-    def test_model_that_opencode_does_not_take(self):
-        running = self.start(model="github-copilot/gpt-4.1")  # declared, but not among what the session offers
-        status, answer = running.chat()
+    def test_models_that_a_session_does_not_offer(self):
+        model = "github-copilot/gpt-4.1"  # of the command line: opencode is told of it
+        status, answer = self.start(model=model).chat()
         self.assertEqual((status, answer["error"]["code"]), (404, "model_not_found"))
+        self.mode(f"ACP and NAMES.append('{model}')")
+        self.assertEqual(self.start(model=model).chat()[1]["model"], model)
+        self.mode("ACP and 'OPENCODE_MODELS_PATH' in os.environ and NAMES.pop()")
+        self.assertEqual(self.start().content("x", model="local/m"), "x")  # the catalog is at fault
 
     def test_early_requests_wait_for_the_proof(self):
-        started, proven = threading.Event(), []
-        real = proxy.Pool._read_catalog
+        values = settings(spares=1)
+        pool = proxy.Pool(proxy.Opencode(str(self.fake)), values, None)
+        server = proxy.ProxyServer(values, pool)
+        serving = self.background.submit(server.serve_forever)
+        client = Client(server.server_port)
+        early = [self.background.submit(client.request, "GET", "/v1/models"),
+                 self.background.submit(client.chat)]
+        self.assertEqual(client.health()["reason"], "starting")
+        self.assertFalse(any(request.done() for request in early))
+        pool.prove()
+        self.assertEqual([request.result()[0] for request in early], [200, 200])
+        server.stop(0, time.sleep)
+        serving.result()
 
-        def slowly(pool):
-            started.set()
-            time.sleep(0.5)
-            proven.append(time.monotonic())
-            return real(pool)
+    def test_directories_that_killed_proxies_left(self):
+        """They go; what is somebody's, or only looks like one, stays."""
+        dead = subprocess.Popen(["true"])
+        dead.wait()
+        for name in (f"{dead.pid}-x", "9" * 30, "x", "-1-", f"{os.getpid()}-mine"):
+            (self.tmp / f"opencode-proxy-{name}").mkdir()
+        self.start().close()
+        left = list(self.tmp.iterdir())
+        self.assertEqual([path for path in left if path.name.endswith(f"-{dead.pid}-x")], [])
+        self.assertEqual(len(left), 4)
+        for path in left:
+            path.rmdir()
 
-        with unittest.mock.patch.object(proxy.Pool, "_read_catalog", slowly):
-            values = settings(spares=0)
-            pool = proxy.Pool(proxy.Opencode(str(self.fake)), spares=0)
-            server = proxy.ProxyServer(values, pool)
-            threads = [threading.Thread(target=server.serve_forever), threading.Thread(target=pool.prove)]
-            for thread in threads:
-                thread.start()
-            started.wait()
-            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.server_port)) as connection:
-                connection.request("GET", "/v1/models")
-                self.assertEqual(connection.getresponse().status, 200)
-                self.assertTrue(proven)
-            server.stop(0, time.sleep)
-            for thread in threads:
-                thread.join()
+    def test_opencode_that_stops_working_and_is_repaired(self):
+        """/health tells it, whether there are spares or not."""
+        self.patch(proxy, TEND_SECONDS=0.1, MAX_RETRY_SECONDS=0.1)
+        for spares in (0, 1):
+            with self.subTest(spares=spares):
+                self.mode("")
+                running = self.start(spares=spares)
+                self.mode("ACP and sys.exit('no memory')")
+                for pid in opencode_pids():
+                    os.kill(pid, signal.SIGKILL)
+                self.assertTrue(eventually(lambda: running.chat()[0] == 502))
+                self.assertTrue(running.becomes(http=503, status="unhealthy"))
+                reason = "opencode does not start: opencode ended: no memory"
+                self.assertEqual(running.health()["reason"], reason)
+                self.mode("")
+                self.assertEqual(running.content("well"), "well")
+                self.assertTrue(running.becomes(http=200, status="healthy"))
+                running.close()
 
+    def test_opencode_that_does_not_start_for_a_day(self):
+        self.patch(proxy, TEND_SECONDS=0.05, MAX_RETRY_SECONDS=0.0)
+        running = self.start(spares=1)
+        os.kill(opencode_pids()[0], signal.SIGKILL)
+        broken = BlockingIOError(11, "Resource temporarily unavailable")
+        with unittest.mock.patch.object(subprocess, "Popen", side_effect=broken) as popen:
+            self.assertTrue(eventually(lambda: popen.call_count > 1100))
+            status, answer = running.chat()
+            self.assertEqual((status, answer["error"]["code"]), (502, "opencode_failed"))
+        self.assertEqual(running.content("well"), "well")
+
+    def test_starts_that_stall_hold_nobody_up(self):
+        running = self.start()
+        disk, start = threading.Event(), subprocess.Popen
+
+        def stall(*arguments, **more):
+            disk.wait(DEADLINE)
+            return start(*arguments, **more)
+
+        with unittest.mock.patch.object(subprocess, "Popen", stall):
+            asked = self.background.submit(running.content, "well")
+            self.assertTrue(running.becomes(SOON, waiting=1))
+            with running.send("x"):
+                self.assertTrue(running.becomes(SOON, waiting=2))
+            self.assertTrue(running.becomes(SOON, waiting=1))
+            disk.set()
+            self.assertEqual(asked.result(), "well")
+
+    def test_as_the_first_process_of_a_container(self):
+        """Nobody else takes leave there of what ended processes leave behind."""
+        inside = ["unshare", "--user", "--map-root-user", "--pid", "--mount-proc", "--kill-child"]
+        if subprocess.run([*inside, "true"], stderr=subprocess.DEVNULL, check=False).returncode:
+            raise unittest.SkipTest("namespaces are not allowed")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            client = Client(free.getsockname()[1])
+        code = "import opencode_proxy as p; p.TEND_SECONDS = 0.2; raise SystemExit(p.main())"
+        program = subprocess.Popen(
+            [*inside, sys.executable, "-c", code, "--host", "127.0.0.1", "--port",
+             str(client.port), "--opencode", str(self.fake), "--spares", "0"], cwd=HERE,
+            stderr=subprocess.DEVNULL, env={**self.variables, "TMPDIR": str(self.tmp)})
+        self.stack.callback(shutil.rmtree, self.tmp)
+        self.stack.callback(program.wait)
+        self.stack.callback(program.kill)
+        orphan = "do subprocess.Popen(['sleep', '1'], start_new_session=True); os._exit(0)"
+
+        def asked():
+            with contextlib.suppress(OSError):
+                return client.chat(orphan)[0]
+
+        self.assertEqual(eventually(asked), 502)
+        self.assertTrue(eventually(lambda: len(children()) == 2, SOON), children())
+
+
+# ------------------------------------------------------------------------- processes: many at once
 
 class LoadTest(FakeCase):
+    """Who is answered by which process, and when one starts or ends."""
+
+    def only(self, running, **expected):
+        """Wait until nothing is answered and one process is left; return its pid."""
+        self.assertTrue(running.becomes(running=0, **expected))
+        self.assertTrue(eventually(lambda: len(opencode_pids()) == 1))
+        return opencode_pids()[0]
+
+    def test_each_request_has_a_process(self):
+        running = self.start(spares=1)
+        pids = [self.only(running, spares=1)]
+        for _ in range(3):
+            self.assertEqual(running.content(PID), str(pids[-1]))
+            pids.append(self.only(running, spares=1))
+        self.assertEqual(self.journal("start"), [str(pid) for pid in pids])
+
+    def test_without_spares_nothing_runs(self):
+        running = self.start(spares=0)
+        self.assertTrue(eventually(lambda: not opencode_pids()))
+        self.assertEqual(len({running.content(PID) for _ in range(2)}), 2)
+        self.assertTrue(eventually(lambda: not opencode_pids()))
+
+    def test_requests_of_a_burst_share(self):
+        """No process starts while answers wait for their first token."""
+        running = self.start(spares=1)
+        used = self.only(running, spares=1)
+        texts = [f"do hold(); say('{number}')" for number in range(16)]
+        answers = self.background.submit(at_once, running.content, texts)
+        self.assertTrue(eventually(lambda: len(self.journal("post")) == 16))
+        self.assertEqual(self.journal("start"), [str(used)])
+        self.let_go()
+        self.assertEqual(answers.result(), [str(number) for number in range(16)])
+        self.assertNotEqual(self.only(running, spares=1), used)
+        self.assertEqual(len(self.journal("start")), 2)
+
+    def test_fresh_one_starts_when_the_only_answer_has_begun(self):
+        running = self.start(spares=1)
+        with running.send(PAUSE):
+            self.assertTrue(running.becomes(SOON, running=1, spares=1))
+
+    def test_death_of_a_shared_process(self):
+        running = self.start(spares=1)
+        answers = self.background.submit(at_once, running.chat, [SILENT] * 4)
+        self.assertTrue(eventually(lambda: len(self.journal("post")) == 4))
+        os.kill(opencode_pids()[0], signal.SIGKILL)
+        self.assertEqual([status for status, _ in answers.result()], [502] * 4)
+        self.assertEqual(running.content("well"), "well")
+        self.assertEqual(len(self.journal("post")), 5)
+
+    def test_several_requests_per_process(self):
+        running = self.start(spares=1, requests_per_process=3)
+        first = self.only(running, spares=1)
+        self.assertEqual(at_once(running.content, [PID + "; rest(0.5)"] * 3), [str(first)] * 3)
+        second = self.only(running, spares=1)
+        self.assertEqual([running.content(PID) for _ in range(3)], [str(second)] * 3)
+        self.assertNotIn(self.only(running, spares=1), (first, second))
+        self.assertEqual(len(self.journal("start")), 3)
+
     def test_hundred_at_once(self):
-        running, answers = self.start(max_concurrency=4, max_queue=200), {}
-        most = [0]
-
-        def ask(number):
-            most[0] = max(most[0], len(running.pool._processes))
-            answers[number] = running.chat(f"number {number} x")
-
-        threads = [threading.Thread(target=ask, args=(number,)) for number in range(100)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for number, (status, answer) in answers.items():
-            self.assertEqual((status, answer["choices"][0]["message"]["content"]), (200, f"number {number} x"))
-        self.assertEqual(len(answers), 100)
-        self.assertLessEqual(most[0], 4)
+        self.patch(proxy, TEND_SECONDS=0.1, KEEP_WARM_SECONDS=0.5)
+        running = self.start(spares=1, max_queue=100, requests_per_process=1000)
+        texts = [f"do hold(); say('{number}')" for number in range(100)]
+        answers = self.background.submit(at_once, running.content, texts)
+        self.assertTrue(running.becomes(running=64, waiting=36))
+        self.let_go()
+        self.assertEqual(answers.result(), [str(number) for number in range(100)])
+        self.assertEqual(len(self.journal("start")), 2)  # 32 to a process
+        self.only(running)
 
     def test_queue(self):
-        running = self.start(max_concurrency=1, max_queue=1)
-        order = []
-
-        def ask(name, content):
-            order.append((name, running.chat(content)[0]))
-
-        first = threading.Thread(target=ask, args=("first", "silent 5"))
-        first.start()
-        self.assertTrue(eventually(lambda: running.pool._processes))
-        second = threading.Thread(target=ask, args=("second", "x"))
-        second.start()
-        self.assertTrue(eventually(lambda: running.pool.slots.waiting()))
+        running = self.start(max_concurrency=1, max_queue=2)
+        answers = []
+        for number in range(3):
+            text = f"do hold(); say('{number}')"
+            answers.append(self.background.submit(running.content, text))
+            self.assertTrue(running.becomes(running=1, waiting=number))
         status, headers, body = running.request("POST", "/v1/chat/completions", chat_body())
-        self.assertEqual((status, json.loads(body)["error"]["code"], headers["Retry-After"]), (503, "queue_full", "5"))
-        first.join()
-        second.join()
-        self.assertEqual(order, [("first", 200), ("second", 200)])
+        self.assertEqual((status, json.loads(body)["error"]["code"]), (503, "queue_full"))
+        self.assertEqual(headers["Retry-After"], "5")
+        self.let_go()
+        self.assertEqual([answer.result() for answer in answers], ["0", "1", "2"])
+        self.assertEqual([post[-3] for post in self.journal("post")], ["0", "1", "2"])
 
-    def test_waiting_client_that_leaves_frees_its_place(self):
-        running = self.start(max_concurrency=1, max_queue=1)
-        request = self.post_chat(messages=[{"role": "user", "content": "silent 60"}])
-        with socket.create_connection(("127.0.0.1", running.port)) as first:
-            first.sendall(request)
-            self.assertTrue(eventually(lambda: running.pool._processes))
-            with socket.create_connection(("127.0.0.1", running.port)) as second:
-                second.sendall(request)
-                self.assertTrue(eventually(lambda: running.pool.slots.waiting()))
-            self.assertTrue(eventually(lambda: not running.pool.slots.waiting(), 30))
-            self.assertEqual(len(running.pool.turns), 1)
-        self.assertEqual(running.chat("x")[0], 200)
+    def test_waiting_clients_that_leave(self):
+        """Their places are free, and nothing of their prompts is left in memory."""
+        running = self.start(max_concurrency=1, max_queue=24, timeout=600.0)
+        with running.send(PAUSE):
+            self.assertTrue(eventually(lambda: self.journal("post")))
+            tracemalloc.start()
+            self.addCleanup(tracemalloc.stop)
+            clients = [running.send("x" * (5 << 20)) for _ in range(24)]
+            self.assertTrue(running.becomes(waiting=24))
+            self.assertGreater(tracemalloc.get_traced_memory()[0], 100 << 20)
+            for client in clients:
+                client.close()
+            self.assertTrue(running.becomes(SOON, waiting=0))
+            left = eventually(lambda: tracemalloc.get_traced_memory()[0] < 10 << 20, SOON)
+            self.assertTrue(left)
+        self.assertEqual(running.content("well"), "well")
 
-    def test_spare(self):
-        running = self.start(spares=1)
-        self.assertEqual(running.pool.status()["spares"], 1)
-        spare = running.pool._spares[0].result()
-        self.assertEqual(running.chat("x")[0], 200)
-        self.assertTrue(eventually(lambda: running.pool.status()["spares"] == 1))
-        self.assertIsNot(running.pool._spares[0].result(), spare)
-        self.assertTrue(eventually(lambda: not spare.alive()))
+    def test_choices_share_a_process_and_count_as_one_request(self):
+        running = self.start(max_concurrency=1, max_queue=0)
+        choices = running.chat(PID, n=5)[1]["choices"]
+        self.assertEqual([choice["index"] for choice in choices], [0, 1, 2, 3, 4])
+        self.assertEqual(len({choice["message"]["content"] for choice in choices}), 1)
+        events = running.stream("do say('one '); say('two')", n=2)
+        for index in (0, 1):
+            mine = [choice for event in events[:-1] for choice in event["choices"]
+                    if choice["index"] == index]
+            text = "".join(choice["delta"].get("content", "") for choice in mine)
+            self.assertEqual((text, mine[-1]["finish_reason"]), ("one two", "stop"))
+        self.assertEqual(running.chat(DIE, n=3)[0], 502)
 
-    def test_long_prompts_pass_through_a_fifo(self):
-        running = self.start(spares=1, requests_per_process=5)
-        process = running.pool._spares[0].result()
-        for long in ("x" * (1 << 20), "y" * (3 << 20), "z" * 5000):
-            self.assertEqual(running.chat(long)[1]["choices"][0]["message"]["content"], long)
-        self.assertEqual(process.served, 3)
-        self.assertEqual([path.is_fifo() for path in process.home.glob("prompt-*")], [True, True])  # nothing is on disk
+    def test_stop_sequences_end_the_session_not_the_process(self):
+        running = self.start(spares=1, requests_per_process=100)
+        pid = running.content(PID)
+        status, answer = running.chat(SLOWLY.replace("20", "2000"), n=2, stop=["5 6"])
+        self.assertEqual(status, 200)
+        for choice in answer["choices"]:
+            self.assertEqual(choice["message"]["content"], "0 1 2 3 4 ")
+            self.assertEqual(choice["finish_reason"], "stop")
+        self.assertTrue(eventually(lambda: self.journal("cancelled") == [pid, pid]))
+        self.assertEqual(running.content(PID), pid)
 
-    def test_long_prompts_that_are_not_read(self):
-        body = chat_body(messages=[{"role": "user", "content": "x" * (3 << 20)}])
-        for mode, seconds, expected in (("blind", 60.0, 502), ("slow", 1.0, 504)):
-            with self.subTest(mode), unittest.mock.patch.dict(os.environ, {"FAKE_MODE": mode}):
-                self.assertEqual(self.start(timeout=seconds).request("POST", "/v1/chat/completions", body)[0], expected)
+    def test_processes_that_died_or_grew_are_replaced(self):
+        self.patch(proxy, TEND_SECONDS=0.1, MAX_RETRY_SECONDS=0.1)
+        running = self.start(spares=1, requests_per_process=100)
+        os.kill(self.only(running), signal.SIGKILL)
+        self.assertEqual(running.content("well"), "well")
+        for name, limit in (("WORN_SECONDS", 0.5), ("WORN_PROCESS_BYTES", 1 << 20),
+                            ("MAX_PROCESS_BYTES", 1 << 20)):
+            with self.subTest(name), unittest.mock.patch.object(proxy, name, limit):
+                old = self.only(running)
+                self.assertEqual(running.content(PID), str(old))
+                self.assertTrue(eventually(lambda: old not in opencode_pids()))
 
-    def test_spare_that_died(self):
-        running = self.start(spares=1)
-        os.kill(running.pool._spares[0].result()._popen.pid, signal.SIGKILL)
-        self.assertEqual(running.chat("x")[0], 200)
-
-    def test_reused_spare_that_died(self):
-        running = self.start(requests_per_process=5)
-        self.assertEqual(running.chat("x")[0], 200)
-        self.assertTrue(eventually(lambda: running.pool.status()["spares"] == 1))
-        with unittest.mock.patch.object(running.pool._spares[0].result(), "_request", side_effect=proxy.ProcessDied("opencode ended")):
-            self.assertEqual(running.chat("x")[0], 200)
-
-    def test_reuse_with_as_many_spares_as_turns(self):
-        running = self.start(requests_per_process=50, spares=1, max_concurrency=1)
-        with unittest.mock.patch.object(running.pool, "new_process", wraps=running.pool.new_process) as started:
-            for _ in range(6):
-                self.assertEqual(running.chat("x")[0], 200)
-                self.assertTrue(eventually(lambda: running.pool.status()["spares"] >= 1))
-        self.assertLessEqual(started.call_count, 1)
-
-    def test_clients_that_leave_with_the_finish_chunk_do_no_harm(self):
-        running = self.start(requests_per_process=1000, spares=1)
-        with unittest.mock.patch.object(running.pool, "_fail", wraps=running.pool._fail) as failed:
-            for _ in range(40):
-                with socket.create_connection(("127.0.0.1", running.port), timeout=DEADLINE) as connection:
-                    connection.sendall(self.post_chat(stream=True))
-                    got = b""
-                    while b'"finish_reason":"stop"' not in got:
-                        block = connection.recv(65536)
-                        self.assertTrue(block)
-                        got += block
-                self.assertTrue(eventually(lambda: not running.pool.turns))
-            self.assertEqual(running.chat("x")[0], 200)
-        failed.assert_not_called()
-
-    def test_client_that_leaves_while_its_process_starts(self):
-        running = self.start(max_concurrency=1)
-        with unittest.mock.patch.dict(os.environ, {"FAKE_START": "60"}):
-            with socket.create_connection(("127.0.0.1", running.port)) as connection:
-                running.pool._spares_wanted = 1
-                running.pool.replenish()  # a spare that takes a minute to start
-                connection.sendall(self.post_chat())
-                self.assertTrue(eventually(lambda: running.pool.status()["running"] and not running.pool._spares))
-            self.assertTrue(eventually(lambda: not running.pool.turns, 20))
-            self.assertEqual(len(running.pool._spares), 1)
-
-    def test_no_more_threads(self):
-        """Where the system refuses a thread, a request fails and nothing else."""
-        running = self.start(requests_per_process=2)
-        start = threading.Thread.start
-        for name in ("_read_stdout", "_reap", "_discard", "_prepare"):
-            refused = []
-
-            def start_or_fail(thread, name=name, refused=refused):
-                target = getattr(thread, "_target", None)
-                cells = [cell.cell_contents for cell in getattr(target, "__closure__", None) or ()]
-                if name in [getattr(found, "__name__", "") for found in [target, *cells]] and not refused:
-                    refused.append(name)
-                    raise RuntimeError("can't start new thread")
-                start(thread)
-
-            with unittest.mock.patch.object(threading.Thread, "start", start_or_fail):
-                statuses = [running.chat("x")[0] for _ in range(4)]
-                self.assertTrue(eventually(lambda: not running.pool.turns))
-            self.assertEqual(refused, [name])
-            self.assertLessEqual(sum(status != 200 for status in statuses), 1, name)
-            self.assertEqual(running.chat("x")[0], 200)
-
-    def test_spare_that_dies_when_it_is_used(self):
-        running = self.start(spares=1)
-        process = running.pool._spares[0].result()
-        with unittest.mock.patch.object(process, "_call", side_effect=proxy.ProcessDied("opencode ended")):
-            self.assertEqual(running.chat("x", model="local/m")[0], 200)
-
-    def test_spare_that_keeps_dying(self):
-        running = self.start(spares=1)
-        os.environ["FAKE_MODE"] = "no-warm"
-        self.assertEqual(running.chat("x")[0], 200)
-        self.assertTrue(eventually(lambda: running.pool.last_error))
-        self.assertGreater(running.pool._retry_at, time.monotonic())
-        os.environ["FAKE_MODE"] = ""
-        self.assertEqual(running.chat("x")[0], 200)
-
-    def test_spares_that_died_or_are_old_are_replaced(self):
-        with unittest.mock.patch.object(proxy, "TEND_SECONDS", 0.1):
-            running = self.start(spares=1)
-            for end in (lambda process: os.kill(process._popen.pid, signal.SIGKILL),
-                        lambda process: setattr(process, "born", process.born - proxy.SPARE_SECONDS)):
-                old = running.pool._spares[0].result()
-                end(old)
-                self.assertTrue(eventually(lambda: running.pool.status()["spares"] == 1 and running.pool._spares[0].result() is not old))
-
-    def test_opencode_that_was_exchanged(self):
-        running = self.start()
-        os.environ["FAKE_MODE"] = "old"
-        status, answer = running.chat("x")
-        self.assertEqual((status, answer["error"]["code"]), (502, "opencode_failed"))
-        self.assertIn("too old", json.loads(running.request("GET", "/health")[2])["last_error"])
-
-    def test_health_tells_that_opencode_does_not_start(self):
-        with unittest.mock.patch.multiple(proxy, TEND_SECONDS=0.1, MAX_RETRY_SECONDS=0.1):
-            running = self.start(spares=1)
-            os.environ["FAKE_MODE"] = "crash"
-            os.kill(running.pool._spares[0].result()._popen.pid, signal.SIGKILL)
-            self.assertTrue(eventually(lambda: running.request("GET", "/health")[0] == 503))
-            self.assertIn("opencode does not start: opencode ended: cannot start", json.loads(running.request("GET", "/health")[2])["reason"])
-            os.environ["FAKE_MODE"] = ""
-            self.assertTrue(eventually(lambda: running.request("GET", "/health")[0] == 200))
-
-    def test_models_that_a_trimmed_catalog_would_lose(self):
-        os.environ["FAKE_MODE"] = "loses"
-        running = self.start()
-        self.assertIsNone(running.opencode.catalog.trimmed)
-        self.assertEqual(running.chat("x", model="local/m")[0], 200)
+    def test_changed_files_of_the_user_renew_everything(self):
+        self.patch(proxy, TEND_SECONDS=0.1)
+        running = self.start(spares=1, requests_per_process=100)
+        config = self.folder / ".config/opencode/opencode.json"
+        config.parent.mkdir(parents=True)
+        for path, text in ((self.auth, '{"local":{"type":"api","key":"k"}}'),
+                           (self.auth, '{"local":{"type":"api","key":"l"}}'),
+                           (config, '{"provider":{"local":{}}}')):
+            with self.subTest(text):
+                old = self.only(running)
+                with running.send(PAUSE):
+                    self.assertTrue(running.becomes(running=1))
+                    path.write_text(text)
+                    self.assertNotEqual(running.content(PID), str(old))
+                    self.assertIn(old, opencode_pids())  # it finishes what it has begun
+                self.assertTrue(eventually(lambda: old not in opencode_pids()))
 
     def test_catalog_that_could_not_be_read_is_read_again(self):
-        with unittest.mock.patch.multiple(proxy, TEND_SECONDS=0.1, MAX_RETRY_SECONDS=0.1):
-            running = self.start()
-            os.environ.update(FAKE_MODE="models-fail", FAKE_MODELS="github-copilot/gpt-5-mini new/model")
-            self.auth.write_text('{"new":{}}')
-            self.assertTrue(eventually(lambda: "failed" in running.pool.last_error))
-            os.environ["FAKE_MODE"] = ""
-            self.assertTrue(eventually(lambda: "new/model" in running.pool.catalog().models))
-
-    def test_new_login_renews_catalog_and_spares(self):
-        with unittest.mock.patch.object(proxy, "TEND_SECONDS", 0.1):
-            running = self.start(spares=1)
-            old = running.pool._spares[0].result()
-            os.environ["FAKE_MODELS"] = "github-copilot/gpt-5-mini new/model"
-            self.auth.write_text('{"new":{}}')
-            self.assertTrue(eventually(lambda: "new/model" in running.pool.catalog().models))
-            self.assertTrue(eventually(lambda: running.pool.status()["spares"] == 1 and running.pool._spares[0].result() is not old))
-            self.assertEqual(running.chat("x", model="new/model")[1]["model"], "new/model")
-
-    def test_reuse(self):
-        running = self.start(requests_per_process=3, spares=1)
-        pids, threads, answers = set(), [], {}
-
-        def ask(number):
-            answers[number] = running.chat(f"number {number} x")[1]["choices"][0]["message"]["content"]
-
-        for number in range(12):
-            pids |= {process._popen.pid for process in running.pool._processes}
-            threads.append(threading.Thread(target=ask, args=(number,)))
-            threads[-1].start()
-            if number % 2:
-                threads[-1].join()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(answers, {number: f"number {number} x" for number in range(12)})
-        self.assertLess(len(pids), 12)
-
-    def test_reuse_only_after_a_clean_turn(self):
-        running = self.start(requests_per_process=50, timeout=0.5)
-        running.chat("x")
-        self.assertTrue(eventually(lambda: running.pool.status()["spares"] == 1))
-        pid = next(iter(running.pool._processes))._popen.pid
-        self.assertEqual(running.chat("silent 30")[0], 504)
-        self.assertEqual(running.chat("x")[0], 200)
-        self.assertNotIn(pid, [process._popen.pid for process in running.pool._processes])
-
-    def test_reused_processes_end_when_idle(self):
-        with unittest.mock.patch.object(proxy, "KEEP_WARM_SECONDS", 0.5), unittest.mock.patch.object(proxy, "TEND_SECONDS", 0.1):
-            running = self.start(requests_per_process=50)
-            running.chat("x")
-            self.assertTrue(eventually(lambda: not running.pool._processes))
-
-    def test_choices_each_have_a_process(self):
-        running = self.start(max_concurrency=2)
-        status, answer = running.chat("x", n=5)
-        self.assertEqual([choice["index"] for choice in answer["choices"]], [0, 1, 2, 3, 4])
-        self.assertEqual(answer["usage"]["total_tokens"], 15)
-        events = running.stream("slowly 3", n=2, stream_options={"include_usage": True})
-        for index in (0, 1):
-            mine = [c for event in events[:-1] for c in event["choices"] if c["index"] == index]
-            self.assertEqual("".join(c["delta"].get("content", "") for c in mine), "0 1 2 ")
-            self.assertEqual(mine[-1]["finish_reason"], "stop")
-        self.assertEqual(events[-2]["usage"]["total_tokens"], 6)
-        status, answer = running.chat("die", n=3)
-        self.assertEqual(status, 502)
-
-    def test_choice_that_is_cut_ends_and_cannot_fail_any_more(self):
-        class Turn(proxy.Turn):
-            def __init__(self, *events):
-                self.told, self._events, self.is_cut = threading.Event(), events, False
-
-            def interrupt(self, error):
-                self.told.set()
-
-            def events(self):
-                for event in self._events:
-                    if isinstance(event, threading.Event):
-                        event.wait(DEADLINE)
-                    elif isinstance(event, Exception):
-                        raise event
-                    else:
-                        yield event
-
-        first = Turn(proxy.TextDelta("a STOP b"))
-        first._events += (first.told, proxy.APIError(502, "broke off"))
-        second = Turn(proxy.TextDelta("fine"), first.told, proxy.Finish("stop", USAGE))
-        handler = proxy.ProxyHandler.__new__(proxy.ProxyHandler)
-        handler._facts, handler._started = {}, 0.0
-        choices = [proxy.Choice(("STOP",)), proxy.Choice(("STOP",))]
-        events = proxy.run_turns([first, second])
-        shown = [(index, deltas) for index, _, deltas in handler._deltas(choices, [first, second], events)]
-        self.assertEqual(sorted(shown, key=lambda pair: pair[0]), [(0, [{"content": "a "}]), (1, [{"content": "fine"}]), (1, [])])
-        self.assertTrue(first.is_cut)
-
-    def test_stop_sequence_ends_the_process(self):
+        self.patch(proxy, TEND_SECONDS=0.1, MAX_RETRY_SECONDS=0.1)
         running = self.start()
-        status, answer = running.chat("slowly 1000", stop=["5 6"])
-        self.assertEqual(answer["choices"][0], {"index": 0, "message": {"role": "assistant", "content": "0 1 2 3 4 ", "refusal": None},
-                                                "logprobs": None, "finish_reason": "stop"})
-        self.assertIsNone(answer["usage"])
-        self.assertTrue(eventually(lambda: not running.pool._processes))
-        self.assertEqual(len(running.stream("slowly 1000", stop="5")), 8)
+        for name, output in (("one/model", "'no memory'"), ("two/model", "print('a/b\\n{}')")):
+            with self.subTest(output):
+                self.mode(f"ACP or note('models', 1) or sys.exit({output})")
+                self.auth.write_text(json.dumps({name: {}}))
+                self.assertTrue(eventually(lambda: self.journal("models")))
+                self.assertEqual(running.content("well"), "well")
+                self.mode(f"NAMES.append('{name}')")
+                self.assertTrue(eventually(lambda: running.chat(model=name)[0] == 200))
+                (self.folder / "journal").unlink()
+
+    def test_no_more_threads(self):
+        """Where the system refuses a thread, at most one request fails, and nothing for good."""
+        self.patch(proxy, TEND_SECONDS=0.1, MAX_RETRY_SECONDS=0.1)
+        running = self.start(spares=1)
+        start = threading.Thread.start
+        for refused in range(1, 6):
+            starts = []
+
+            def start_or_fail(thread, refused=refused, starts=starts):
+                if getattr(thread, "_target", None) != running.server.process_request_thread:
+                    starts.append(thread)
+                    if len(starts) == refused:
+                        raise RuntimeError("can't start new thread")
+                start(thread)
+
+            statuses = []
+            with unittest.mock.patch.object(threading.Thread, "start", start_or_fail):
+                self.auth.write_text(json.dumps({"local": {"type": "api", "key": str(refused)}}))
+                while len(starts) < refused:
+                    statuses.append(running.chat()[0])
+            self.assertLessEqual(len(statuses) - statuses.count(200), 1)
+        old = self.only(running, spares=1)
+        self.auth.write_text("{}")
+        self.assertTrue(eventually(lambda: old not in opencode_pids()))
+# --------------------------------------------------------------------------------------------- http
+
+COMPLETIONS = "/v1/chat/completions"
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+END = "Connection: close"
 
 
-# --------------------------------------------------------------------------------------------------------- http
+def post(body, *headers, path=COMPLETIONS, version="1.1", host="Host: localhost"):
+    lines = "".join(header + "\r\n" for header in (host, *headers) if header)
+    return f"POST {path} HTTP/{version}\r\n{lines}\r\n".encode() + body
 
-class HTTPTest(FakeCase):
-    def answer(self, running, data, half_close=True):
-        """Return the status and body of the last answer to `data`, and how many answers came.
 
-        A client that closes its side has hung up: `half_close` is for requests that do not wait for a model.
-        """
-        got = running.raw(data, half_close)
-        self.assertNotIn(b"Traceback", got)
+def post_chat(*headers, version="1.1", **fields):
+    body = chat_body(**fields)
+    return post(body, f"Content-Length: {len(body)}", *headers, version=version)
+
+
+class StubPool:
+    """Answers what `respond(request)` yields, as a pool does."""
+
+    content = (0, proxy.Event({"content": "yes"}))
+    finish = (0, proxy.Event({}, finish_reason="stop", usage={
+        "prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}))
+    last_error = ""
+    running = 0
+
+    def __init__(self, *names):
+        self.closing = threading.Event()
+        self.catalog = proxy.Catalog(
+            {name: proxy.Model(name) for name in names}, names[0], frozenset("ab"))
+        self.respond = lambda request: iter([self.content, self.finish])
+
+    def ready(self):
+        yield None
+        return self.catalog
+
+    def run(self, request, model, exchange=None):
+        self.running += 1
+        try:
+            yield from self.respond(request)
+        finally:
+            self.running -= 1
+
+    def wait(self, event=None):
+        """Yield until `event` is set, for ever without one, then the end of the answer."""
+        while event is None or not event.wait(0.02):
+            yield None
+        yield self.finish
+
+    def health(self):
+        return {"status": "healthy", "reason": None, "opencode": "1.18.33", "last_error": None}
+
+    def close(self):
+        self.closing.set()
+
+
+class HTTPTest(unittest.TestCase):
+    def setUp(self):
+        self.logged = []
+        self.patch(log=self.logged.append)
+
+    def patch(self, **values):
+        """Give names of the program other values until the test ends."""
+        patch = unittest.mock.patch.multiple(proxy, **values)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def start(self, **changes):
+        """Start a server on a stub pool; what the test asks goes to the one started last."""
+        self.pool = StubPool("a/first", "a/second", "b/m")
+        self.server = proxy.ProxyServer(settings(**changes), self.pool)
+        self.client = Client(self.server.server_port)
+        thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(self.server.stop, 0.0, time.sleep)
+
+    def connect(self, data=b""):
+        connection = socket.create_connection(("127.0.0.1", self.server.server_port), DEADLINE)
+        self.addCleanup(connection.close)
+        connection.sendall(data)
+        return connection
+
+    @staticmethod
+    def rest(connection):
+        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+    def answer(self, data):
+        """Return the status and body of the last answer to `data`, and how many came."""
+        got = self.rest(self.connect(data))
         head, _, body = got[got.rindex(b"HTTP/1.1 "):].partition(b"\r\n\r\n")
         return int(head.split()[1]), body, got.count(b"HTTP/1.1 ")
 
-    def test_routes(self):
-        running = self.start()
-        status, headers, body = running.request("GET", "/v1/models")
-        self.assertEqual(json.loads(body), {"object": "list", "data": [
-            {"id": name, "object": "model", "created": running.server.created, "owned_by": name.partition("/")[0]}
-            for name in ("github-copilot/gpt-5-mini", "github-copilot/gpt-5.4-mini", "local/m")]})
-        for path in ("/v1/models/local/m", "/models/local%2Fm", "/v1/models/local%2fm?x=1", "http://h/v1/models/local/m"):
-            self.assertEqual(json.loads(running.request("GET", path)[2])["id"], "local/m", path)
-        self.assertEqual(json.loads(running.request("GET", "/v1/models/gpt-5.4-mini")[2])["id"], "github-copilot/gpt-5.4-mini")
-        for path in ("/v1/models/nothing", "/v1/models/local/none"):
-            status, _, body = running.request("GET", path)
-            self.assertEqual((status, json.loads(body)["error"]["code"]), (404, "model_not_found"))
-        self.assertEqual(json.loads(running.request("GET", "/health")[2]), {
-            "status": "healthy", "reason": None, "version": proxy.__version__, "opencode": "1.18.33", "model": "github-copilot/gpt-5-mini",
-            "running": 0, "waiting": 0, "spares": 0, "last_error": None})
-        about = running.request("GET", "/")[2].decode()
-        self.assertEqual(about.splitlines()[1:], ["status: healthy", f"base URL for apps: http://127.0.0.1:{running.port}/v1"])
-        self.assertEqual(running.request("POST", "/chat/completions", chat_body())[0], 200)
-        for path in ("/nothing", "/v1", "/v1/completions", "/v1/v1/models", "/modelsx", "//", "/v1models"):
-            self.assertEqual(running.request("GET", path)[0], 200 if path in ("//", "/v1") else 404, path)
-        self.assertIn(b"HTTP/1.1 404", running.raw(b"GET http://[/v1/x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"))
+    def request(self, method, path, body=None, headers=()):
+        """Return status, headers and JSON of one request on a connection of its own."""
+        status, headers, data = self.client.request(method, path, body, headers)
+        if headers["Content-Type"] == "application/json" and data:
+            data = json.loads(data)
+        return status, headers, data
 
-    def test_methods(self):
-        running = self.start()
-        for method, path, allow in (("GET", "/v1/chat/completions", "OPTIONS, POST"), ("DELETE", "/v1/models", "GET, HEAD, OPTIONS"),
-                                    ("PUT", "/health", "GET, HEAD, OPTIONS")):
-            status, headers, body = running.request(method, path)
-            self.assertEqual((status, headers["Allow"], json.loads(body)["error"]["code"]), (405, allow, "method_not_allowed"))
-        status, headers, body = running.request("HEAD", "/v1/models")
+    def error(self, *request):
+        status, _, body = self.request(*request)
+        return status, body["error"]["code"], body["error"]["message"]
+
+    def assert_logged(self, pattern):
+        found = eventually(lambda: any(re.search(pattern, line) for line in self.logged))
+        self.assertTrue(found, (pattern, self.logged))
+
+    def test_routes(self):
+        self.start()
+        url = self.server.base_url()
+        models = [{"id": name, "object": "model", "created": self.server.created,
+                   "owned_by": name[0]} for name in self.pool.catalog.names]
+        self.assertEqual(self.request("GET", "/v1/models")[2], {"object": "list", "data": models})
+        for path in ("/v1/models/b/m", "/models/b%2Fm?x=1", "http://localhost/v1/models/b/m",
+                     "//v1/models/b/m", "/v1//models/b/m/"):
+            self.assertEqual(self.request("GET", path)[2], models[2], path)
+        self.assertEqual(self.request("GET", "/models/second")[2], models[1])
+        self.assertEqual(self.error("GET", "/v1/models/none")[:2], (404, "model_not_found"))
+        for path in ("/v1//chat/completions", "//v1/chat/completions", "/chat/completions?x"):
+            self.assertEqual(self.request("POST", path, chat_body())[0], 200, path)
+        for method, path, allow in (("GET", COMPLETIONS, "OPTIONS, POST"),
+                                    ("DELETE", "/v1/models", "GET, HEAD, OPTIONS")):
+            status, headers, _ = self.request(method, path)
+            self.assertEqual((status, headers["Allow"]), (405, allow))
+        status, headers, body = self.request("HEAD", "/v1/models")
         self.assertEqual((status, body), (200, b""))
         self.assertGreater(int(headers["Content-Length"]), 100)
-        status, headers, body = running.request("OPTIONS", "/v1/models")
-        self.assertEqual((status, headers["Allow"], headers["Access-Control-Allow-Methods"]), (204, "GET, HEAD, OPTIONS", None))
-        status, body, _ = self.answer(running, b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n")
-        self.assertEqual((status, json.loads(body)["error"]["type"]), (501, "server_error"))
+        health = {**self.pool.health(), "version": proxy.__version__}
+        for path in ("/health", "/v1", "/"):
+            self.assertEqual(self.request("GET", path)[2], health)
+        use, chat = f"the base URL to use is {url}", "this serves chat only, at "
+        for path, hint in (("/v1/v1/chat/completions", use), ("/v1/v1/models/x", use),
+                           ("/v1/chat/completions/chat/completions", use), ("/v1/v1", use),
+                           ("/v1/embeddings", chat), ("/v1/completions", chat), ("/v1x", chat)):
+            status, code, message = self.error("POST", path + "?secret", b"{}")
+            self.assertEqual((status, code), (404, "unknown_url"))
+            self.assertTrue(message.startswith(f"There is nothing at {path}: {hint}"), message)
 
-    def test_model_in_the_answer(self):
-        running = self.start()
-        for asked, answered in ((None, "github-copilot/gpt-5-mini"), ("gpt-5-mini", "gpt-5-mini"), ("github-copilot/gpt-5.4-mini",) * 2,
-                                ("gpt-3.5-turbo", "github-copilot/gpt-5-mini"), ("local/m", "local/m"), ("m", "github-copilot/gpt-5-mini")):
-            self.assertEqual(running.chat("x", model=asked)[1]["model"], answered)
-        status, answer = running.chat("x", model="no/such")
-        self.assertEqual((status, answer["error"]["code"], answer["error"]["param"]), (404, "model_not_found", "model"))
-        self.assertIn("GET /v1/models", answer["error"]["message"])
-
-    def test_keep_alive_and_pipelining(self):
-        running = self.start()
-        body = chat_body()
-        one = self.post(body, f"Content-Length: {len(body)}")
-        get, end = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-        bad = self.post(b"{}", "Content-Length: 2")
-        status, _, count = self.answer(running, one + get + bad + one + end, half_close=False)
-        self.assertEqual((status, count), (200, 5))
-        with_body = b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nGET /"
-        self.assertEqual(self.answer(running, with_body + get)[::2], (200, 2))
-
-    def test_refused_bodies_are_not_taken_for_requests(self):
-        running = self.start(api_key=["k"])
-        body = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-        for data in (self.post(body, f"Content-Length: {len(body)}"), self.post(body, f"Content-Length: {len(body)}", path="/none")):
-            status, answer, count = self.answer(running, data + body)
-            self.assertIn(status, (401, 404))
-            self.assertEqual(count, 1)
+    def test_one_request_after_another(self):
+        """Bodies are neither left nor taken for requests."""
+        self.start()
+        last = HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        unwanted = HEALTH.replace(b"\r\n\r\n", b"\r\nContent-Length: 5\r\n\r\nGET /")
+        data = post_chat() + unwanted + post(b"{}", "Content-Length: 2") + post_chat(stream=True)
+        self.assertEqual(self.answer(data + last)[::2], (200, 5))
+        for refused in (post(last, f"Content-Length: {len(last)}", path="/x"),
+                        post(last, f"Content-Length: {len(last)}", "Origin: https://x")):
+            self.assertEqual(self.answer(refused + last)[2], 1)
 
     def test_framing(self):
-        running = self.start()
+        self.start()
         body = chat_body()
-        length = f"Content-Length: {len(body)}"
-        for headers, expected in (
-                ([length], 200), ([length, length], 200), ([f"{length}, {len(body)}"], 200), (["Content-Length: +5"], 400), (["Content-Length: 1_0"], 400),
-                (["Content-Length: -1"], 400), (["Content-Length: 5", "Content-Length: 6"], 400), (["Content-Length: "], 400),
-                (["Content-Length: \u0665"], 400), (["Content-Length: 99999999999999999999"], 400), ([length, "Transfer-Encoding: chunked"], 400),
-                (["Transfer-Encoding: gzip"], 501), (["Transfer-Encoding: gzip, chunked"], 501), (["Content-Length : 5"], 400),
-                ([length, "Host: y"], 400), ([length, "X Y: 1"], 400), ([length, "no colon"], 400), ([length, "X: " + "y" * 70000], 431),
-                ([length] + [f"X-{n}: y" for n in range(120)], 431), (["Content-Length: 99999999999"], 413)):
+        size, length = len(body), f"Content-Length: {len(body)}"
+        for expected, *headers in (
+                (200, length), (200, length, length), (200, f"Content-Length: {size}, {size}"),
+                (200, length, "Content-Type: message/rfc822"), (413, "Content-Length: 99999999999"),
+                (415, length, "Content-Type: multipart/form-data; boundary=x"),
+                (400, "Content-Length: +5"), (400, "Content-Length: 1_0"), (400, "Content-Length:"),
+                (400, "Content-Length: -1"), (400, "Content-Length: \u0665"),
+                (400, "Content-Length: 5", "Content-Length: 6"), (400, "Content-Length : 5"),
+                (400, "Content-Length: 99999999999999999999"), (400, "Transfer-Encoding: gzip"),
+                (400, length, "Transfer-Encoding: chunked"), (400, length, "Host: y"),
+                (400, "Transfer-Encoding: gzip, chunked"), (400, length, "no colon"),
+                (400, length, "X: a\rContent-Length: 3"), (400, length, "X: a\0b"),
+                (400, "From x", length), (400, length, " folded: 1"), (400, length, "X: a\r"),
+                (431, length, "X: " + "y" * 70000), (431, length, *["X: y"] * 120)):
             with self.subTest(headers=str(headers)[:60]):
-                status, answer, _ = self.answer(running, self.post(body, *headers, "Connection: close"), half_close=expected != 200)
-                self.assertEqual(status, expected, answer)
+                status, answer, count = self.answer(post(body, *headers, END))
+                self.assertEqual((status, count), (expected, 1), answer)
                 self.assertIn("choices" if expected == 200 else "error", json.loads(answer))
-        self.assertEqual(self.answer(running, self.post(body, length, host=""))[0], 400)
-        self.assertEqual(self.answer(running, self.post(body, length, host="", version="1.0"), half_close=False)[0], 200)
-        for data, expected in ((b"GET\r\n\r\n", 400), (b"GET /health HTTP/x\r\n\r\n", 400), (b"GET /health HTTP/2.0\r\n\r\n", 505),
-                               (b"GET / " + b"x" * 70000 + b"\r\n\r\n", 414), (b"\x16\x03\x01\x02\x00\r\n\r\n", 400)):
-            status, answer, _ = self.answer(running, data)
-            self.assertEqual(status, expected, data[:30])
-            self.assertIn("error", json.loads(answer))
+        for expected, data in (
+                (200, post_chat(END).replace(b"\r\n", b"\n")), (400, post(body, length, host="")),
+                (400, b"GET\r\n\r\n"), (501, HEALTH.replace(b"GET", b"BREW")),
+                (505, b"GET /health HTTP/2.0\r\n\r\n"), (400, b"\x16\x03\0\r\n\r\n"),
+                (414, b"GET / " + b"x" * 70000), (400, b"GET /\rX HTTP/1.1\r\n\r\n")):
+            self.assertEqual(self.answer(data)[0], expected, data[:30])
 
     def test_chunked_body(self):
-        running = self.start()
+        self.start(max_body_size=5000)
         body = chat_body()
-        chunked = b"".join(b"%x;ext=1\r\n%b\r\n" % (len(body[n:n + 7]), body[n:n + 7]) for n in range(0, len(body), 7)) + b"0\r\nTrailer: x\r\n\r\n"
-        get = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-        status, _, count = self.answer(running, self.post(chunked, "Transfer-Encoding: Chunked") + get, half_close=False)
-        self.assertEqual((status, count), (200, 2))
-        for bad in (b"x\r\n", b"-1\r\n\r\n", b"2\r\nabc\r\n0\r\n\r\n", b"ffffffffffffffffff\r\n"):
-            status, answer, count = self.answer(running, self.post(bad, "Transfer-Encoding: chunked") + get)
-            self.assertEqual((status, count), (400, 1), bad)
-        self.assertEqual(self.answer(running, self.post(b"fffffffff\r\n", "Transfer-Encoding: chunked"))[0], 413)
+        chunks = [b"%x ;ext=1\r\n%b\r\n" % (len(body[n:n + 7]), body[n:n + 7])
+                  for n in range(0, len(body), 7)] + [b"0\r\n\r\n"]
+        chunked = post(b"".join(chunks), "Transfer-Encoding: Chunked")
+        self.assertEqual(self.answer(chunked + post_chat(END))[::2], (200, 2))
+        for expected, bad in (
+                (400, b"x\r\n"), (400, b"-1\r\n\r\n"), (400, b"2\r\nabc\r\n0\r\n\r\n"),
+                (400, b"2\n{}\r\n0\r\n\r\n"), (400, b"2\r\n{}\n0\r\n\r\n"), (400, b"0\r\n\n"),
+                (400, b"2\r\n{}\r\r\n0\r\n\r\n"), (400, b"2;a\rb\r\n{}\r\n0\r\n\r\n"),
+                (431, b"2;" + b"x" * 70000 + b"\r\n{}\r\n0\r\n\r\n"), (400, b"0\r\nX y\r\n\r\n"),
+                (400, b"ffffffffffffffffff\r\n"), (413, b"1389\r\n")):
+            data = post(bad, "Transfer-Encoding: chunked") + post_chat(END)
+            self.assertEqual(self.answer(data)[::2], (expected, 1), bad[:30])
 
-    def test_body_limit_with_a_readable_refusal(self):
-        running = self.start(max_body_size=1000)
-        for size in (1001, 5_000_000):
-            with contextlib.closing(running.connect()) as connection:
-                connection.putrequest("POST", "/v1/chat/completions")
-                connection.putheader("Content-Length", str(size))
-                connection.endheaders()
-                connection.send(b"x" * size)
-                response = connection.getresponse()
-                self.assertEqual((response.status, json.loads(response.read())["error"]["code"]), (413, "body_too_large"))
-        self.assertEqual(running.chat("x" * 900)[0], 200)
-        status, headers, _ = running.request("POST", "/v1/chat/completions", b"x" * 1001, {"Origin": "http://localhost:3000"})
-        self.assertEqual((status, headers["Access-Control-Allow-Origin"]), (413, "http://localhost:3000"))  # or the page could not read it
-
-    def test_expect_continue(self):
-        running = self.start(api_key=["k"])
-        body = chat_body()
-        for headers, expected in (([], b"HTTP/1.1 401"), (["Authorization: Bearer k"], b"HTTP/1.1 100")):
-            with socket.create_connection(("127.0.0.1", running.port), timeout=DEADLINE) as connection:
-                connection.sendall(self.post(b"", f"Content-Length: {len(body)}", "Expect: 100-continue", "Connection: close", *headers))
-                self.assertEqual(connection.recv(12), expected)
-                if not headers:
-                    continue
-                connection.sendall(body)
-                self.assertIn(b"HTTP/1.1 200", b"".join(iter(lambda: connection.recv(65536), b"")))
-
-    def test_has_hung_up_does_not_wait(self):
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            ours.settimeout(3600.0)
-            self.assertFalse(proxy.has_hung_up(ours))
-            theirs.sendall(b"x")
-            self.assertFalse(proxy.has_hung_up(ours))
-            self.assertEqual((ours.recv(1), ours.gettimeout()), (b"x", 3600.0))
-            theirs.close()
-            self.assertTrue(proxy.has_hung_up(ours))
-        self.assertTrue(proxy.has_hung_up(ours))
+    def test_bodies_are_bounded(self):
+        with unittest.mock.patch.object(proxy, "MAX_BODIES_BYTES", 3000):
+            self.start(max_body_size=2000)
+            page = {"Origin": "http://localhost:3000"}  # may read the refusal, as others can
+            for size in (2001, 5_000_000):
+                status, headers, body = self.request("POST", COMPLETIONS, b"x" * size, page)
+                self.assertEqual((status, body["error"]["code"]), (413, "body_too_large"))
+                self.assertEqual(headers["Access-Control-Allow-Origin"], page["Origin"])
+            self.pool.respond = lambda request: self.pool.wait()
+            big = {"user": "x" * 1800}
+            announced = [self.connect(post(b"{", "Content-Length: 1999")) for _ in range(2)]
+            held = self.connect(post_chat(**big))
+            self.assertTrue(eventually(lambda: self.pool.running == 1))
+            status, headers, body = self.request("POST", COMPLETIONS, chat_body(**big))
+            self.assertEqual((status, body["error"]["code"]), (503, "too_busy"))
+            self.assertGreater(int(headers["Retry-After"]), 0)
+            for connection in announced:  # counted is what has come
+                connection.setblocking(False)
+                self.assertRaises(BlockingIOError, connection.recv, 1)
+            held.close()
+            self.pool.respond = lambda request: iter([self.pool.finish])
+            self.assertTrue(eventually(lambda: self.pool.running == 0))
+            for _ in range(3):
+                self.assertEqual(self.request("POST", COMPLETIONS, chat_body(**big))[0], 200)
 
     def test_slow_requests_end(self):
         with unittest.mock.patch.multiple(proxy, IDLE_SECONDS=0.5, BODY_SECONDS=0.5):
-            running = self.start()
-            self.assertEqual(running.raw(b"GET / HT"), b"")
-            self.assertEqual(running.raw(b""), b"")
-            self.assertEqual(self.answer(running, self.post(b"{", "Content-Length: 10"), half_close=False)[0], 408)
-            with socket.create_connection(("127.0.0.1", running.port), timeout=DEADLINE) as connection:
-                with contextlib.suppress(OSError):  # a drip does not extend the deadline
-                    for _ in range(40):
-                        connection.sendall(b"G")
-                        time.sleep(0.05)
-                    self.fail("the connection stayed open")
+            self.start()
+            for data in (b"", b"GET / HT"):
+                self.assertEqual(self.rest(self.connect(data)), b"")
+            self.assertEqual(self.rest(self.connect(post(b"{", "Content-Length: 10"))), b"")
+            connection = self.connect()
+            with self.assertRaises(OSError):  # a drip does not extend the deadline
+                for _ in range(100):
+                    connection.sendall(b"G")
+                    time.sleep(0.05)
 
-    def test_thousand_idle_connections(self):
-        most = min(1000, (proxy.open_files_allowed() - 300) // 2)
-        self.assertGreater(most, 300)
-        with unittest.mock.patch.object(proxy, "IDLE_SECONDS", 600.0):
-            self.crowd(self.start(), most, range(most, most + 1))
+    def test_clients_that_hang_up(self):
+        """They are noticed also where bytes of a next request come before the end."""
+        self.start()
+        self.pool.respond = lambda request: self.pool.wait()
+        for more in (b"", b"\r\n", HEALTH, post(b"x" * 30000, "Content-Length: 90000")):
+            for stream in (False, True):
+                connection = self.connect(post_chat(stream=stream) + more)
+                self.assertTrue(eventually(lambda: self.pool.running == 1))
+                connection.close()
+                self.assertTrue(eventually(lambda: self.pool.running == 0, 10), more[:20])
+        self.assert_logged(' 499 model=a/first error="the client hung up"')
+
+    def test_clients_that_read_slowly(self):
+        self.start()
+        piece = (0, proxy.Event({"content": "x" * (1 << 16)}))
+        self.pool.respond = lambda request: iter([piece] * 200 + [self.pool.finish])
+        with unittest.mock.patch.object(proxy, "WRITE_SECONDS", 1.0):
+            steady, started, size = self.connect(post_chat(END)), time.monotonic(), 0
+            while data := steady.recv(1 << 17):
+                size += len(data)
+                time.sleep(0.02)
+            self.assertGreater(size, 200 << 16)
+            self.assertGreater(time.monotonic() - started, 1.5)
+            self.connect(post_chat(stream=True))
+            self.assert_logged(" 499 .*the client does not read")
 
     def test_connections_are_bounded(self):
-        with unittest.mock.patch.object(proxy, "MAX_CONNECTIONS", 50):
-            self.crowd(self.start(), 120, range(30, 100))  # a thread may start before the last one has counted itself
+        with unittest.mock.patch.object(proxy, "MAX_CONNECTIONS", 20):
+            self.start()
+            idle = [self.connect(b"GET / HTTP/1.1\r\n" * (n % 2)) for n in range(60)]
+            self.assertEqual(self.request("POST", COMPLETIONS, chat_body())[0], 200)
+            for connection in idle[:40]:
+                self.assertEqual(self.rest(connection), b"")
+            busy = [self.connect(post(b"{", "Content-Length: 10", "Expect: 100-continue", END))
+                    for _ in range(20)]
+            for connection in busy:
+                self.assertEqual(connection.recv(12), b"HTTP/1.1 100")
+            with contextlib.suppress(ConnectionError):  # those that ask are not ended for it
+                self.assertEqual(self.rest(self.connect(HEALTH)), b"")
+            busy[0].sendall(b" " * 9)
+            self.assertIn(b"HTTP/1.1 400", self.rest(busy[0]))
+            self.assertTrue(eventually(lambda: self.request("GET", "/health")[0] == 200))
+        self.start()
+        many = [self.connect() for _ in range(400)]
+        self.assertEqual(self.request("GET", "/health")[0], 200)  # they have been accepted
+        many[0].sendall(post_chat(END))
+        self.assertIn(b"HTTP/1.1 200", self.rest(many[0]))
 
-    def test_busy_connections_are_bounded_too(self):
-        with unittest.mock.patch.object(proxy, "MAX_CONNECTIONS", 5), contextlib.ExitStack() as stack:
-            running = self.start()
-            busy = self.post(b"{", "Content-Length: 10")
-            held = [stack.enter_context(socket.create_connection(("127.0.0.1", running.port), timeout=DEADLINE)) for _ in range(5)]
-            for connection in held:
-                connection.sendall(busy)
-            self.assertTrue(eventually(lambda: list(running.server._handlers.values()) == [False] * 5))
-            with contextlib.suppress(ConnectionError):
-                self.assertEqual(running.raw(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"), b"")
-            held[0].sendall(b" " * 9)
-            self.assertIn(b"400", held[0].recv(100))
-            self.assertTrue(eventually(lambda: True in running.server._handlers.values()))  # idle again: it makes room
-            self.assertEqual(running.request("GET", "/health")[0], 200)
-
-    def crowd(self, running, count, held):
-        """Open `count` connections, half of them with half a request; assert how many are held and that others are served."""
-        with contextlib.ExitStack() as stack:
-            for number in range(count):
-                connection = stack.enter_context(socket.create_connection(("127.0.0.1", running.port), timeout=DEADLINE))
-                connection.sendall(b"GET / HTTP/1.1\r\n" if number % 2 else b"")
-            self.assertTrue(eventually(lambda: len(running.server._handlers) in held), len(running.server._handlers))
-            self.assertEqual(running.chat("x")[0], 200)
-
-    def test_http_1_0(self):
-        running = self.start()
-        body = json.dumps({"messages": [{"role": "user", "content": "x"}], "stream": True}).encode()
-        got = running.raw(self.post(body, f"Content-Length: {len(body)}", version="1.0"))
-        head, _, data = got.partition(b"\r\n\r\n")
-        self.assertNotIn(b"chunked", head)
-        self.assertEqual(sse_events(data)[-1], "[DONE]")
-        got = running.raw(b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\nGET /health HTTP/1.0\r\n\r\n")
-        self.assertEqual([got.count(text) for text in (b"200 OK", b"Connection: keep-alive", b"Connection: close")], [2, 1, 1])
-
-    def test_stream_bytes(self):
-        running = self.start()
-        body = json.dumps({"messages": [{"role": "user", "content": "x"}], "stream": True}).encode()
-        got = running.raw(self.post(body, f"Content-Length: {len(body)}", "Connection: close"))
+    def test_streams(self):
+        self.start()
+        got = self.rest(self.connect(post_chat(END, stream=True)))
         self.assertTrue(got.endswith(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"), got[-60:])
-        for header in (b"Transfer-Encoding: chunked", b"Content-Type: text/event-stream", b"X-Accel-Buffering: no", b"Cache-Control: no-cache"):
+        for header in (b"Transfer-Encoding: chunked", b"Content-Type: text/event-stream",
+                       b"X-Accel-Buffering: no", b"Cache-Control: no-cache"):
             self.assertIn(header, got)
+        got = self.rest(self.connect(post_chat(version="1.0", stream=True)))
+        self.assertRegex(got, rb"(?s)\r\n\r\ndata: .*}\n\ndata: \[DONE]\n\n$")
+        go_on = threading.Event()
+
+        def respond(request):
+            while not go_on.wait(0.02):
+                yield None
+            raise proxy.APIError(429, "slow down", headers={"Retry-After": "7"})
+
+        self.pool.respond = respond
+        with unittest.mock.patch.object(proxy, "PING_SECONDS", 0.1):
+            connection, got = self.connect(post_chat(END, stream=True)), b""
+            while got.count(proxy.SSE_PING) < 2:
+                got += connection.recv(1 << 16)
+            self.assertLess(got.index(b'"role":"assistant"'), got.index(proxy.SSE_PING))
+            go_on.set()
+        error = {"message": "slow down", "type": "rate_limit_error", "param": None, "code": None}
+        end = proxy.sse_data({"error": error}) + proxy.SSE_DONE + b"\r\n0\r\n\r\n"
+        self.assertTrue(self.rest(connection).endswith(end))
+        status, headers, body = self.request("POST", COMPLETIONS, chat_body(stream=True))
+        self.assertEqual((status, headers["Retry-After"], body), (429, "7", {"error": error}))
 
     def test_api_keys(self):
-        running = self.start(api_key=["first", "se cond\u20ac"])
-        for headers, expected in (({}, 401), ({"Authorization": "Bearer first"}, 200), ({"authorization": "bearer first"}, 200),
-                                  ({"X-Api-Key": "first"}, 200), ({"X-Api-Key": "se cond\u20ac".encode()}, 200), ({"Authorization": "Bearer firs"}, 401), ({"Authorization": "Bearer"}, 401),
-                                  ({"Authorization": "Basic first"}, 401), ({"X-Api-Key": "\xff"}, 401)):
-            status, answer_headers, body = running.request("GET", "/v1/models", headers=headers)
+        self.start(api_key=["kee1", "se cond\u20ac"])
+        head = [f"Content-Length: {len(chat_body())}", "Expect: 100-continue", END]
+        self.assertEqual(self.connect(post(b"", *head)).recv(12), b"HTTP/1.1 401")
+        connection = self.connect(post(b"", *head, "api-key: kee1"))
+        self.assertEqual(connection.recv(12), b"HTTP/1.1 100")
+        connection.sendall(chat_body())
+        self.assertIn(b"HTTP/1.1 200", self.rest(connection))
+        for expected, headers in (
+                (401, {}), (200, {"Authorization": "Bearer kee1"}), (200, {"X-Api-Key": "kee1"}),
+                (200, {"authorization": "bearer kee1"}), (200, {"api-key": "kee1"}),
+                (200, {"X-Api-Key": "se cond\u20ac".encode()}), (401, {"Authorization": "Bearer"}),
+                (200, {"Authorization": "Bearer x", "X-Api-Key": "kee1"}), (401, {"api-key": ""}),
+                (401, {"Authorization": "Bearer kee"}), (401, {"Authorization": "Basic kee1"}),
+                (401, {"X-Api-Key": "\xff"}), (401, {"api-key": "kee12"})):
+            status, answered, _ = self.request("GET", "/v1/models", None, headers)
             self.assertEqual(status, expected, headers)
-            if status == 401:
-                self.assertEqual(json.loads(body)["error"]["code"], "invalid_api_key")
-                self.assertEqual(answer_headers["WWW-Authenticate"], "Bearer")
-        self.assertEqual(running.request("POST", "/chat/completions", chat_body())[0], 401)
-        self.assertEqual(running.request("GET", "/health")[0], 200)
-        self.assertEqual(running.request("OPTIONS", "/v1/models")[0], 204)
-        self.assertNotIn("first", " ".join(self.logged))
+            self.assertEqual(answered["WWW-Authenticate"], "Bearer" if status == 401 else None)
+        self.assertEqual(self.error("POST", COMPLETIONS, chat_body())[:2], (401, "invalid_api_key"))
+        for path in ("/health", "/"):
+            self.assertEqual(self.request("GET", path, None, {"Host": "any.example"})[0], 200)
+        self.assertNotIn("kee1", " ".join(self.logged))
+
+    def test_hosts(self):
+        self.start()
+        evil = {"Host": "evil.example"}
+        for expected, host in (
+                (200, "localhost"), (200, "LocalHost.:80"), (200, "x.localhost:1"),
+                (200, "1.2.3.4"), (200, "[::1]:4141"), (200, socket.gethostname()),
+                (200, "host.docker.internal"),
+                (403, "localhost.evil.example:4141"), (403, "1.2.3.4.x"), (403, "evil.example")):
+            status = self.request("GET", "/models", None, {"Host": host})[0]
+            self.assertEqual(status, expected, host)
+        self.assertEqual(self.error("GET", "/", None, evil)[:2], (403, "host_not_allowed"))
+        self.assertEqual(self.request("GET", "/health", None, evil)[0], 200)
+        self.start(host="0.0.0.0")
+        self.assertEqual(self.request("GET", "/models", None, evil)[0], 200)
 
     def test_origins(self):
-        running = self.start(cors_origin=["https://app.example"])
-        for origin, allowed in (("http://localhost:3000", True), ("https://127.0.0.1", True), ("http://[::1]:80", True), ("https://app.example", True),
-                                ("https://evil.example", False), ("null", False), ("http://localhost.evil.example", False), ("", False),
-                                ("http://localhost:3000\u00e9", False)):
-            status, headers, body = running.request("POST", "/v1/chat/completions", chat_body(), {"Origin": origin})
-            self.assertEqual((status, headers["Access-Control-Allow-Origin"]), (200, origin) if allowed else (403, None), origin)
-            if not allowed:
-                self.assertEqual(json.loads(body)["error"]["code"], "origin_not_allowed")
-        status, headers, _ = running.request("OPTIONS", "/v1/chat/completions", headers={
-            "Origin": "https://app.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"})
-        self.assertEqual((status, headers["Access-Control-Allow-Origin"], headers["Access-Control-Allow-Methods"],
-                          headers["Access-Control-Allow-Headers"], headers["Vary"]),
-                         (204, "https://app.example", "OPTIONS, POST", "authorization,content-type", "Origin"))
-        body = json.dumps({"messages": [{"role": "user", "content": "x"}], "stream": True})
-        status, headers, _ = running.request("POST", "/v1/chat/completions", body, {"Origin": "https://app.example"})
-        self.assertEqual(headers["Access-Control-Allow-Origin"], "https://app.example")
-        everyone = self.start(cors_origin=["*"])
-        self.assertEqual(everyone.request("GET", "/v1/models", headers={"Origin": "https://any.example"})[0], 200)
-        self.assertEqual(everyone.request("GET", "/v1/models", headers={"Origin": "null"})[0], 403)
-
-    def assert_logged(self, pattern):
-        self.assertTrue(eventually(lambda: any(re.search(pattern, line) for line in self.logged)), (pattern, self.logged))
+        self.start(cors_origin=["https://app.example"])
+        for allowed, origins in (
+                (True, ("http://localhost:3000", "https://127.0.0.1", "http://[::1]:80", "app://x",
+                        "https://app.example", "tauri://localhost", "vscode-webview://1d",
+                        "vscode-file://vscode-app")),
+                (False, ("https://evil.example", "null", "http://localhost.evil.example", "",
+                         "http://localhost:3000\u00e9"))):
+            for origin in origins:
+                status, headers, _ = self.request("GET", "/v1/models", None, {"Origin": origin})
+                expected = (200, origin) if allowed else (403, None)
+                self.assertEqual((status, headers["Access-Control-Allow-Origin"]), expected, origin)
+        text = "--cors-origin https://evil.example allows them"
+        evil = {"Origin": "https://evil.example"}
+        self.assertIn(text, self.error("POST", COMPLETIONS, b"", evil)[2])
+        self.assert_logged(f'403 error="Web pages of https://evil.example may not .*{text}"')
+        status, headers, body = self.request("OPTIONS", COMPLETIONS, None, {
+            "Origin": "app://x", "Access-Control-Request-Headers": "authorization,content-type"})
+        self.assertEqual((status, body, headers["Vary"]), (204, b"", "Origin"))
+        allowed = [headers["Access-Control-Allow-" + name] for name in (
+            "Origin", "Methods", "Headers")]
+        self.assertEqual(allowed, ["app://x", "OPTIONS, POST", "authorization,content-type"])
+        self.start(cors_origin=["*"])
+        for origin, expected in (("https://any.example", 200), ("null", 403)):
+            self.assertEqual(self.request("GET", "/", None, {"Origin": origin})[0], expected)
 
     def test_log(self):
-        running = self.start()
-        running.request("POST", "/v1/chat/completions", chat_body(), {"X-Request-Id": "abc-1"})
-        self.assert_logged(r"^127\.0\.0\.1 POST /v1/chat/completions 200 model=github-copilot/gpt-5-mini first=\d+\.\d+ "
-                           r"in=1 out=2 seconds=\d+\.\d+ id=abc-1$")
-        status, headers, _ = running.request("GET", "/nothing", headers={"X-Request-Id": "a b\u00e9"})
+        self.start()
+        for asked, model, told in (
+                (None, "first", ""), ("second", "second", ""), ("a/second", "second", ""),
+                ("gpt 4\n", "first", "asked=gpt.4. ")):
+            self.request("POST", COMPLETIONS, chat_body(model=asked))
+            self.assert_logged(rf"^127\.0\.0\.1 POST {COMPLETIONS} 200 model=a/{model} {told}"
+                               r"first=\d+\.\d{3} in=1 out=2 seconds=\d+\.\d{3} id=[0-9a-f]{32}$")
+        headers = self.request("GET", "/no")[1]
         self.assertRegex(headers["X-Request-Id"], "^[0-9a-f]{32}$")
-        self.assert_logged(r' GET /nothing 404 error="There is nothing at /nothing" seconds=\S+ id=' + headers["X-Request-Id"])
-        self.answer(running, b"GET /a\x1b[31m\x00b HTTP/1.1\r\nHost: x\r\n\r\n")
-        running.request("POST", "/v1/chat/completions", b'{"messages":"SECRET"}')
-        running.chat("SECRET")
-        self.assertTrue(eventually(lambda: len(self.logged) == 5))
+        self.assert_logged(' GET /no 404 error="There is .* id=' + headers["X-Request-Id"])
+        self.answer(b"GET /a\x1b[31m\xe9 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        self.request("POST", COMPLETIONS, b'{"messages":"SECRET"}')
+        self.assertTrue(eventually(lambda: len(self.logged) == 7), self.logged)
         for line in self.logged:
             self.assertRegex(line, r"^[\x20-\x7e]+$")
             self.assertNotIn("SECRET", line)
 
     def test_defects_are_contained(self):
-        running = self.start()
-        with unittest.mock.patch.object(proxy, "envelope", side_effect=ZeroDivisionError("x")):
-            status, answer = running.chat()
-        self.assertEqual((status, answer["error"]["code"]), (500, "internal_error"))
-        self.assert_logged("internal error: ZeroDivisionError")
-        self.assertEqual(running.chat()[0], 200)
+        self.start()
+        self.pool.respond = lambda request: iter([self.pool.content, 7])
+        answer = self.error("POST", COMPLETIONS, chat_body())
+        self.assertEqual(answer, (500, "internal_error", "internal error"))
+        self.assertIn(b'"internal_error"', self.rest(self.connect(post_chat(END, stream=True))))
+        self.assert_logged(' 500 .*error="internal error: TypeError')
+        self.assertEqual(self.request("GET", "/v1/models")[0], 200)
+
+    def test_passing_through(self):
+        """A provider's answer is told as it is, and breaks off where it breaks off."""
+        self.start(api_key=["kee1"])
+        asked = []
+
+        def respond(request):
+            asked.append(request)
+            yield 0, proxy.Head(201, {"content-type": "text/x"})
+            yield None
+            yield 0, proxy.Piece("data: \u00e4\n")
+            if "fails" in request.body:
+                raise proxy.APIError(502, "it broke")
+            yield 0, proxy.Piece("\n", "stop")
+
+        self.pool.respond = respond
+        key, passed = {"x-api-key": "kee1"}, {"anthropic-beta": "b", "anthropic-version": "1"}
+        for path, wire_format in (("/v1/responses", proxy.Responses), ("/messages", proxy.Messages),
+                                  ("/v1/messages/?beta=true", proxy.Messages)):
+            body = {"model": "second", "x": 1}
+            got = self.request("POST", path, body, {**key, **passed, "X-Other": "o"})
+            self.assertEqual((got[0], got[1]["Content-Type"], got[2]),
+                             (201, "text/x", "data: \u00e4\n\n".encode()))
+            self.assertEqual(asked[-1], proxy.NativeRequest(body, wire_format, "second", passed))
+            self.assert_logged(f" POST {re.escape(path)} 201 model=a/second first=")
+            with self.assertRaises(http.client.IncompleteRead):  # there is no last chunk
+                self.request("POST", path, {**body, "fails": 1}, key)
+            for status, fields, headers in (
+                    (400, {"model": "second", "previous_response_id": "r"}, key), (400, {}, key),
+                    (404, {"model": "none"}, key), (401, {"model": "second"}, {})):
+                found, _, told = self.request("POST", path, fields, headers)
+                self.assertEqual((found, told.pop("type", None)), (
+                    status, "error" if wire_format is proxy.Messages else None), fields)
+                self.assertEqual(sorted(told["error"]), ["code", "message", "param", "type"])
+        stored = {"model": "second", "store": True}
+        self.assertEqual(self.request("POST", "/responses", stored, key)[0], 400)
+        for path in ("/messages/count_tokens", "/responses/r"):
+            self.assertEqual(self.error("POST", path, b"{}", key)[:2], (404, "unknown_url"))
+
+    def test_stop(self):
+        """Idle connections end at once; answers have the grace, then they are errors."""
+        for grace, expected in ((DEADLINE, b"HTTP/1.1 200"), (0.1, b"HTTP/1.1 503")):
+            self.start()
+            go_on = threading.Event()
+            self.pool.respond = lambda request, go_on=go_on: self.pool.wait(go_on)
+            idle, busy = self.connect(), self.connect(post_chat())
+            self.assertTrue(eventually(lambda: self.pool.running == 1))
+            thread = threading.Thread(target=self.server.stop, args=(grace, time.sleep))
+            thread.start()
+            self.assertEqual(idle.recv(1), b"")
+            if grace == DEADLINE:
+                go_on.set()
+            self.assertTrue(self.rest(busy).startswith(expected))
+            thread.join()
 
     def test_fuzz(self):
-        """Whatever bytes come, the connection is answered in JSON or closed, and the next request is served."""
-        running, seeded = self.start(max_body_size=2000), random.Random(4141)
-        body = chat_body()
-        good = [self.post(body, f"Content-Length: {len(body)}", path="/v1/models"), b"GET /v1/models/local%2Fm HTTP/1.1\r\nHost: x\r\n\r\n",
-                self.post(b"5\r\n{\"a\":\r\n0\r\n\r\n", "Transfer-Encoding: chunked", "Expect: 100-continue"), b"OPTIONS / HTTP/1.0\r\nOrigin: null\r\n\r\n"]
-        with unittest.mock.patch.multiple(proxy, IDLE_SECONDS=2.0, BODY_SECONDS=2.0, DRAIN_SECONDS=0.5):
+        """Whatever bytes come, the answer is JSON or an end, and the next request is served."""
+        self.start(max_body_size=2000)
+        seeded = random.Random(4141)
+        good = [post_chat(), b"GET /v1/models/b%2Fm HTTP/1.1\r\nHost: localhost\r\n\r\n",
+                post(b'5\r\n{"a":\r\n0\r\n\r\n', "Transfer-Encoding: chunked",
+                     "Expect: 100-continue"), b"OPTIONS / HTTP/1.0\r\nOrigin: null\r\n\r\n"]
+        with unittest.mock.patch.multiple(proxy, BODY_SECONDS=2.0, DRAIN_SECONDS=0.5):
             for _ in range(int(os.environ.get("OPENCODE_PROXY_TEST_FUZZ", "3000")) // 3):
-                data = bytearray(b"".join(seeded.choice(good) for _ in range(seeded.randint(1, 3))))
+                data = bytearray(b"".join(seeded.choices(good, k=seeded.randint(1, 3))))
                 for _ in range(seeded.randint(0, 6)):
                     place = seeded.randrange(len(data))
-                    data[place:place + seeded.randint(0, 3)] = bytes(seeded.choice(b"\r\n\0 :;,0123456789abcXYZ\xff/") for _ in range(seeded.randint(0, 3)))
-                with contextlib.suppress(ConnectionError):
-                    got = running.raw(bytes(data), half_close=True)
-                    self.assertNotIn(b"Traceback", got)
-                    self.assertNotIn(b"internal_error", got, data)
-        self.assertEqual(running.chat()[0], 200)
-        self.assertFalse([line for line in self.logged if "internal error" in line or "connection failed" in line])
+                    data[place:place + seeded.randint(0, 3)] = bytes(seeded.choices(
+                        b"\r\n\0 :;,0123456789abcXYZ\xff/", k=seeded.randint(0, 3)))
+                with contextlib.suppress(ConnectionError), self.connect(data) as connection:
+                    connection.shutdown(socket.SHUT_WR)
+                    self.assertNotIn(b"internal_error", self.rest(connection), data)
+        self.assertEqual(self.request("POST", COMPLETIONS, chat_body())[0], 200)
+        self.assertFalse([line for line in self.logged if "internal" in line or "failed" in line])
+# ------------------------------------------------------------------------- through the real opencode
+
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PNG}}
+HELLO = "Hello w\u00f6r\u2028ld"
+SYSTEM_PROMPT = re.compile(rb"agent|opencode|working directory", re.I)
 
 
-# ------------------------------------------------------------------------------------------------- command line
-
-class CommandTest(FakeCase):
-    def command(self, *arguments, **environment):
-        """Start the program; return its process. `self.lines` gets what it writes."""
-        command = [sys.executable, "-W", "error::ResourceWarning", str(HERE / "opencode_proxy.py"), "--opencode", str(self.fake), *arguments]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={
-            **self.clean, "TMPDIR": str(self.folder / "tmp"), **environment}, cwd=self.folder, universal_newlines=True)
-        self.stack.callback(process.stdout.close)
-        self.stack.callback(process.wait)
-        self.stack.callback(process.kill)
-        self.lines = []
-        return process
-
-    def run_to_end(self, *arguments, **environment):
-        process = self.command(*arguments, **environment)
-        return process.communicate(timeout=DEADLINE)[0], process.returncode
-
-    def serving(self, *arguments, **environment):
-        """Start the program; return its process and port when it serves."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        process = self.command("--host", "127.0.0.1", "--port", str(port), *arguments, **environment)
-        for line in iter(process.stdout.readline, ""):
-            self.lines.append(line.rstrip())
-            if "base URL" in line:
-                break
-        return process, port
-
-    def asking(self, port, content, stream=True):
-        """Send a chat request; return the connection."""
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
-        self.stack.callback(connection.close)
-        connection.request("POST", "/v1/chat/completions", json.dumps({"messages": [{"role": "user", "content": content}], "stream": stream}))
-        return connection
-
-    def test_version_and_bad_values(self):
-        self.assertEqual(self.run_to_end("--version"), (f"opencode_proxy {proxy.__version__}\n", 0))
-        for arguments in (["--port", "x"], ["--port", "70000"], ["--timeout", "0"], ["--timeout", "nan"], ["--max-concurrency", "0"],
-                          ["--model", "bare"], ["--spares", "-1"], ["--api-key-file", "/no/such/file"], ["--api-key-file", os.devnull],
-                          ["--api-key-file", ""],
-                          ["--api-key", ""], ["--nonsense"]):
-            output, code = self.run_to_end(*arguments)
-            self.assertEqual((code, output.count("Traceback")), (2, 0), output)
-            self.assertIn("error: ", output.splitlines()[-1])
-
-    def test_failures_are_one_line(self):
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen()
-            for arguments, text in ((["--host", "127.0.0.1", "--port", str(taken.getsockname()[1])], "cannot listen on 127.0.0.1:"),
-                                    (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid:"),
-                                    (["--opencode", "/no/such"], "--opencode /no/such: not found")):
-                output, code = self.run_to_end(*arguments)
-                self.assertEqual((code, len(output.splitlines())), (1, 1), output)
-                self.assertIn(text, output)
-        output, code = self.run_to_end("--port", "0", "--host", "127.0.0.1", FAKE_MODE="models-fail")
-        self.assertEqual((code, len(output.splitlines())), (1, 1), output)
-        self.assertIn("is not valid JSON(C)", output)
-
-    def test_environment_and_options(self):
-        for name, value, attribute, expected in (
-                ("PORT", "7", "port", 7), ("API_KEY", "a b", "api_key", ["a", "b"]), ("CORS_ORIGIN", "*", "cors_origin", ["*"]),
-                ("MAX_BODY_SIZE", "9", "max_body_size", 9), ("MODEL", "p/m", "model", "p/m"), ("VERBOSE", "1", "verbose", True), ("VERBOSE", "0", "verbose", False),
-                ("API_KEY", "", "api_key", []), ("CORS_ORIGIN", "https://App.example/ http://b", "cors_origin", ["https://app.example", "http://b"])):
-            with unittest.mock.patch.dict(os.environ, {"OPENCODE_PROXY_" + name: value}):
-                self.assertEqual(getattr(proxy.read_settings([]), attribute), expected)
-        with unittest.mock.patch.dict(os.environ, {"OPENCODE_PROXY_PORT": "7", "OPENCODE_PROXY_API_KEY": "a"}):
-            settings = proxy.read_settings(["--port", "8", "--api-key", "c"])
-            self.assertEqual((settings.port, settings.api_key), (8, ["c"]))
-        keys = self.folder / "keys"
-        keys.write_text("one\ntwo\n")
-        self.assertEqual(proxy.read_settings(["--api-key-file", str(keys), "--api-key", "c"]).api_key, ["c", "one", "two"])
-        output, code = self.run_to_end(OPENCODE_PROXY_PORT="x")
-        self.assertEqual((code, output.splitlines()[-1]), (2, "opencode_proxy.py: error: argument --port: invalid int value: 'x'"))
-
-    def test_verbose_shows_no_contents(self):
-        process, port = self.serving("--verbose")
-        self.asking(port, "SECRET").getresponse().read()
-        process.terminate()
-        seen = process.stdout.read()
-        self.assertRegex(seen, r"-> session/prompt \d+ bytes\n")
-        self.assertRegex(seen, r"<- proxy/delta \d+ bytes\n")
-        self.assertNotIn("SECRET", seen)
-
-    def test_banner(self):
-        process, port = self.serving("--model", "local/m", "--api-key", "k")
-        self.assertRegex(self.lines[0], rf"opencode_proxy {proxy.__version__} with opencode 1\.18\.33, model local/m$")
-        self.assertTrue(self.lines[1].endswith(f"base URL for apps: http://127.0.0.1:{port}/v1"))
-        running = self.start(host="0.0.0.0")
-        self.assertEqual(proxy.banner(running.server)[1:], [
-            f"base URL for apps: http://localhost:{running.port}/v1",
-            "warning: github-copilot/gpt-4.1 is not offered, github-copilot/gpt-5-mini answers instead; choose with --model",
-            "warning: whoever reaches this port can use your models; set --api-key or --host 127.0.0.1"])
-
-    def test_sigterm_lets_answers_finish(self):
-        process, port = self.serving("--spares", "1")
-        answer = self.asking(port, "slowly 20").getresponse()
-        answer.readline()
-        process.send_signal(signal.SIGTERM)
-        self.assertTrue(eventually(lambda: self.refuses(port)))
-        self.assertEqual(sse_events(answer.read().partition(b"\n")[2])[-1], "[DONE]")
-        self.assertEqual(process.wait(DEADLINE), 0)
-
-    def test_sighup_stops_unless_it_is_ignored(self):
-        self.addCleanup(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_DFL))
-        process, _ = self.serving()
-        process.send_signal(signal.SIGHUP)
-        self.assertEqual(process.wait(DEADLINE), 0)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-        process, port = self.serving()
-        process.send_signal(signal.SIGHUP)
-        self.assertEqual(self.health(port)["status"], "healthy")
-        process.terminate()
-        self.assertEqual(process.wait(DEADLINE), 0)
-
-    def test_sigterm_ends_answers_after_the_grace(self):
-        for signals in (1, 2):
-            process, port = self.serving("--grace", "0.5" if signals == 1 else "60")
-            stream = self.asking(port, "pause 60").getresponse()
-            stream.readline()
-            whole = self.asking(port, "silent 60", stream=False)
-            self.assertTrue(eventually(lambda: self.health(port)["running"] == 2))
-            for _ in range(signals):
-                process.send_signal(signal.SIGINT)
-                time.sleep(0.2)
-            events = sse_events(stream.read().partition(b"\n\n")[2])
-            self.assertEqual((events[-2]["error"]["code"], events[-1]), ("shutting_down", "[DONE]"))
-            response = whole.getresponse()
-            self.assertEqual((response.status, json.loads(response.read())["error"]["code"]), (503, "shutting_down"))
-            self.assertEqual(process.wait(DEADLINE), 0)
-
-    def test_sigkill_leaves_no_opencode(self):
-        process, port = self.serving("--spares", "1")
-        self.asking(port, "slowly 1000").getresponse().readline()
-        mine = [line for line in children() if str(self.fake) in line and "acp" in line]
-        self.assertGreaterEqual(len(mine), 1)
-        process.kill()
-        process.wait()
-
-        def alive():
-            return subprocess.run(["ps", "-p", ",".join(line.split()[0] for line in mine), "-o", "pid="], stdout=subprocess.PIPE).stdout.strip()
-        self.assertTrue(eventually(lambda: not alive()))
-        self.assertEqual(len(run_directories()), 1)  # SIGKILL leaves it; the next start takes it away
-        self.start().close()
-        self.assertEqual(run_directories(), [])
-
-    def refuses(self, port):
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            return True
-        return False
-
-    def health(self, port):
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)) as connection:
-            connection.request("GET", "/health")
-            return json.loads(connection.getresponse().read())
+def part_of(text, *words):
+    """Tell whether all `words` occur in `text`."""
+    return all(word in text for word in words)
 
 
-# ------------------------------------------------------------------------------------------------------- README
-
-class ReadmeTest(unittest.TestCase):
-    text = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
-
-    def rows(self, heading):
-        """Return the rows of the first table below a heading."""
-        table = self.text.partition(f"\n{heading}\n")[2].partition("\n|---")[2].partition("\n")[2].partition("\n\n")[0]
-        return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()]
-
-    def test_options_are_those_of_the_program(self):
-        with unittest.mock.patch.dict(os.environ, {"COLUMNS": "200"}):
-            parser = proxy.build_parser()
-        documented = {row[0].strip("`").replace("\\|", "|").split()[0]: row for row in self.rows("## Options")}
-        actions = {action.option_strings[-1]: action for action in parser._actions if action.option_strings[-1] not in ("--help", "--version")}
-        self.assertEqual(list(documented), [name for name in actions if name not in ("--verbose", "--systemd-unit")] + ["--verbose", "--systemd-unit"])
-        for name, action in actions.items():
-            shown, default, meaning = documented[name]
-            self.assertEqual(default, "" if action.default in (None, False) else str(action.default), name)
-            self.assertTrue(action.help.startswith(meaning.replace("`", "")), (action.help, meaning))
-            self.assertTrue(action.nargs == "?" or shown.strip("`") == " ".join(filter(None, (name, action.metavar))), shown)
-
-    def test_every_known_field_has_a_line(self):
-        named = set(re.findall(r"`([a-z_.]+)`", " ".join(row[0] for row in self.rows("## What becomes of each field"))))
-        self.assertEqual({*proxy.FIELDS, "messages"} - {"stream_options"} - named, set())
-
-    def test_messages_are_those_of_the_program(self):
-        source = (HERE / "opencode_proxy.py").read_text(encoding="utf-8")
-        plain = re.sub(r"\"\s*\n\s*f?\"", "", source)
-        for row in self.rows("## When something does not work"):
-            for message in re.findall(r"`([^`]+)`", row[0]):
-                pieces = [piece for piece in re.split(r"\b\d[\d.:]*\b|\bX\b|\.\.\.|github-copilot|Address already in use", message) if len(piece.strip()) > 8]
-                for piece in pieces:
-                    self.assertIn(piece.strip(" :"), plain, message)
-
-    def test_length_and_plist(self):
-        import plistlib
-        self.assertLessEqual(len(self.text.splitlines()), 200)
-        plist = plistlib.loads(self.text.partition("```xml\n")[2].partition("```")[0].encode())
-        self.assertEqual((plist["Label"], plist["KeepAlive"]), ("opencode-proxy", True))
-
-
-class SystemdTest(unittest.TestCase):
-    def test_units(self):
-        for kind in ("user", "system"):
-            with self.subTest(kind):
-                unit = proxy.systemd_unit(kind, "/opt/bin/opencode")
-                python, program = proxy.unit_word(os.path.abspath(sys.executable)), proxy.unit_word(str(HERE / "opencode_proxy.py"))
-                self.assertIn(f"ExecStart={python} {program} --opencode /opt/bin/opencode\n", unit)
-                self.assertNotIn("{", unit)
-        for text, word in (("/a/b-c.1", "/a/b-c.1"), ("/a b", '"/a b"'), ("/100%", "/100%%"), ("/$x", "/$$x"), ('/"', '"/\\""')):
-            self.assertEqual(proxy.unit_word(text), word)
-
-    def test_systemd_takes_them(self):
-        if not shutil.which("systemd-analyze"):
-            raise unittest.SkipTest("systemd-analyze is missing")
-        with tempfile.TemporaryDirectory() as folder:
-            for kind in ("user", "system"):
-                path = pathlib.Path(folder, f"opencode-proxy-{kind}.service")
-                program = pathlib.Path(folder, "open code %")
-                program.touch(0o700)
-                path.write_text(proxy.systemd_unit(kind, str(program)))
-                done = subprocess.run(["systemd-analyze", "verify", "--man=no", *(["--user"] if kind == "user" else []), str(path)],
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "XDG_RUNTIME_DIR": folder}, check=False)
-                mine = [line for line in done.stdout.decode().splitlines() if path.name in line]
-                self.assertEqual((done.returncode, mine), (0, []), done.stdout.decode())
-
-    def test_notify(self):
-        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-            for name in (f"{folder}/notify", *(["@opencode-proxy-test"] if sys.platform == "linux" else [])):
-                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-                    manager.bind("\0" + name[1:] if name.startswith("@") else name)
-                    manager.settimeout(DEADLINE)
-                    with unittest.mock.patch.dict(os.environ, {"NOTIFY_SOCKET": name}):
-                        proxy.notify("READY=1")
-                    self.assertEqual(manager.recv(100), b"READY=1")
-        proxy.notify("READY=1")
-
-
-class RealWireTest(RealCase):
+class RealTest(RealCase):
     """What the model receives and what the client gets, on the three wire formats."""
 
-    def test_chat_completions_is_verbatim(self):
-        messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "w\u00f6rld \u2028 {file:/etc/passwd} {env:HOME}", "name": "n"},
-                    {"role": "assistant", "content": None, "tool_calls": [
-                        {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{ "a": 1.0 }'}}]},
-                    {"role": "tool", "tool_call_id": "c", "content": "r"}, {"role": "developer", "content": "D"}, {"role": "user", "content": "/help"}]
-        fields = {"temperature": 0, "top_p": 1.0, "max_tokens": 5, "max_completion_tokens": 6, "stop": ["zz"], "seed": 12345678901234567890,
-                  "presence_penalty": 0.5, "frequency_penalty": -0.5, "logit_bias": {"7": 1}, "user": "u", "reasoning_effort": "low",
-                  "verbosity": "low", "metadata": {"a": "b"}, "service_tier": "auto", "store": False, "prediction": {"type": "content", "content": "x"},
-                  "web_search_options": {}, "logprobs": True, "top_logprobs": 2, "unknown": {"2": [1, None], "1": 1.0}}
+    def test_body_is_the_clients_own(self):
+        fields = {"temperature": 0, "top_p": 1.0, "max_completion_tokens": 6, "stop": ["zz"],
+                  "seed": 12345678901234567890, "logit_bias": {"7": 1}, "user": "u", "store": False,
+                  "metadata": {"a": "b"}, "unknown": {"2": [1, None], "1": 1.0}}
+        text = "w\u00f6rld \u2028 {file:/etc/passwd} {env:HOME} /help"
         for model in (CHAT, "local/m"):
             self.upstream.exchanges.clear()
-            status, answer = self.proxy.chat(model=model, messages=messages, **fields)
-            self.assertEqual((status, answer["choices"][0]["message"]["content"]), (200, "Hello w\u00f6r\u2028ld"))
-            sent = {**self.exchange().body}
-            sent.pop("stream_options", None)  # opencode's own, for a provider that has to be asked for its token counts
-            self.assertEqual(sent, {"model": model.partition("/")[2], "stream": True, "messages": messages, **fields})
-            self.assertIn(b'"seed":12345678901234567890', self.exchange().raw)
-            self.assertIn(b'"unknown":{"2":[1,null],"1":1.0}', self.exchange().raw)
-        self.upstream.exchanges.clear()
-        self.proxy.stream(stream_options={"include_usage": True})
-        default = self.proxy.opencode.catalog.default.partition("/")[2].encode()  # 1.17.0 still has gpt-4.1
-        self.assertEqual(self.exchange().raw, b'{"model":"%b","stream":true,"messages":[{"role":"user","content":"hi"}],'
-                                              b'"stream_options":{"include_usage":true}}' % default)
-        self.assertEqual(self.exchange().headers["x-initiator"], "user")
+            self.assertEqual(self.proxy.content(text, model=model, **fields), HELLO)
+            expected = {"model": model.partition("/")[2], "stream": True,
+                        "messages": [{"role": "user", "content": text}], **fields,
+                        "stream_options": {"include_usage": True}}
+            self.assertEqual(self.exchange().raw.decode(), proxy.compact_json(expected))
+        self.assertEqual(self.exchange().headers["x-opencode-proxy-session"], None)
 
     def test_stream_bytes(self):
-        status, headers, data = self.proxy.request("POST", "/v1/chat/completions", {
-            "model": CHAT, "messages": [{"role": "user", "content": "hi"}], "stream": True, "stream_options": {"include_usage": True}})
+        body = chat_body(model=CHAT, stream=True, stream_options={"include_usage": True})
+        status, headers, data = self.proxy.request("POST", "/v1/chat/completions", body)
         head = json.loads(data.split(b"\n\n")[0][6:])
         self.assertRegex(head["id"], "^chatcmpl-[0-9a-f]{32}$")
-        self.assertLess(abs(head["created"] - time.time()), 600)
-        frame = (f'data: {{"id":"{head["id"]}","object":"chat.completion.chunk","created":{head["created"]},"model":"github-copilot/gpt-5-mini",'
+        frame = (f'data: {{"id":"{head["id"]}","object":"chat.completion.chunk",'
+                 f'"created":{head["created"]},"model":"{CHAT}",'
                  '"system_fingerprint":"fp_opencode","choices":[')
-        chunk = frame + '{"index":0,"delta":%s,"logprobs":null,"finish_reason":%s}],"usage":null}\n\n'
-        expected = [chunk % ('{"role":"assistant","content":""}', "null"), chunk % ('{"content":"Hel"}', "null"), chunk % ('{"content":"lo "}', "null"),
-                    chunk % ('{"content":"w\\u00f6r\\u2028ld"}', "null"), chunk % ("{}", '"stop"'),
-                    frame + '],"usage":' + json.dumps(USAGE, separators=(",", ":")) + "}\n\n", "data: [DONE]\n\n"]
-        self.assertEqual(data.decode(), "".join(expected))
-        self.assertEqual((status, headers["Content-Type"], headers["Transfer-Encoding"]), (200, "text/event-stream; charset=utf-8", "chunked"))
+        chunk = frame + '{"index":0,"delta":%s,"logprobs":null,"finish_reason":%s}],"usage":null}'
+        deltas = ('{"role":"assistant","content":""}', '{"content":"Hel"}', '{"content":"lo "}',
+                  '{"content":"w\\u00f6r\\u2028ld"}')
+        usage = json.dumps(USAGE, separators=(",", ":"))
+        expected = [*(chunk % (delta, "null") for delta in deltas), chunk % ("{}", '"stop"'),
+                    f'{frame}],"usage":{usage}}}', "data: [DONE]", ""]
+        self.assertEqual(data.decode(), "\n\n".join(expected))
+        self.assertEqual((status, headers["Content-Type"], headers["Transfer-Encoding"]),
+                         (200, "text/event-stream; charset=utf-8", "chunked"))
 
-    def test_other_formats(self):
-        messages = [{"role": "system", "content": "S"}, {"role": "developer", "content": "D"}, {"role": "user", "content": "a"},
-                    {"role": "assistant", "content": "b"}, {"role": "user", "content": [{"type": "text", "text": "c"}]}]
-        fields = {"temperature": 0.5, "top_p": 0.5, "max_tokens": 50, "user": "u"}
-        bodies = {
-            RESPONSES: {"model": "gpt-5.4-mini", "stream": True, "store": False, "max_output_tokens": 50, "user": "u", "input": [
-                {"role": "developer", "content": "S"}, {"role": "developer", "content": "D"}, {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
-                {"role": "assistant", "content": [{"type": "output_text", "text": "b"}]}, {"role": "user", "content": [{"type": "input_text", "text": "c"}]}]},
-            OLD_CLAUDE: {"model": "claude-3-5-sonnet", "stream": True, "max_tokens": 50, "temperature": 0.5, "metadata": {"user_id": "u"},
-                         "system": [{"type": "text", "text": "S"}, {"type": "text", "text": "D"}], "messages": [
-                {"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
-                {"role": "user", "content": [{"type": "text", "text": "c"}]}]}}
-        for model, body in bodies.items():
-            self.upstream.exchanges.clear()
-            status, answer = self.proxy.chat(messages=messages, model=model, **fields)
-            self.assertEqual((status, answer["choices"][0]["message"]["content"], answer["model"]), (200, "Hello w\u00f6r\u2028ld", model))
-            self.assertEqual({key: answer["usage"][key] for key in ("prompt_tokens", "completion_tokens", "total_tokens")},
-                             {"prompt_tokens": 11, "completion_tokens": 20, "total_tokens": 31})
-            # opencode marks what Anthropic may cache, and leaves out what it knows a model not to take: temperature and
-            # top_p together (Claude), or at all (models that reason)
-            self.assertEqual(without(self.exchange().body, "cache_control"), body)
+    def test_answers(self):
+        pieces = ['{"command": "x', '", "n": 1.0,', ' "big": 12345678901234567890}']
+        self.upstream.respond = answering(("thought", "hm"), ("text", "Let me "),
+                                          ("call", "c1", "bash", pieces), ("call", "c2", "a.b", ["{}"]),
+                                          finish="tool_calls")
+        calls = [{"id": "c1", "type": "function",
+                  "function": {"name": "bash", "arguments": "".join(pieces)}},
+                 {"id": "c2", "type": "function", "function": {"name": "a.b", "arguments": "{}"}}]
+        tools = [{"type": "function", "function": {"name": name}} for name in ("bash", "a.b")]
+        for name, model in FORMATS.items():
+            _, answer = self.proxy.chat(model=model, tools=tools)
+            self.assertEqual(answer["choices"], [{
+                "index": 0, "logprobs": None, "finish_reason": "tool_calls", "message": {
+                    "role": "assistant", "content": "Let me ", "refusal": None,
+                    "reasoning_content": "hm", "tool_calls": calls}}], name)
+            self.assertEqual((answer["model"], answer["usage"]["total_tokens"]), (model, 31))
+            deltas = deltas_of(self.proxy.stream(model=model, tools=tools))
+            self.assertEqual(deltas[1:3], [{"reasoning_content": "hm"}, {"content": "Let me "}])
+            told = [call for delta in deltas for call in delta.get("tool_calls", ())]
+            self.assertEqual([call["index"] for call in told if call.get("id")], [0, 1], name)
+            texts = [call["function"].get("arguments", "") for call in told if call["index"] == 0]
+            self.assertEqual([text for text in texts if text], pieces, name)
+        self.assertEqual(len(self.upstream.exchanges), 6)
 
-    def test_finish_reasons(self):
+    def test_headers_and_effort(self):
+        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        history = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]},
+                   {"role": "tool", "tool_call_id": "c", "content": [PICTURE]}]
+        for messages, expected in (([{"role": "user", "content": "q"}], ("user", None)),
+                                   ([{"role": "user", "content": [PICTURE]}], ("user", "true")),
+                                   (history, ("agent", "true"))):
+            for name, model in FORMATS.items():
+                self.upstream.exchanges.clear()
+                status, answer = self.proxy.chat(model=model, messages=messages,
+                                                 reasoning_effort="high")
+                self.assertEqual(status, 200, answer)
+                headers, body = self.exchange().headers, self.exchange().body
+                found = headers["x-initiator"], headers["Copilot-Vision-Request"]
+                self.assertEqual(found, expected, name)
+                efforts = (body.get("reasoning_effort"), body.get("reasoning", {}).get("effort"),
+                           body.get("output_config", {}).get("effort"))
+                self.assertIn("high", efforts, name)
+
+    def test_finish_reasons_and_empty_answers(self):
         for model in FORMATS.values():
             for finish in ("stop", "length", "content_filter"):
                 self.upstream.respond = answering(("text", "x"), finish=finish)
-                with self.subTest(model=model, finish=finish):
-                    self.assertEqual(self.proxy.chat(model=model)[1]["choices"][0]["finish_reason"], finish)
-                    chunks = self.proxy.stream(model=model)[:-1]
-                    self.assertEqual([chunk["choices"][0]["finish_reason"] for chunk in chunks], [None, None, finish])
-
-    def test_empty_answer(self):
-        self.upstream.respond = answering()
-        for model in FORMATS.values():
-            status, answer = self.proxy.chat(model=model)
-            self.assertEqual((status, answer["choices"][0]["message"]["content"], answer["choices"][0]["finish_reason"]), (200, "", "stop"))
-        self.assertEqual(len(self.upstream.exchanges), 3)
+                chunks = self.proxy.stream(model=model)[:-1]
+                reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+                self.assertEqual(reasons, [None, None, finish], model)
+            self.upstream.respond = answering()
+            self.assertEqual(self.proxy.content(model=model), "")
+            for content in ("", []):
+                self.assertEqual(self.proxy.content(content, model=model), "")
 
     def test_deltas_arrive_as_they_come(self):
         go_on = threading.Event()
 
         def respond(exchange):
-            first, *rest = stream_of(exchange.format, [("text", "one"), ("text", "two")], "stop")
-            place = next(n for n, event in enumerate(rest) if "one" in json.dumps(event)) + 1
+            events = STREAMS[exchange.format]([("text", "one"), ("text", "two")])
+            place = next(n for n, event in enumerate(events) if "one" in json.dumps(event)) + 1
             exchange.begin()
-            exchange.send(first, *rest[:place])
+            exchange.send(*events[:place])
             go_on.wait(DEADLINE)
-            exchange.send(*rest[place:])
+            exchange.send(*events[place:])
 
         self.upstream.respond = respond
         for model in FORMATS.values():
             go_on.clear()
-            with contextlib.closing(self.proxy.connect()) as connection:
-                connection.request("POST", "/v1/chat/completions", json.dumps(
-                    {"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": True}))
-                response = connection.getresponse()
+            with self.proxy.send(model=model, stream=True) as connection:
                 data = b""
-                while b'"one"' not in data:  # the upstream is still in the middle of its answer
-                    data += response.readline()
+                while b'"one"' not in data:  # the provider is still in the middle of its answer
+                    data += connection.recv(65536)
                 self.assertNotIn(b'"two"', data)
                 go_on.set()
-                self.assertIn(b'"two"', response.read())
+                while b"[DONE]" not in data:
+                    data += connection.recv(65536)
+                self.assertIn(b'"two"', data)
 
-    def test_client_hangs_up(self):
+    def test_clients_hang_up(self):
         def respond(exchange):
             exchange.begin()
             exchange.send(chat_chunk({"content": "one"}))
             exchange.wait_closed()
 
         self.upstream.respond = respond
-        for stream in (True, False):
+        for stream, after in ((True, b""), (False, b""), (False, b"\r\nGET / HTTP/1.1\r\n")):
             self.upstream.exchanges.clear()
-            body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "stream": stream})
-            with socket.create_connection(("127.0.0.1", self.proxy.port), timeout=DEADLINE) as connection:
-                connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            with self.proxy.send(stream=stream, after=after):
                 self.assertTrue(eventually(lambda: self.upstream.exchanges))
-                if stream:
-                    self.assertIn(b"200 OK", connection.recv(20))
-            start = time.monotonic()
-            self.assertTrue(self.upstream.exchanges[0].closed_by_client.wait(DEADLINE))
-            report("client hangs up", "stream" if stream else "whole", "-", time.monotonic() - start, 1)
+            self.assertTrue(self.exchange().closed_by_client.wait(SOON - 10))
+        self.upstream.respond = answer_text
+        self.assertEqual(self.proxy.content(), HELLO)
 
-    def test_reasoning(self):
-        self.upstream.respond = lambda exchange: (exchange.begin(), exchange.send(
-            chat_chunk({"reasoning_text": "hm"}), *chat_stream([("text", "x")], "stop")))
-        self.assertEqual(self.proxy.chat()[1]["choices"][0]["message"]["reasoning_content"], "hm")
-        self.upstream.respond = answering(("thought", "hm"), ("thought", "mm"), ("text", "x"))
-        for model in ("local/m", RESPONSES, MESSAGES):
-            self.upstream.exchanges.clear()
-            status, answer = self.proxy.chat(model=model, reasoning_effort="high")
-            self.assertEqual(answer["choices"][0]["message"], {"role": "assistant", "content": "x", "refusal": None, "reasoning_content": "hmmm"}, model)
-            self.assertEqual(deltas_of(self.proxy.stream(model=model))[1:3], [{"reasoning_content": "hm"}, {"reasoning_content": "mm"}])
-            first, second = (exchange.body for exchange in self.upstream.exchanges)
-            if model == RESPONSES:
-                self.assertEqual((first["reasoning"]["effort"], second.get("reasoning")), ("high", None))
-                self.assertEqual(answer["usage"]["completion_tokens_details"], {"reasoning_tokens": 7})
-            elif model == MESSAGES:
-                self.assertEqual((first["thinking"]["type"], first["output_config"]["effort"], "thinking" in second), ("adaptive", "high", False))
-
-    TOOLS = [{"type": "function", "function": {"name": name, "description": "d", "parameters": {
-        "type": "object", "properties": {"b": {"type": "string"}, "a": {"type": "number"}}, "required": ["b"], "additionalProperties": False}}}
-        for name in ("bash", "task", "edit", "a.b")]
-
-    def test_tools(self):
-        target = self.folder / "made-by-bash"
-        arguments = ['{"command": "touch ', f'{target}", "n": 1.0,', ' "big": 12345678901234567890}']
-        self.upstream.respond = answering(("text", "Let me "), ("call", "call_1", "bash", arguments), ("call", "call_2", "a.b", ["{}"]),
-                                          ("call", "call_3", "a.b", ["{}"]), ("call", "call_4", "a.b", ["{}"]), finish="tool_calls")
-        calls = [{"id": "call_1", "type": "function", "function": {"name": "bash", "arguments": "".join(arguments)}}] + [
-            {"id": f"call_{n}", "type": "function", "function": {"name": "a.b", "arguments": "{}"}} for n in (2, 3, 4)]
-        for wire_format, model in [*FORMATS.items(), ("chat/completions", "local/m")]:
-            self.upstream.exchanges.clear()
-            status, answer = self.proxy.chat(model=model, tools=self.TOOLS, tool_choice="auto", parallel_tool_calls=True)
-            self.assertEqual(answer["choices"][0], {"index": 0, "logprobs": None, "finish_reason": "tool_calls", "message": {
-                "role": "assistant", "content": "Let me ", "refusal": None, "tool_calls": calls}}, model)
-            functions = [tool["function"] for tool in self.TOOLS]
-            self.assertEqual(self.exchange().body["tools"], {
-                "chat/completions": self.TOOLS,
-                "responses": [{"type": "function", **function, "strict": False} for function in functions],
-                "messages": [{"name": f["name"], "description": "d", "input_schema": f["parameters"]} for f in functions]}[wire_format])
-            self.assertIn(b'{"b":{"type":"string"},"a":{"type":"number"}}', self.exchange().raw)
-            self.upstream.exchanges.clear()
-            deltas = deltas_of(self.proxy.stream(model=model, tools=self.TOOLS))
-            expected = [{"role": "assistant", "content": ""}, {"content": "Let me "}]
-            for index, call in enumerate(calls):
-                expected.append({"tool_calls": [{"index": index, **call, "function": {"name": call["function"]["name"], "arguments": ""}}]})
-                expected += [{"tool_calls": [{"index": index, "function": {"arguments": piece}}]} for piece in (["{}"] if index else arguments)]
-            self.assertEqual(deltas, [*expected, {}], model)
-            self.exchange()
-        self.assertFalse(target.exists())
-
-    def test_tool_results(self):
-        call = {"id": "call_1", "type": "function", "function": {"name": "bash", "arguments": '{"b":"x"}'}}
-        messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "t", "tool_calls": [call, {**call, "id": "call_2"}]},
-                    {"role": "tool", "tool_call_id": "call_1", "content": "r1"}, {"role": "tool", "tool_call_id": "call_2", "content": "r2"}]
-        expected = {
-            "responses": ("input", [
-                {"role": "user", "content": [{"type": "input_text", "text": "q"}]}, {"role": "assistant", "content": [{"type": "output_text", "text": "t"}]},
-                {"type": "function_call", "call_id": "call_1", "name": "bash", "arguments": '{"b":"x"}'},
-                {"type": "function_call", "call_id": "call_2", "name": "bash", "arguments": '{"b":"x"}'},
-                {"type": "function_call_output", "call_id": "call_1", "output": "r1"}, {"type": "function_call_output", "call_id": "call_2", "output": "r2"}]),
-            "messages": ("messages", [
-                {"role": "user", "content": [{"type": "text", "text": "q"}]},
-                {"role": "assistant", "content": [{"type": "text", "text": "t"}, {"type": "tool_use", "id": "call_1", "name": "bash", "input": {"b": "x"}},
-                                                  {"type": "tool_use", "id": "call_2", "name": "bash", "input": {"b": "x"}}]},
-                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "call_1", "content": "r1"},
-                                             {"type": "tool_result", "tool_use_id": "call_2", "content": "r2"}]}]),
-            "chat/completions": ("messages", messages)}
-        for wire_format, model in FORMATS.items():
-            self.upstream.exchanges.clear()
-            self.assertEqual(self.proxy.chat(model=model, messages=messages, tools=self.TOOLS)[0], 200)
-            key, value = expected[wire_format]
-            self.assertEqual(without(self.exchange().body[key], "cache_control"), value)
-            self.assertEqual(self.exchange().headers["x-initiator"], "agent")
-
-    def test_tool_choice_of_the_old_api(self):
-        self.upstream.respond = answering(("call", "c", "f", ['{"a":1}']), finish="tool_calls")
-        status, answer = self.proxy.chat(functions=[{"name": "f", "parameters": {"type": "object"}}], function_call={"name": "f"})
-        self.assertEqual(answer["choices"][0]["message"], {"role": "assistant", "content": None, "refusal": None,
-                                                           "function_call": {"name": "f", "arguments": '{"a":1}'}})
-        self.assertEqual(answer["choices"][0]["finish_reason"], "function_call")
-        self.assertEqual(self.exchange().body["tool_choice"], {"type": "function", "function": {"name": "f"}})
-
-    PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-
-    def test_images(self):
-        url = "http://127.0.0.1:1/never-fetched.png"
-        content = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + self.PNG, "detail": "high"}},
-                   {"type": "image_url", "image_url": {"url": url}}]
-        expected = {
-            "chat/completions": content,
-            "responses": [{"type": "input_text", "text": "see"},
-                          {"type": "input_image", "image_url": "data:image/jpeg;base64," + self.PNG, "detail": "high"}, {"type": "input_image", "image_url": url}],
-            "messages": [{"type": "text", "text": "see"}, {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": self.PNG}},
-                         {"type": "image", "source": {"type": "url", "url": url}}]}
-        for wire_format, model in FORMATS.items():
-            self.upstream.exchanges.clear()
-            self.assertEqual(self.proxy.chat(content, model=model)[0], 200)
-            exchange = self.exchange()
-            self.assertEqual(without(exchange.body["input" if wire_format == "responses" else "messages"][0]["content"], "cache_control"), expected[wire_format])
-            self.assertEqual((exchange.headers["Copilot-Vision-Request"], exchange.headers["x-initiator"]), ("true", "user"))
-
-    def test_images_that_tools_return(self):
-        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-        image = {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + self.PNG}}
-        messages = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]},
-                    {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "see"}, image]}]
-        expected = {
-            "chat/completions": messages[2:],
-            "responses": [{"type": "function_call_output", "call_id": "c", "output": "see"}, {"role": "user", "content": [
-                {"type": "input_text", "text": "Attached media from tool result:"}, {"type": "input_image", "image_url": image["image_url"]["url"]}]}],
-            "messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": [
-                {"type": "text", "text": "see"}, {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": self.PNG}}]}]}]}
-        for wire_format, model in FORMATS.items():
-            self.upstream.exchanges.clear()
-            self.assertEqual(self.proxy.chat(model=model, messages=messages)[0], 200)
-            exchange = self.exchange()
-            self.assertEqual(without(exchange.body["input" if wire_format == "responses" else "messages"][2:], "cache_control"), expected[wire_format])
-            self.assertEqual((exchange.headers["Copilot-Vision-Request"], exchange.headers["x-initiator"]), ("true", "agent"))
-
-    def test_many_images(self):
-        urls = [f"data:image/png;base64,{self.PNG.rstrip('=')}{number:04d}" for number in range(100)]
-        content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-        for wire_format, model in FORMATS.items():
-            self.upstream.exchanges.clear()
-            self.assertEqual(self.proxy.chat(content, model=model)[0], 200)
-            sent = re.findall(rb"[A-Za-z0-9+/]{80,}", self.exchange().raw)
-            self.assertEqual([f"data:image/png;base64,{text.decode()}" for text in sent], urls, wire_format)
-
-    def test_big_image(self):
-        payload = self.PNG.rstrip("=") * 180000
-        payload = payload[:len(payload) // 4 * 4]
-        for model in FORMATS.values():
-            self.upstream.exchanges.clear()
-            content = [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + payload}}]
-            self.assertEqual(self.proxy.chat(content, model=model)[0], 200)
-            self.assertIn(payload.encode(), self.exchange().raw)
-
-    def test_files_and_audio(self):
-        pdf = {"type": "file", "file": {"file_data": "data:application/pdf;base64,JVBERi0=", "filename": "f.pdf"}}
-        audio = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
-        self.assertEqual(self.proxy.chat([pdf, audio], model=CHAT)[0], 200)
-        self.assertEqual(self.exchange().body["messages"][0]["content"], [pdf, audio])
-        for model, key, part in (
-                (RESPONSES, "input", {"type": "input_file", "filename": "f.pdf", "file_data": "data:application/pdf;base64,JVBERi0="}),
-                (MESSAGES, "messages", {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}, "title": "f.pdf"})):
-            self.upstream.exchanges.clear()
-            self.assertEqual(self.proxy.chat([pdf], model=model)[0], 200)
-            self.assertEqual(without(self.exchange().body[key][0]["content"], "cache_control"), [part])
-
-    def test_what_a_format_cannot_carry_is_the_providers_to_refuse(self):
-        audio = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
-        self.upstream.respond = failing(400, {"error": {"message": "no audio here"}})
-        for model, key in ((MESSAGES, "messages"), (RESPONSES, "input")):
-            self.upstream.exchanges.clear()
-            status, answer = self.proxy.chat([audio], model=model)
-            self.assertEqual((status, answer["error"]["message"]), (400, "no audio here"))
-            self.assertEqual(without(self.exchange().body[key][0]["content"], "cache_control"), [audio])
-
-    def test_response_format(self):
-        schema = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"type": "number"}}, "required": ["b", "a"], "additionalProperties": False}
-        wanted = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": schema}}
-        for model, key, value in ((CHAT, "response_format", wanted), (MESSAGES, "output_config", {"format": {"type": "json_schema", "schema": schema}}),
-                                  (RESPONSES, "text", {"format": {"type": "json_schema", "name": "n", "strict": True, "schema": schema}})):
-            self.upstream.exchanges.clear()
-            self.assertEqual(self.proxy.chat(model=model, response_format=wanted)[0], 200)
-            self.assertEqual(self.exchange().body[key], value)
-        for kind in ("json_object", "text"):
-            for model, key, value in ((CHAT, "response_format", {"type": kind}), (RESPONSES, "text", {"format": {"type": kind}}), (MESSAGES, "output_config", None)):
-                self.upstream.exchanges.clear()
-                self.assertEqual(self.proxy.chat(model=model, response_format={"type": kind})[0], 200)
-                self.assertEqual(self.exchange().body.get(key), value)
-
-    def test_stop(self):
+    def test_stop_and_usage(self):
         self.upstream.respond = answering(("text", "one ST"), ("text", "OP two"))
-        for model, key, value in ((CHAT, "stop", "STOP"), (RESPONSES, "stop", None), (MESSAGES, "stop_sequences", ["STOP"])):
+        for (name, model), key in zip(FORMATS.items(), ("stop", None, "stop_sequences")):
             self.upstream.exchanges.clear()
-            events = self.proxy.stream(model=model, stop="STOP")
-            self.assertEqual("".join(delta.get("content", "") for delta in deltas_of(events)), "one ")
-            self.assertEqual(events[-2]["choices"][0]["finish_reason"], "stop")
-            self.assertEqual(self.exchange().body.get(key), value)
+            _, answer = self.proxy.chat(model=model, stop="STOP")
+            choice = answer["choices"][0]
+            self.assertEqual((choice["message"]["content"], choice["finish_reason"]),
+                             ("one ", "stop"), name)
+            self.assertEqual(answer["usage"]["total_tokens"], 31, name)
+            self.assertEqual([key] if key else [], [k for k in self.exchange().body if "stop" in k])
 
-    def test_several_choices(self):
-        self.upstream.respond = lambda exchange: answering(("text", f"answer {self.upstream.exchanges.index(exchange)}"))(exchange)
-        status, answer = self.proxy.chat(n=3)
+    def test_choices(self):
+        def respond(exchange):
+            number = self.upstream.exchanges.index(exchange)
+            answering(("text", f"answer {number}"))(exchange)
+
+        self.upstream.respond = respond
+        _, answer = self.proxy.chat(n=3)
+        texts = {choice["message"]["content"] for choice in answer["choices"]}
+        self.assertEqual(texts, {"answer 0", "answer 1", "answer 2"})
         self.assertEqual([choice["index"] for choice in answer["choices"]], [0, 1, 2])
-        self.assertEqual({choice["message"]["content"] for choice in answer["choices"]}, {"answer 0", "answer 1", "answer 2"})
         self.assertEqual((answer["usage"]["prompt_tokens"], answer["usage"]["total_tokens"]), (33, 93))
-        self.assertEqual(len(self.upstream.exchanges), 3)
         self.assertEqual([exchange.body.get("n") for exchange in self.upstream.exchanges], [None] * 3)
 
-    def test_another_wire_format(self):
-        """What the proxy does not parse, opencode reads: text, reasoning, parameters and refusals go through."""
+    def test_a_foreign_format(self):
+        """What the proxy does not parse, opencode reads: text, reasoning, parameters, refusals."""
         def respond(exchange):
+            usage = {"promptTokenCount": 11, "candidatesTokenCount": 13, "thoughtsTokenCount": 7,
+                     "totalTokenCount": 31, "cachedContentTokenCount": 4}
             exchange.begin()
-            for parts, more in (([{"text": "hm", "thought": True}], {}), ([{"text": "Hel"}], {}), ([{"text": "lo"}], {"finishReason": "MAX_TOKENS"})):
-                exchange.send({"candidates": [{"content": {"role": "model", "parts": parts}, **more}], "usageMetadata": {
-                    "promptTokenCount": 11, "candidatesTokenCount": 13, "thoughtsTokenCount": 7, "totalTokenCount": 31, "cachedContentTokenCount": 4}})
+            for part, more in (({"text": "hm", "thought": True}, {}), ({"text": "Hel"}, {}),
+                               ({"text": "lo"}, {"finishReason": "MAX_TOKENS"})):
+                content = {"role": "model", "parts": [part]}
+                exchange.send({"candidates": [{"content": content, **more}], "usageMetadata": usage})
+
         self.upstream.respond = respond
         messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}]
-        status, answer = self.proxy.chat(model="other/m", messages=messages, max_tokens=50)
-        self.assertEqual(answer["choices"], [{"index": 0, "logprobs": None, "finish_reason": "length", "message": {
-            "role": "assistant", "content": "Hello", "refusal": None, "reasoning_content": "hm"}}])
-        self.assertEqual(answer["usage"], USAGE)
-        sent = self.exchange().body
-        self.assertEqual((sent["contents"], sent["systemInstruction"], sent["generationConfig"]["maxOutputTokens"], "tools" in sent),
-                         ([{"role": "user", "parts": [{"text": "a"}]}], {"parts": [{"text": "S"}]}, 50, False))
-        self.assertEqual([delta.get("content") for delta in deltas_of(self.proxy.stream(model="other/m"))[2:4]], ["Hel", "lo"])
-        self.upstream.exchanges.clear()
+        for _ in range(2):  # the first one finds out that the format is foreign
+            self.upstream.exchanges.clear()
+            _, answer = self.proxy.chat(model="other/m", messages=messages, max_tokens=50)
+            self.assertEqual(answer["choices"], [{
+                "index": 0, "logprobs": None, "finish_reason": "length", "message": {
+                    "role": "assistant", "content": "Hello", "refusal": None,
+                    "reasoning_content": "hm"}}])
+            self.assertEqual(answer["usage"], USAGE)
+            sent = self.exchange().body
+            self.assertEqual(sent["contents"], [{"role": "user", "parts": [{"text": "a"}]}])
+            self.assertEqual((sent["systemInstruction"], sent["generationConfig"]["maxOutputTokens"]),
+                             ({"parts": [{"text": "S"}]}, 50))
         self.upstream.respond = failing(429, {"error": {"message": "slow down"}})
-        status, answer = self.proxy.chat(model="other/m")
-        self.assertEqual((status, answer["error"]["message"], len(self.upstream.exchanges)), (429, "slow down", 1))
         self.upstream.exchanges.clear()
-        status, answer = self.proxy.chat([{"type": "image_url", "image_url": {"url": "https://x/y"}}], model="other/m")
-        self.assertEqual((status, len(self.upstream.exchanges)), (502, 0))
-        self.assertIn("attachments cannot be sent", answer["error"]["message"])
+        status, answer = self.proxy.chat(model="other/m")
+        self.assertEqual((status, answer["error"]["message"]), (429, "slow down"))
+        self.exchange()
+        tool = {"type": "function", "function": {"name": "f"}}
+        for param, fields in (("messages", {"content": [PICTURE]}), ("tools", {"tools": [tool]}),
+                              ("response_format", {"response_format": {"type": "json_object"}})):
+            status, answer = self.proxy.chat(model="other/m", **fields)
+            self.assertEqual((status, answer["error"]["param"]), (400, param))
+        self.exchange()
 
-    def test_interleaved_requests_do_not_mix(self):
+    def test_large_prompts(self):
+        payload = PNG.rstrip("=") * 180000
+        payload = payload[:len(payload) // 4 * 4]
+        picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + payload}}
+        for model in FORMATS.values():
+            self.upstream.exchanges.clear()
+            self.assertEqual(self.proxy.content([picture], model=model), HELLO)
+            self.assertIn(payload.encode(), self.exchange().raw)
+
+    def test_requests_at_once_do_not_mix(self):
         def respond(exchange):
             word = exchange.body["messages"][-1]["content"]
-            exchange.begin()
-            for _ in range(10):
-                exchange.send(chat_chunk({"content": word + " "}))
-                time.sleep(0.01)
-            exchange.send(chat_chunk({}, "stop"), "[DONE]")
+            answering(*[("text", word + " ")] * 10)(exchange)
 
         self.upstream.respond = respond
-        answers = {}
-
-        def ask(number):
-            answers[number] = self.proxy.chat(f"word{number}")[1]["choices"][0]["message"]["content"]
-
-        threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(answers, {number: f"word{number} " * 10 for number in range(12)})
+        words = [f"word{number}" for number in range(12)]
+        self.assertEqual(at_once(self.proxy.content, words), [(word + " ") * 10 for word in words])
         self.assertEqual(len(self.upstream.exchanges), 12)
 
-    def test_model_that_is_not_offered(self):
+    def test_models(self):
         for name in ("github-copilot/no-such", "anthropic/claude", "opencode/big-pickle"):
             status, answer = self.proxy.chat(model=name)
             self.assertEqual((status, answer["error"]["code"]), (404, "model_not_found"))
         self.assertEqual(self.upstream.exchanges, [])
+        listed = json.loads(self.proxy.request("GET", "/v1/models")[2])["data"]
+        names = [model["id"] for model in listed]
+        self.assertEqual(names[0], self.proxy.health()["model"])
+        providers = {name.partition("/")[0] for name in names}
+        self.assertEqual(providers, {"github-copilot", "local", "other"})
 
-    def test_models(self):
-        names = [model["id"] for model in json.loads(self.proxy.request("GET", "/v1/models")[2])["data"]]
-        self.assertEqual(names[0], self.proxy.opencode.catalog.default)
-        self.assertIn("local/m", names)
-        self.assertEqual({name.partition("/")[0] for name in names}, {"github-copilot", "local", "other"})
-        self.assertIsNotNone(self.proxy.opencode.catalog.trimmed)
-        self.assertEqual(self.proxy.server.health()["opencode"], self.proxy.opencode.version)
+    # -- passed through
 
+    def test_pass_through(self):
+        bodies = {
+            "/v1/responses": (RESPONSES, {"input": [{"role": "user", "content": "w\u00f6 1.0"}],
+                                          "reasoning": {"effort": "low"}, "metadata": {"a": "b"}}),
+            "/v1/messages": (MESSAGES, {"max_tokens": 7, "temperature": 1.0, "stop_sequences": ["x"],
+                                        "messages": [{"role": "user", "content": "w\u00f6"}]})}
+        answer = b'event: a\r\ndata: {"text": "w\xc3\xb6r"}\r\n\r\n: odd\n\ndata: [DONE]\n\n'
 
-def without(value, key):
-    """Return `value` without the entries `key` at any depth."""
-    if isinstance(value, dict):
-        return {name: without(entry, key) for name, entry in value.items() if name != key}
-    return [without(entry, key) for entry in value] if isinstance(value, list) else value
+        def respond(exchange):
+            exchange.begin(content_type="text/event-stream; x=y")
+            exchange.wfile.write(answer)
 
-
-REPORT = []
-
-
-def report(fault, kind, outcome, seconds, posts):
-    """Note a row of the table of faults, which is printed after the tests."""
-    REPORT.append(f"| {fault} | {kind} | {outcome} | {seconds:.2f} s | {posts} |")
-
-
-def tearDownModule():
-    if REPORT:
-        print("\n| fault | request | client got | after | upstream POSTs |\n|---|---|---|---|---|\n" + "\n".join(REPORT), file=sys.stderr)
+        for path, (model, fields) in bodies.items():
+            for stream in (True, False):
+                self.upstream.exchanges.clear()
+                self.upstream.respond = respond if stream else failing(200, '{"n": 1.0}')
+                body = {"model": model.partition("/")[2], **fields, "stream": stream}
+                status, headers, data = self.proxy.request(
+                    "POST", path, body, {"anthropic-beta": "a-1", "X-Private": "p"})
+                expected = answer if stream else b'{"n": 1.0}'
+                self.assertEqual((status, data), (200, expected), path)
+                sent = dict(self.exchange().body)
+                self.assertIn(sent.pop("store", False), (False,))
+                self.assertEqual(sent, body)
+                self.assertEqual((self.exchange().headers["anthropic-beta"],
+                                  self.exchange().headers["X-Private"]), ("a-1", None))
+            self.upstream.respond = failing(429, '{"odd": 1}', Retry_After="3")
+            status, headers, data = self.proxy.request("POST", path, body)
+            self.assertEqual((status, data, headers["Retry-After"]), (429, b'{"odd": 1}', "3"))
+            self.upstream.exchanges.clear()
+            status, _, data = self.proxy.request("POST", path, {**body, "model": "gpt-5-mini"})
+            error = json.loads(data)["error"]
+            self.assertEqual((status, error["code"]), (400, "wrong_endpoint"))
+            self.assertTrue(part_of(error["message"], "gpt-5-mini", "/v1/chat/completions"))
+            status, _, data = self.proxy.request("POST", path, {**body, "model": "gpt-none"})
+            self.assertEqual(status, 404)
+            self.assertEqual("type" in json.loads(data), path == "/v1/messages")
+            self.assertEqual(self.upstream.exchanges, [])
 
 
 class RealFaultTest(RealCase):
-    """What goes wrong at the provider, and what the client gets: at once, and exactly once."""
+    """Every fault reaches the client at once, once, and with one POST."""
 
-    changes = {"requests_per_process": 40, "timeout": 10.0, "spares": 2}
+    changes = {"requests_per_process": 40, "timeout": 3.0}
+    PART = chat_chunk({"content": "part"})
 
-    def check(self, name, respond, status, kind, text, headers=None, posts=1, begun=False, **fields):
-        """Ask whole and streamed; assert the error, or, where the answer has `begun`, the error event."""
-        for stream in (False, True):
-            self.upstream.respond = respond
-            self.upstream.exchanges.clear()
-            self.assertTrue(eventually(lambda: self.proxy.pool.status()["spares"]))
-            start = time.monotonic()
-            body = {"messages": [{"role": "user", "content": "hi"}], "stream": stream, **fields}
-            got, got_headers, data = self.proxy.request("POST", "/v1/chat/completions", body)
-            seconds = time.monotonic() - start
-            if stream and begun:
-                events = sse_events(data)
-                self.assertEqual((got, events[-1]), (200, "[DONE]"))
-                error = events[-2]["error"]
-                self.assertEqual(sum(delta.get("content") == "part" for delta in deltas_of(events[:-2])), 1, "no text twice")
-                self.assertNotIn("finish_reason\":\"stop", data.decode())
-            else:
-                self.assertEqual(got, status, data)
-                error = json.loads(data)["error"]
-            self.assertEqual(error["type"], kind)
-            self.assertIn(text, error["message"])
-            for key, value in (headers or {}).items():
-                self.assertEqual(got_headers[key], value)
-            self.assertEqual(len(self.upstream.exchanges), posts)
-            report(name, "stream" if stream else "whole", f"{'event ' + str(error['code']) if stream and begun else got} {kind}", seconds, posts)
-        self.upstream.respond = answer_text
-        self.assertEqual(self.proxy.chat(**fields)[0], 200)
+    def check(self, respond, status, code, text, broken=None, model=CHAT):
+        """Ask whole and streamed; `broken` is the error's code where a stream has begun."""
+        self.upstream.respond = respond
+        self.upstream.exchanges.clear()
+        got, answer = self.proxy.chat(model=model)
+        self.assertEqual((got, answer["error"]["code"]), (status, code), answer)
+        self.assertIn(text, answer["error"]["message"])
+        if broken is None:
+            got, _, data = self.proxy.request("POST", "/v1/chat/completions",
+                                              chat_body(model=model, stream=True))
+            self.assertEqual((got, json.loads(data)["error"]["code"]), (status, code))
+        else:
+            events = self.proxy.stream(model=model)
+            self.assertEqual(deltas_of(events[:-2])[1:], [{"content": "part"}])
+            self.assertEqual((events[-2]["error"]["code"], events[-1]), (broken, "[DONE]"))
+        self.assertEqual(len(self.upstream.exchanges), 2)
 
     def test_refusals(self):
-        error = {"error": {"message": "the upstream's words", "type": None, "code": "its_code", "param": "its_param"}}
-        for status, kind in ((400, "invalid_request_error"), (401, "authentication_error"), (403, "permission_error"), (404, "invalid_request_error"),
-                             (413, "invalid_request_error"), (429, "rate_limit_error"), (500, "server_error"), (503, "server_error")):
-            with self.subTest(status):
-                self.check(str(status), failing(status, error), status, kind, "the upstream's words")
+        for status in (400, 401, 403, 404, 413, 429, 500, 503):
+            body = {"error": {"message": "the words", "code": "c"}}
+            for model in FORMATS.values() if status == 429 else (CHAT,):
+                self.check(failing(status, body), status, "c", "the words", model=model)
+        self.check(failing(502, "<html><b>Unicorn!</b></html>", "text/html"), 502, None, "Unicorn!")
+        self.upstream.respond = failing(429, "{}", Retry_After="7")
+        _, headers, _ = self.proxy.request("POST", "/v1/chat/completions", chat_body())
+        self.assertEqual(headers["Retry-After"], "7")
 
-    def test_refusals_in_the_other_formats(self):
-        for model in (RESPONSES, MESSAGES):
-            self.check("429 " + model.partition("/")[2], failing(429, {"type": "error", "error": {"type": "rate_limit_error", "message": "slow down"}}), 429,
-                       "rate_limit_error", "slow down", model=model)
+    def test_broken_answers(self):
+        def begun(*events, then=lambda exchange: None):
+            def respond(exchange):
+                exchange.begin()
+                exchange.send(*events)
+                time.sleep(0.2)
+                then(exchange)
+            return respond
 
-    def test_retry_after(self):
-        self.check("429 with Retry-After", failing(429, {"error": {"message": "slow down"}}, Retry_After="17"), 429, "rate_limit_error", "slow down",
-                   {"Retry-After": "17"})
+        error = {"error": {"message": "the words", "code": "c"}}
+        for respond, status, code, text, broken in (
+                (lambda exchange: exchange.drop(), 502, "upstream_unreachable", "connection", None),
+                (begun(self.PART, then=Exchange.drop), 502, "incomplete_answer", "did not finish",
+                 "incomplete_answer"),
+                (begun(self.PART), 502, "incomplete_answer", "did not finish", "incomplete_answer"),
+                (begun(self.PART, error), 502, "c", "the words", "c"),
+                (begun("rubbish"), 502, "incomplete_answer", "bad data", None),
+                (failing(200, error), 502, "c", "the words", None),
+                (begun(then=Exchange.wait_closed), 504, "timeout", "nothing for 3 seconds", None),
+                (begun(self.PART, then=Exchange.wait_closed), 504, "timeout", "nothing for 3",
+                 "timeout")):
+            with self.subTest(text=text, broken=broken):
+                self.check(respond, status, code, text, broken)
 
-    def test_gateway_page(self):
-        self.check("502, an HTML page", failing(502, "<html><body><h1>Bad gateway</h1></body></html>", "text/html"), 502, "server_error", "Bad gateway")
-
-    def test_context_length(self):
-        self.check("400 context length", failing(400, {"error": {"message": "maximum context length exceeded", "code": "context_length_exceeded"}}), 400,
-                   "invalid_request_error", "maximum context length")
-
-    def test_dropped_mid_stream(self):
+    def test_answers_that_do_not_end(self):
         def respond(exchange):
             exchange.begin()
-            exchange.send(chat_chunk({"content": "part"}))
-            time.sleep(0.3)
-            exchange.drop()
-        self.check("connection dropped mid-stream", respond, 502, "server_error", "", begun=True)
-
-    def test_dropped_before_the_answer(self):
-        self.check("connection dropped before the answer", lambda exchange: exchange.drop(), 502, "server_error", "connection to the model's provider failed")
-
-    def test_stalls(self):
-        def before(exchange):
+            exchange.send(self.PART, chat_chunk({}, "stop"))
             exchange.wait_closed()
 
-        def within(exchange):
-            exchange.begin()
-            exchange.send(chat_chunk({"content": "part"}))
-            exchange.wait_closed()
-        self.check("stalled before the first byte (--timeout 10)", before, 504, "server_error", "sent nothing for 10 seconds")
-        self.check("stalled mid-stream (--timeout 10)", within, 504, "server_error", "sent nothing for 10 seconds", begun=True)
-
-    def test_rubbish(self):
-        def rubbish(exchange):
-            exchange.begin()
-            exchange.wfile.write(b"\x00\xff<html>not SSE</html>\n\ndata: {not json\n\n")
-        self.check("garbage instead of SSE", rubbish, 502, "server_error", "")
-
-    def test_no_finish_reason(self):
-        def respond(exchange):
-            exchange.begin()
-            exchange.send(chat_chunk({"content": "part"}), "[DONE]")
-        self.check("stream without finish_reason", respond, 502, "server_error", "without saying why", begun=True)
-
-    def test_error_in_the_stream(self):
-        def respond(exchange):
-            exchange.begin()
-            exchange.send({"error": {"message": "overloaded", "code": 500}})
-        self.check("error object in the stream", respond, 500, "server_error", "overloaded")
-
-    def test_nothing_left(self):
-        self.proxy.chat()
-        self.upstream.respond = failing(500, "no")
-        self.proxy.chat()
-        self.assertTrue(eventually(lambda: len([line for line in children() if "acp" in line]) <= 6))
-        home = [str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()]
-        self.assertEqual(sorted(home), [".config/opencode/opencode.json", ".local/share/opencode/auth.json"])
+        self.upstream.respond = respond
+        with unittest.mock.patch.object(proxy, "FINISH_SECONDS", 0.5):
+            self.assertEqual(self.proxy.content(), "part")
+        self.assertTrue(self.exchange().closed_by_client.wait(DEADLINE))
 
 
-class UnreachableTest(RealCase):
-    def test_connection_refused_and_unknown_name(self):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            nobody = free.getsockname()[1]
-        config = self.folder / ".config/opencode/opencode.json"
-        changed = json.loads(config.read_text())
-        for name, url in (("refused", f"http://127.0.0.1:{nobody}/v1"), ("noname", "http://no.such.name.invalid/v1")):
-            changed["provider"][name] = {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": url, "apiKey": "k"}, "models": {"m": {}}}
-        config.write_text(json.dumps(changed))  # a changed configuration is noticed
-        for name in ("refused/m", "noname/m"):
-            start = time.monotonic()
-            status, answer = self.proxy.chat(model=name)
-            self.assertEqual((status, answer["error"]["code"]), (502, "upstream_unreachable"), answer)
-            report({"refused/m": "connection refused"}.get(name, "name not resolved"), "whole", "502 server_error", time.monotonic() - start, 0)
+class RealPatienceTest(RealCase):
+    """opencode's own time-outs for a provider's headers and chunks cut nothing."""
 
-
-class IsolationTest(RealCase):
-    """The default: a process for each request, and nothing of the user's coding set-up in it."""
-
-    changes = {"spares": 1, "timeout": 30.0}
+    TIMES = {"headerTimeout": 1000, "chunkTimeout": 1000}
+    config = {"provider": {"github-copilot": {"options": TIMES}}}
 
     @classmethod
     def setUpClass(cls):
-        cls.trap = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(cls.trap.cleanup)
-        trap = pathlib.Path(cls.trap.name)
-        touch = ["sh", "-c", f"touch {trap}/ran-$0; sleep 60", "x"]
-        more = {"mcp": {"m": {"type": "local", "command": touch}}, "instructions": ["/etc/passwd"], "lsp": {"l": {"command": touch, "extensions": [".x"]}},
-                "command": {"c": {"template": f"!`touch {trap}/ran-command`"}}, "permission": {"*": "allow"}, "share": "auto",
-                "formatter": {"f": {"command": touch, "extensions": [".x"]}}, "agent": {"build": {"prompt": "PROMPT OF THE USER"}}}
-        real = make_home
-        with unittest.mock.patch.dict(globals(), {"make_home": lambda folder, upstream: real(folder, upstream, **more)}):
-            super().setUpClass()
-        plugins = cls.folder / ".config/opencode/plugin"
-        plugins.mkdir()
-        (plugins / "p.js").write_text(f'import fs from "fs"; fs.writeFileSync("{trap}/ran-plugin", ""); export const P = async () => ({{}})')
-        (cls.folder / ".config/opencode/AGENTS.md").write_text("AGENTS OF THE USER")
-        (cls.folder / ".claude").mkdir()
-        (cls.folder / ".claude/CLAUDE.md").write_text("CLAUDE OF THE USER")
+        super().setUpClass()
+        path = cls.folder / ".config/opencode/opencode.json"
+        config = json.loads(path.read_text())
+        config["provider"]["github-copilot"]["options"]["baseURL"] = cls.upstream.url
+        path.write_text(json.dumps(config))
 
-    def test_nothing_of_the_user_reaches_the_model(self):
-        for content in ("hi", "/c", "@general hello", "!touch x"):
-            self.upstream.exchanges.clear()
-            self.assertEqual(self.proxy.chat(content)[0], 200)
-            self.assertEqual(self.exchange().body["messages"], [{"role": "user", "content": content}])
-            self.assertEqual(sorted(self.exchange().body), ["messages", "model", "stream"])
-        self.assertEqual(list(pathlib.Path(self.trap.name).iterdir()), [])
+    def test_slow_answers(self):
+        def respond(exchange):
+            time.sleep(2)
+            exchange.begin()
+            exchange.send(chat_chunk({"content": "a"}))
+            time.sleep(2)
+            exchange.send(chat_chunk({"content": "b"}, "stop"), "[DONE]")
 
-    def test_each_request_has_a_process_and_leaves_nothing(self):
-        self.assertTrue(eventually(lambda: self.proxy.pool.status()["spares"]))
-        before = next(iter(self.proxy.pool._processes))
-        run = self.proxy.opencode.run_directory
-        self.assertEqual(run.stat().st_mode & 0o777, 0o700)
-        self.assertEqual(before.home.stat().st_mode & 0o777, 0o700)
-        self.assertEqual(self.proxy.chat("the secret words")[0], 200)
-        self.assertTrue(eventually(lambda: not before.alive() and not before.home.exists()))
-        self.assertTrue(eventually(lambda: self.proxy.pool.status()["spares"]))
-        after = next(iter(self.proxy.pool._processes))
-        self.assertIsNot(before, after)
-        for root in (run, self.folder):
-            for path in (pathlib.Path(folder, name) for folder, _, names in os.walk(root) for name in names):
-                with contextlib.suppress(FileNotFoundError):  # gone meanwhile
-                    self.assertNotIn(b"the secret words", path.read_bytes() if path.is_file() else b"", path)
-        self.assertNotIn("the secret words", " ".join(children()))
-
-    def test_port_of_opencode_has_a_password(self):
-        self.assertTrue(eventually(lambda: self.proxy.pool.status()["spares"]))
-        process = self.proxy.pool._spares[0].result()
-        pids = {line.split()[0] for line in children() if "acp" in line} | {str(process._popen.pid)}
-        ports, inodes = set(), set()
-        for pid in pids:
-            with contextlib.suppress(FileNotFoundError):  # gone meanwhile
-                inodes |= {os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")}
-        for line in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
-                ports.add(int(fields[1].split(":")[1], 16))
-        self.assertTrue(ports)
-        for port in ports:
-            for path in ("/config", "/session", "/provider", "/"):
-                with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)) as connection:
-                    connection.request("GET", path)
-                    self.assertEqual(connection.getresponse().status, 401, path)
+        self.upstream.respond = respond
+        self.assertEqual(self.proxy.content(), "ab")
+        self.exchange()
 
 
-class LoginTest(unittest.TestCase):
-    """Starting with the real opencode where something is not as it should be."""
+class RealFilesTest(unittest.TestCase):
+    """The user's files, and the program as a user runs it."""
 
     def setUp(self):
         self.path = real_opencode()
-        stack = contextlib.ExitStack()
-        self.addCleanup(stack.close)
-        self.folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        self.stack = contextlib.ExitStack()
+        self.addCleanup(self.stack.close)
+        self.folder = pathlib.Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
         self.upstream = Upstream()
-        stack.callback(self.upstream.close)
-        clean = {name: value for name, value in os.environ.items() if name not in XDG and not name.endswith("_API_KEY")}
-        stack.enter_context(unittest.mock.patch.dict(os.environ, {**clean, "HOME": str(self.folder)}, clear=True))
-        stack.enter_context(unittest.mock.patch.object(proxy, "log", lambda text: None))
-        self.stack = stack
+        self.stack.callback(self.upstream.close)
 
-    def test_login_while_running(self):
-        running = Running(self.path)
+    def start(self, changes=None, **config):
+        self.stack.enter_context(unittest.mock.patch.object(proxy, "log", lambda text: None))
+        variables = {**clean_environment(), **make_home(self.folder, self.upstream, **config)}
+        patch = unittest.mock.patch.dict(os.environ, variables, clear=True)
+        self.stack.enter_context(patch)
+        running = Running(self.path, **(changes or {}))
         self.stack.callback(running.close)
-        status, answer = running.chat()
-        self.assertEqual((status, answer["error"]["code"]), (503, "provider_not_logged_in"))
-        self.assertEqual(json.loads(running.request("GET", "/v1/models")[2])["data"], [])
-        make_home(self.folder, self.upstream)
-        self.assertEqual(running.chat()[1]["choices"][0]["message"]["content"], "Hello w\u00f6r\u2028ld")
-        self.assertIn(CHAT, [model["id"] for model in json.loads(running.request("GET", "/v1/models")[2])["data"]])
+        return running
 
-    def test_model_that_the_catalog_lacks(self):
-        make_home(self.folder, self.upstream)
-        running = Running(self.path, model=proxy.DEFAULT_MODEL)
-        self.stack.callback(running.close)
-        self.assertEqual(self.upstream.exchanges, [])  # the warm-up sends nothing
-        status, answer = running.chat()
-        self.assertEqual((status, answer["model"]), (200, "github-copilot/gpt-4.1"))
-        self.assertEqual(self.upstream.exchanges[0].body["model"], "gpt-4.1")
+    def test_changed_files_reach_running_processes(self):
+        auth = self.folder / ".local/share/opencode/auth.json"
+        config = self.folder / ".config/opencode/opencode.json"
+        running = self.start({"requests_per_process": 50})
+        for key in ("k", "second"):
+            changed = json.loads(config.read_text())
+            changed["provider"]["local"]["options"]["apiKey"] = key
+            config.write_text(json.dumps(changed))
+            self.assertEqual(running.content(model="local/m"), HELLO)
+            authorization = self.upstream.exchanges[-1].headers["Authorization"]
+            self.assertEqual(authorization, "Bearer " + key)
+        login = json.loads(auth.read_text())
+        login["github-copilot"]["refresh"] = "gho_new"
+        auth.write_text(json.dumps(login))
+        before = opencode_pids()
+        self.assertEqual(running.content(), HELLO)  # a renewed token is no new login
+        self.assertEqual(self.upstream.exchanges[-1].headers["Authorization"], "Bearer gho_new")
+        self.assertTrue(set(before) & set(opencode_pids()))
 
-    def test_login_plugin_that_wraps_fetch(self):
-        """A plugin that the user has from npm may be the login to a provider, and may put a Request together by itself."""
-        name = "opencode-proxy-test-login"  # which no registry has: it must not be installed again
-        package = self.folder / f".cache/opencode/packages/{name}@1.0.0"
-        plugin = package / "node_modules" / name
-        plugin.mkdir(parents=True)
-        dependencies = {"dependencies": {name: "1.0.0"}}
-        (package / "package.json").write_text(json.dumps(dependencies))
-        (package / "package-lock.json").write_text(json.dumps({"lockfileVersion": 3, "packages": {"": dependencies, f"node_modules/{name}": {"version": "1.0.0"}}}))
-        (plugin / "package.json").write_text(json.dumps({"name": name, "version": "1.0.0", "type": "module", "main": "index.js"}))
-        (plugin / "index.js").write_text("""export const Login = async () => ({ auth: { provider: "local", methods: [],
-            loader: async () => ({ fetch: (url, init) => fetch(new Request(url, { ...init, headers: { ...init.headers, "x-login": "yes" } })) }) } })""")
-        make_home(self.folder, self.upstream, plugin=[f"{name}@1.0.0"])
-        (self.folder / ".local/share/opencode/auth.json").write_text('{"local":{"type":"api","key":"k"}}')
+    def test_plugins_of_the_user(self):
+        """One prints, and is the login to a provider that puts a Request together by itself."""
+        plugin = self.folder / "login.js"
+        plugin.write_text("""console.log("hello"); process.stdout.write("no newline")
+            export const Login = async () => ({ auth: { provider: "local", methods: [],
+              loader: async () => ({ fetch: (url, init) => { console.log("asked")
+                const headers = { ...init.headers, "x-login": "yes" }
+                return fetch(new Request(url, { ...init, headers })) } }) } })""")
+        self.start(plugin=[plugin.as_uri()]).close()
+        auth = self.folder / ".local/share/opencode/auth.json"
+        auth.write_text('{"local":{"type":"api","key":"k"}}')
         running = Running(self.path, model="local/m")
         self.stack.callback(running.close)
-        self.assertEqual(running.chat("q", seed=7)[1]["choices"][0]["message"]["content"], "Hello w\u00f6r\u2028ld")
+        self.assertEqual(running.content("q", seed=7), HELLO)
         (exchange,) = self.upstream.exchanges
-        self.assertEqual(exchange.headers["x-login"], "yes")
-        self.assertIsNone(exchange.headers["x-opencode-proxy-session"])
-        self.assertEqual({key: exchange.body[key] for key in ("messages", "seed")}, {"messages": [{"role": "user", "content": "q"}], "seed": 7})
+        self.assertEqual((exchange.headers["x-login"], exchange.body["seed"]), ("yes", 7))
 
-    def test_configuration_that_opencode_rejects(self):
-        make_home(self.folder, self.upstream)
-        (self.folder / ".config/opencode/opencode.json").write_text('{"provider": [}')
-        with self.assertRaisesRegex(proxy.StartError, "opencode.json") as caught:
-            Running(self.path)
-        self.assertNotIn("\x1b", str(caught.exception))
+    def test_a_process_that_is_killed_posts_once(self):
+        running = self.start()
+
+        def respond(exchange):
+            for pid in opencode_pids():
+                os.kill(pid, signal.SIGKILL)
+            exchange.wait_closed()
+
+        self.upstream.respond = respond
+        status, answer = running.chat()
+        self.assertEqual((status, answer["error"]["code"]), (502, "opencode_failed"))
+        self.assertEqual(len(self.upstream.exchanges), 1)
+        self.upstream.respond = answer_text
+        self.assertEqual(running.content(), HELLO)
+
+    def test_nothing_of_the_machine_and_nothing_left(self):
+        (self.folder / "AGENTS.md").write_text("Answer like a pirate.")
+        running = self.start({"spares": 0}, instructions=[str(self.folder / "AGENTS.md")],
+                             username="somebody")
+        known = {path for path in self.folder.rglob("*")}
+        self.assertEqual(running.content("a private prompt", tools=[]), HELLO)
+        (exchange,) = self.upstream.exchanges
+        self.assertIsNone(SYSTEM_PROMPT.search(exchange.raw))
+        running.close()
+        self.assertEqual(opencode_pids(), [])
+        left = [path for path in self.folder.rglob("*") if path not in known and path.is_file()]
+        self.assertEqual([path for path in left if b"private prompt" in path.read_bytes()], [])
+
+    def test_the_port_of_opencode_has_a_password(self):
+        self.start()
+        (pid,) = opencode_pids()
+        inodes = {os.readlink(path) for path in pathlib.Path(f"/proc/{pid}/fd").iterdir()}
+        rows = [line.split() for line in pathlib.Path("/proc/net/tcp").read_text().splitlines()]
+        ports = [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes]
+        self.assertTrue(ports)
+        for address in ports:
+            host, port = address.split(":")
+            self.assertEqual(host, "0100007F")
+            connection = http.client.HTTPConnection("127.0.0.1", int(port, 16), timeout=DEADLINE)
+            with contextlib.closing(connection):
+                connection.request("GET", "/config")
+                self.assertEqual(connection.getresponse().status, 401)
 
     def test_the_program_and_its_end(self):
-        """The program as a user runs it; killed, it leaves no opencode behind."""
-        make_home(self.folder, self.upstream)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        for end, code in ((signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)):
-            temporary = self.folder / f"tmp{code}"
-            temporary.mkdir()
-            program = subprocess.Popen([sys.executable, str(HERE / "opencode_proxy.py"), "--host", "127.0.0.1", "--port", str(port), "--opencode", self.path],
-                                       stderr=subprocess.PIPE, universal_newlines=True, env={**os.environ, "TMPDIR": str(temporary)})
+        """Killed, it leaves no opencode behind, and the next one removes what it left on disk."""
+        variables = {**clean_environment(), **make_home(self.folder, self.upstream)}
+        temporary = self.folder / "tmp"
+        temporary.mkdir()
+        for end, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            program = subprocess.Popen(
+                [sys.executable, str(HERE / "opencode_proxy.py"), "--host", "127.0.0.1", "--port",
+                 str(port), "--opencode", self.path], stderr=subprocess.PIPE,
+                universal_newlines=True, env={**variables, "TMPDIR": str(temporary)})
             self.stack.callback(program.stderr.close)
             self.stack.callback(program.kill)
             while "base URL" not in program.stderr.readline():
                 self.assertIsNone(program.poll())
-            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)) as connection:
-                connection.request("POST", "/v1/chat/completions", chat_body())
-                self.assertEqual(connection.getresponse().status, 200)
-                running = [line for line in children() if "acp" in line]
-                self.assertTrue(running)
+            self.assertEqual(Client(port).content(), HELLO)
+            pids = opencode_pids(program.pid)
+            self.assertTrue(pids)
             program.send_signal(end)
             self.assertEqual(program.wait(DEADLINE), code)
-            pids = [line.split()[0] for line in running]
-            gone = eventually(lambda: not any(pathlib.Path("/proc", pid).exists() for pid in pids))
-            self.assertTrue(gone)
-            if end is signal.SIGTERM:
-                self.assertEqual(list(temporary.iterdir()), [])
-
-    def test_refreshed_login_reaches_the_users_file(self):
-        """opencode renews logins by writing auth.json: the link in a process's home must lead to the user's file."""
-        make_home(self.folder, self.upstream)
-        opencode = proxy.Opencode(self.path)
-        self.stack.callback(opencode.close)
-        home = opencode.new_home()
-        environment = opencode.environment(home, None)
-        self.assertEqual(environment["BUN_JSC_useGC"], "0")
-        subprocess.run([self.path, "auth", "logout", "github-copilot"], env=environment, cwd=home / "cwd", stdin=subprocess.DEVNULL,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=DEADLINE, check=False)
-        self.assertTrue((home / "data/opencode/auth.json").is_symlink())
+            alive = lambda: [pid for pid in pids if os.path.exists(f"/proc/{pid}/fd/0")]  # noqa: E731
+            eventually(lambda: not alive())
+            self.assertEqual(alive(), [])
+        self.assertEqual(list(temporary.glob("opencode-proxy-*")), [])
 
 
-# ------------------------------------------------------------------------------------------------- real clients
+class RealLoginTest(RealCase):
+    """With a login as it really is: GPT over /responses, Claude over /messages, ChatGPT."""
 
-class OpenAIClientTest(RealCase):
-    """The `openai` library, unchanged."""
+    provider = Services
+
+    def test_live_models_choose_their_formats(self):
+        names = [model["id"] for model in json.loads(self.proxy.request("GET", "/v1/models")[2])["data"]]
+        live = {name for name in names if name.startswith("github-copilot/")}
+        self.assertEqual(live, {"github-copilot/" + row[0] for row in OFFERS})
+        for name, model in LIVE.items():
+            self.upstream.exchanges.clear()
+            for fields in ({}, {"max_tokens": 1, "temperature": 0.5, "top_p": 0.5, "user": "u",
+                                "stop": ["\n\n"], "metadata": {"a": "b"}},
+                           {"messages": [{"role": "system", "content": "S"},
+                                         {"role": "user", "content": "q"}]}):
+                status, answer = self.proxy.chat(model=model, **fields)
+                self.assertEqual((status, answer.get("usage", {}).get("total_tokens")), (200, 31),
+                                 (model, answer))
+            formats = {exchange.format for exchange in self.upstream.exchanges}
+            self.assertEqual(formats, {"responses" if name == "chatgpt" else name})
+        last = self.upstream.exchanges[-1].body
+        self.assertEqual((last["instructions"], last["store"]), ("S", False))
+        self.assertEqual(last["input"], [{"role": "user", "content": [
+            {"type": "input_text", "text": "q"}]}])
+        self.assertLessEqual(set(self.upstream.hosts), {COPILOT, CHATGPT})
+
+    def test_claude_is_asked_for_no_more_than_it_has(self):
+        for model, most in ((MESSAGES, 32000), ("github-copilot/claude-opus-4.6", 8000)):
+            self.upstream.exchanges.clear()
+            self.assertEqual(self.proxy.content(model=model), HELLO)
+            self.assertEqual(self.exchange().body["max_tokens"], most)
+
+    def test_efforts_and_sampling(self):
+        self.assertEqual(self.proxy.content(model=CHAT, reasoning_effort="low", temperature=0.5), HELLO)
+        body = self.exchange().body
+        self.assertEqual((body["reasoning"]["effort"], "temperature" in body), ("low", False))
+        self.assertNotIn("prompt_cache_key", body)
+
+
+# ------------------------------------------------------------------------------------- real clients
+
+class RealOpenAITest(RealCase):
+    """The `openai` library, unchanged, on all wire formats."""
+
+    HELLO = [{"role": "user", "content": "hi"}]
 
     @classmethod
     def setUpClass(cls):
@@ -2911,142 +3289,137 @@ class OpenAIClientTest(RealCase):
 
     def setUp(self):
         super().setUp()
-        self.client = self.openai.OpenAI(base_url=f"http://127.0.0.1:{self.proxy.port}/v1", api_key="any", max_retries=1)
+        url = f"http://127.0.0.1:{self.proxy.port}/v1"
+        self.client = self.openai.OpenAI(base_url=url, api_key="any", max_retries=1)
         self.addCleanup(self.client.close)
+        self.create = self.client.chat.completions.create
 
-    HELLO = [{"role": "user", "content": "hi"}]
-
-    def test_models(self):
-        names = [model.id for model in self.client.models.list()]
-        self.assertEqual(names[0], self.proxy.opencode.catalog.default)
-        self.assertEqual(self.client.models.retrieve(CHAT).id, CHAT)
-        with self.assertRaises(self.openai.NotFoundError):
-            self.client.models.retrieve("no/such")
-
-    def test_whole_and_streamed(self):
-        answer = self.client.chat.completions.create(model="gpt-5-mini", messages=self.HELLO)
-        self.assertEqual((answer.choices[0].message.content, answer.model, answer.usage.total_tokens), ("Hello w\u00f6r\u2028ld", "gpt-5-mini", 31))
-        with self.client.chat.completions.create(model=CHAT, messages=self.HELLO, stream=True, stream_options={"include_usage": True}) as stream:
-            chunks = list(stream)
-        self.assertEqual("".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]), "Hello w\u00f6r\u2028ld")
-        self.assertEqual(chunks[-1].usage.completion_tokens_details.reasoning_tokens, 7)
-        with self.client.chat.completions.stream(model=CHAT, messages=self.HELLO) as stream:
-            self.assertEqual(stream.get_final_completion().choices[0].message.content, "Hello w\u00f6r\u2028ld")
-
-    def test_async(self):
-        async def ask():
-            async with self.openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{self.proxy.port}/v1", api_key="any") as client:
-                stream = await client.chat.completions.create(model=CHAT, messages=self.HELLO, stream=True)
+    def test_whole_streamed_and_async(self):
+        async def ask(model):
+            url = str(self.client.base_url)
+            async with self.openai.AsyncOpenAI(base_url=url, api_key="any") as client:
+                stream = await client.chat.completions.create(
+                    model=model, messages=self.HELLO, stream=True)
                 return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
-        self.assertEqual(asyncio.run(ask()), "Hello w\u00f6r\u2028ld")
+
+        for model in FORMATS.values():
+            answer = self.create(model=model, messages=self.HELLO)
+            self.assertEqual((answer.choices[0].message.content, answer.usage.total_tokens), (HELLO, 31))
+            with self.create(model=model, messages=self.HELLO, stream=True,
+                             stream_options={"include_usage": True}) as stream:
+                *chunks, last = list(stream)
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            self.assertEqual((text, last.usage.total_tokens), (HELLO, 31))
+            self.assertEqual(asyncio.run(ask(model)), HELLO)
+        names = [model.id for model in self.client.models.list()]
+        self.assertEqual(self.client.models.retrieve(names[0]).id, names[0])
 
     def test_tools(self):
         def respond(exchange):
-            if exchange.body["messages"][-1]["role"] == "tool":
-                return answering(("text", "It is " + exchange.body["messages"][-1]["content"]))(exchange)
-            return answering(("call", "call_1", "weather", ['{"city": "Par', 'is"}']), finish="tool_calls")(exchange)
-        self.upstream.respond = respond
-        tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]
-        messages = list(self.HELLO)
-        with self.client.chat.completions.stream(model=CHAT, messages=messages, tools=tools) as stream:
-            message = stream.get_final_completion().choices[0].message
-        self.assertEqual((message.tool_calls[0].function.name, message.tool_calls[0].function.arguments), ("weather", '{"city": "Paris"}'))
-        messages += [message.model_dump(exclude_none=True, exclude={"parsed"}), {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "sunny"}]
-        answer = self.client.chat.completions.create(model=CHAT, messages=messages, tools=tools)
-        self.assertEqual(answer.choices[0].message.content, "It is sunny")
+            if b"sunny" in exchange.raw:
+                return answering(("text", "It is sunny"))(exchange)
+            return answering(("call", "call_1", "weather", ['{"city": "Par', 'is"}']),
+                             finish="tool_calls")(exchange)
 
-    def test_parse_with_a_schema(self):
+        self.upstream.respond = respond
+        tools = [{"type": "function", "function": {"name": "weather", "parameters": {
+            "type": "object", "properties": {"city": {"type": "string"}}}}}]
+        for model in FORMATS.values():
+            messages = list(self.HELLO)
+            with self.client.chat.completions.stream(
+                    model=model, messages=messages, tools=tools) as stream:
+                message = stream.get_final_completion().choices[0].message
+            call = message.tool_calls[0]
+            self.assertEqual((call.function.name, call.function.arguments),
+                             ("weather", '{"city": "Paris"}'))
+            messages += [message.model_dump(exclude_none=True, exclude={"parsed"}),
+                         {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
+            answer = self.create(model=model, messages=messages, tools=tools)
+            self.assertEqual(answer.choices[0].message.content, "It is sunny")
+
+    def test_schemas(self):
         from pydantic import BaseModel
 
         class City(BaseModel):
             name: str
-            people: int
 
-        self.upstream.respond = answering(("text", '{"name":"Paris",'), ("text", '"people":2000000}'))
+        self.upstream.respond = answering(("text", '{"name":'), ("text", '"Paris"}'))
         for model in FORMATS.values():
-            answer = self.client.chat.completions.parse(model=model, messages=self.HELLO, response_format=City)
-            self.assertEqual(answer.choices[0].message.parsed, City(name="Paris", people=2000000))
+            answer = self.client.chat.completions.parse(
+                model=model, messages=self.HELLO, response_format=City)
+            self.assertEqual(answer.choices[0].message.parsed, City(name="Paris"))
+            self.assertIn(b'"json_schema"', self.upstream.exchanges[-1].raw)
 
-    def test_errors_and_retries(self):
-        for status, error, posts in ((400, self.openai.BadRequestError, 1), (401, self.openai.AuthenticationError, 1), (403, self.openai.PermissionDeniedError, 1),
-                                     (404, self.openai.NotFoundError, 1), (429, self.openai.RateLimitError, 2), (500, self.openai.InternalServerError, 2)):
+    def test_errors(self):
+        for status, error, posts in ((400, self.openai.BadRequestError, 1),
+                                     (401, self.openai.AuthenticationError, 1),
+                                     (429, self.openai.RateLimitError, 2),
+                                     (500, self.openai.InternalServerError, 2)):
             self.upstream.exchanges.clear()
-            self.upstream.respond = failing(status, {"error": {"message": "the words", "code": "c"}}, Retry_After="0")
-            with self.assertRaises(error) as caught:
-                self.client.chat.completions.create(model=CHAT, messages=self.HELLO)
-            self.assertIn("the words", str(caught.exception))
-            self.assertEqual((caught.exception.code, len(self.upstream.exchanges)), ("c", posts))
-        with self.assertRaises(self.openai.BadRequestError) as caught:
-            self.client.chat.completions.create(model=CHAT, messages=[])
-        self.assertEqual(caught.exception.param, "messages")
+            body = {"error": {"message": "the words", "code": "c"}}
+            self.upstream.respond = failing(status, body, Retry_After="0")
+            with self.assertRaisesRegex(error, "the words"):
+                self.create(model=CHAT, messages=self.HELLO)
+            self.assertEqual(len(self.upstream.exchanges), posts)
 
-    def test_retry_succeeds(self):
-        self.upstream.respond = lambda exchange: (failing(429, "{}", Retry_After="0") if len(self.upstream.exchanges) == 1 else answer_text)(exchange)
-        self.assertEqual(self.client.chat.completions.create(model=CHAT, messages=self.HELLO).choices[0].message.content, "Hello w\u00f6r\u2028ld")
-
-    def test_error_in_the_stream(self):
-        def respond(exchange):
-            exchange.begin()
-            exchange.send(chat_chunk({"content": "part"}))
-            time.sleep(0.2)
-            exchange.drop()
-        self.upstream.respond = respond
-        with self.assertRaises(self.openai.APIError):
-            for _ in self.client.chat.completions.create(model=CHAT, messages=self.HELLO, stream=True):
-                pass
+    def test_responses(self):
+        stream = self.client.responses.create(model="gpt-5.4-mini", input="hi", stream=True)
+        events = list(stream)
+        text = "".join(event.delta for event in events
+                       if event.type == "response.output_text.delta")
+        self.assertEqual((text, events[-1].response.usage.total_tokens), (HELLO, 31))
 
 
+NPM = os.environ.get("OPENCODE_PROXY_TEST_NPM")
 AI_SDK = r"""
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible"
 import { generateObject, generateText, stepCountIs, streamText, tool } from "ai"
 import { z } from "zod"
-const provider = createOpenAICompatible({ name: "proxy", baseURL: process.argv[2], includeUsage: true, supportsStructuredOutputs: true })
-const model = provider(process.argv[3])
+const [baseURL, name] = process.argv.slice(2)
+const options = { name: "proxy", baseURL, includeUsage: true, supportsStructuredOutputs: true }
+const model = createOpenAICompatible(options)(name)
 const out = {}
 const whole = await generateText({ model, prompt: "plain" })
-Object.assign(out, { text: whole.text, tokens: whole.usage.totalTokens })
-const stream = streamText({ model, prompt: "plain" })
-out.pieces = []
-for await (const piece of stream.textStream) out.pieces.push(piece)
-const weather = tool({ description: "d", inputSchema: z.object({ city: z.string() }), execute: async ({ city }) => "sunny in " + city })
-out.tools = (await generateText({ model, prompt: "tools", tools: { weather }, stopWhen: stepCountIs(3) })).text
-out.object = (await generateObject({ model, prompt: "object", schema: z.object({ name: z.string() }) })).object
+Object.assign(out, { text: whole.text, tokens: whole.usage.totalTokens, pieces: [] })
+for await (const piece of streamText({ model, prompt: "plain" }).textStream) out.pieces.push(piece)
+const execute = async ({ city }) => "sunny in " + city
+const weather = tool({ description: "d", inputSchema: z.object({ city: z.string() }), execute })
+const steps = { tools: { weather }, stopWhen: stepCountIs(3) }
+out.tools = (await generateText({ model, prompt: "tools", ...steps })).text
+const schema = z.object({ name: z.string() })
+out.object = (await generateObject({ model, prompt: "object", schema })).object
 console.log(JSON.stringify(out))
 """
 
 
-class AISDKTest(RealCase):
-    """Vercel's `ai` SDK with `@ai-sdk/openai-compatible`, in the folder that OPENCODE_PROXY_TEST_NPM names."""
-
-    @classmethod
-    def setUpClass(cls):
-        folder = pathlib.Path(os.environ.get("OPENCODE_PROXY_TEST_NPM") or "/nowhere")
-        if not (folder / "node_modules/ai").exists() or not shutil.which("node"):
-            missing("the ai SDK (npm install ai @ai-sdk/openai-compatible zod; its folder in OPENCODE_PROXY_TEST_NPM)")
-        super().setUpClass()
-        script = tempfile.NamedTemporaryFile("w", suffix=".mjs", dir=folder)  # noqa: SIM115
-        cls.addClassCleanup(script.close)
-        script.write(AI_SDK)
-        script.flush()
-        cls.script = script.name
+class RealAISDKTest(RealCase):
+    """The `ai` SDK, unchanged, on all wire formats."""
 
     def test_text_stream_tools_and_object(self):
+        if not NPM or not shutil.which("node"):
+            missing("the npm packages ai and @ai-sdk/openai-compatible")
+
         def respond(exchange):
-            last = exchange.body["messages"][-1]
-            content = last["content"] if isinstance(last["content"], str) else "".join(part.get("text", "") for part in last["content"])
-            if last["role"] == "tool":
-                return answering(("text", "It is " + json.loads(content) if content.startswith('"') else "It is " + content))(exchange)
-            if content == "tools":
-                return answering(("call", "call_1", "weather", ['{"city":"Paris"}']), finish="tool_calls")(exchange)
-            if content == "object":
-                return answering(("text", '{"name":"Paris"}'))(exchange)
-            return answer_text(exchange)
+            parts, finish = [("text", "Hel"), ("text", "lo")], "stop"
+            if b"sunny in Paris" in exchange.raw:
+                parts = [("text", "It is sunny")]
+            elif b'"tools"' in exchange.raw and b'"weather"' in exchange.raw:
+                parts, finish = [("call", "c1", "weather", ['{"city":"Pa', 'ris"}'])], "tool_calls"
+            elif b'"object"' in exchange.raw and b"schema" in exchange.raw:
+                parts = [("text", '{"name":"Paris"}')]
+            answering(*parts, finish=finish)(exchange)
+
         self.upstream.respond = respond
-        node = subprocess.run(["node", self.script, f"http://127.0.0.1:{self.proxy.port}/v1", CHAT], capture_output=True,
-                              timeout=2 * DEADLINE, check=False)
-        self.assertEqual(node.returncode, 0, node.stderr.decode())
-        self.assertEqual(json.loads(node.stdout), {
-            "text": "Hello w\u00f6r\u2028ld", "tokens": 31, "pieces": ["Hel", "lo ", "w\u00f6r\u2028ld"], "tools": "It is sunny in Paris", "object": {"name": "Paris"}})
+        script = pathlib.Path(NPM) / "test.mjs"
+        script.write_text(AI_SDK)
+        url = f"http://127.0.0.1:{self.proxy.port}/v1"
+        for model in FORMATS.values():
+            run = subprocess.run(["node", str(script), url, model], stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT, timeout=DEADLINE, check=False)
+            self.assertEqual(run.returncode, 0, run.stdout)
+            self.assertEqual(json.loads(run.stdout.splitlines()[-1]), {
+                "text": "Hello", "tokens": 31, "pieces": ["Hel", "lo"], "tools": "It is sunny",
+                "object": {"name": "Paris"}})
 
 
 if __name__ == "__main__":

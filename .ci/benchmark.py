@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Measure opencode_proxy beside a direct connection and `opencode run`, all on this machine and in one run (Linux).
+"""Measure opencode_proxy beside a direct connection, all on this machine and in one run (Linux).
 
-    python3 .ci/benchmark.py [--opencode PATH] [--url NAME=URL ...] [--quick]
+    python3 .ci/benchmark.py [--opencode PATH] [--quick] [--only NAME,...] [--url NAME=URL ...]
 
-The model's provider is a process of this program on loopback. It answers with 20 tokens, one every 20 ms, and each
-says when it was sent, so that the delay of every token is known. Times are medians, in seconds.
+See rig.py for what runs. Times are medians, in seconds; an answer takes one second where the name
+of the measure says nothing else. Of several requests at once "all done" is when the last one was.
+"Spaced" means that a fresh process was ready and nothing else went on.
 """
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ import argparse
 import concurrent.futures
 import contextlib
 import http.client
-import http.server
 import json
+import math
 import os
 import pathlib
 import socket
@@ -23,319 +24,274 @@ import sys
 import tempfile
 import threading
 import time
+import typing
 import urllib.parse
+import urllib.request
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+import rig
 
-import opencode_proxy
-import test_opencode_proxy as tests
-
-TOKENS, INTERVAL = 20, 0.02
-PROMPT = "Say something."
-BODY = {"messages": [{"role": "user", "content": PROMPT}], "stream": True}
-TICKS = os.sysconf("SC_CLK_TCK")
+IDLE_CONNECTIONS = 500
+DELTAS = 20_000
+COLUMNS = ("", "requests", "first content", "more than direct", "ms per token", "all done",
+           "POSTs", "prompt bytes", "CPU s", "PSS MB", "correct")
 
 
-class Provider(http.server.BaseHTTPRequestHandler):
-    """Answers in tokens that say when they were sent; GET tells how many POSTs of how many bytes there were."""
+class Answer(typing.NamedTuple):
+    """What came of a question, in seconds after it was asked."""
 
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    posts: list[int] = []
-
-    def do_GET(self):
-        self.answer(json.dumps(self.posts).encode(), "application/json")
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.posts.append(len(body))
-        if not json.loads(body).get("stream"):
-            return self.answer(json.dumps({"choices": [{"message": {"content": "title"}, "finish_reason": "stop"}]}).encode(), "application/json")
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        for number in range(TOKENS):
-            self.event(tests.chat_chunk({"content": f"{number}:{time.monotonic():.6f} "}))
-            time.sleep(INTERVAL)
-        self.event(tests.chat_chunk({}, "stop"))
-        self.event("[DONE]")
-        self.wfile.write(b"0\r\n\r\n")
-
-    def answer(self, body, content_type):
-        self.send_response(200)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def event(self, event):
-        data = f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n".encode()
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
-
-    def log_message(self, *args):
-        pass
+    first: float  # content
+    delays: list[float]  # of the tokens
+    end: float
+    correct: bool
 
 
-class ProviderServer(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-    def handle_error(self, request, client_address):
-        pass  # `opencode run` drops its second request
-
-
-def provide():
-    """Serve as the provider until stdin closes; print the port."""
-    server = ProviderServer(("127.0.0.1", 0), Provider)
-    print(server.server_port, flush=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    sys.stdin.read()
-
-
-def ask(url, body=BODY):
-    """Return (first content, delays of the tokens, end, correct) of one streamed request to a base URL."""
-    parts = urllib.parse.urlsplit(url)
-    start, first, delays, text = time.monotonic(), None, [], ""
-    with contextlib.closing(http.client.HTTPConnection(parts.hostname, parts.port, timeout=300)) as connection:
-        connection.request("POST", parts.path + "/chat/completions", json.dumps(body, separators=(",", ":")), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        for line in response:
-            if not line.startswith(b"data: {"):
-                continue
-            now, choices = time.monotonic(), json.loads(line[6:]).get("choices")
-            content = choices and choices[0]["delta"].get("content")
-            if content:
-                first = first or now
-                delays += [now - float(token.partition(":")[2]) for token in content.split()]
-                text += content
-    correct = [token.partition(":")[0] for token in text.split()] == [str(number) for number in range(TOKENS)]
-    return (first or time.monotonic()) - start, delays, time.monotonic() - start, correct
+def ask(url, question):
+    """Ask the server at a base URL; nothing is parsed until the answer has ended."""
+    start, pieces, texts = time.monotonic(), [], []
+    try:
+        pieces.extend(rig.exchange(url, question.body))
+    except (rig.Refused, OSError, http.client.HTTPException) as error:
+        print(f"a request failed: {error!r}", file=sys.stderr)
+        pieces.clear()
+    end = time.monotonic()
+    for arrival, event in rig.events(pieces):
+        for choice in event.get("choices", ()):
+            text = choice["delta" if question.stream else "message"].get("content")
+            if text:
+                texts.append((arrival, text))
+    delays = [arrival - float(token.rpartition(":")[2])
+              for arrival, text in texts for token in text.split()]
+    correct = question.is_answered_by("".join(text for _, text in texts))
+    return Answer(texts[0][0] - start if texts else math.nan, delays, end - start, correct)
 
 
-def tree(pid):
-    """Return the ids of a process and its descendants."""
-    found, parents = {pid}, {}
-    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, IndexError):
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    grown = True
-    while grown:
-        more = {child for child, parent in parents.items() if parent in found} - found
-        found |= more
-        grown = bool(more)
-    return found
+def median(values):
+    """Return the median of what was measured, not-a-number where nothing was."""
+    measured = [value for value in values if not math.isnan(value)]
+    return statistics.median(measured) if measured else math.nan
 
 
-def cpu_seconds(pid):
-    """Return the processor time of a process tree so far, ended children included."""
-    total = 0
-    for member in tree(pid):
-        with contextlib.suppress(OSError, IndexError):
-            total += sum(map(int, pathlib.Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()[11:15]))
-    return total / TICKS
+class Cost:
+    """What a stretch of time costs: POSTs, and of a process tree processor time and memory."""
 
-
-def pss(pids):
-    """Return the memory of processes in MB, shared pages divided among those that share them."""
-    total = 0
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            lines = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-            total += next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
-    return total / 1024
-
-
-class Peak:
-    """The largest memory of a process tree during a context."""
-
-    def __init__(self, pid):
-        self.pid, self.megabytes, self._end = pid, 0.0, threading.Event()
+    def __init__(self, bench, pid=None):
+        self.bench, self.pid, self.cpu, self.memory, self.sizes = bench, pid, math.nan, math.nan, []
+        self._ended, self._watcher = threading.Event(), threading.Thread(target=self._watch)
 
     def __enter__(self):
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
+        self._posts = len(self.bench.posts())
+        self._cpu = rig.cpu_seconds(self.pid) if self.pid else 0.0
+        self._watcher.start()
         return self
 
     def _watch(self):
-        while not self._end.wait(0.3):
-            self.megabytes = max(self.megabytes, pss(tree(self.pid)))
+        while self.pid and not self._ended.wait(0.3):
+            self.memory = max(rig.pss(rig.tree(self.pid)), self.memory)
 
     def __exit__(self, *_):
-        self._end.set()
-        self._thread.join()
+        self._ended.set()
+        self._watcher.join()
+        self.sizes = [size for _, size in self.bench.posts()[self._posts:]]
+        if self.pid:
+            self.cpu = rig.cpu_seconds(self.pid) - self._cpu
 
 
 class Bench:
-    """The provider, the environment that leads opencode to it, and the rows of the table."""
+    """The provider, the table as it grows, and a method for each measure."""
 
-    def __init__(self, folder, opencode):
-        self.folder, self.opencode, self.rows = folder, opencode, []
-        self.provider = subprocess.Popen([sys.executable, __file__, "--provide"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.port = int(self.provider.stdout.readline())
-        upstream = argparse.Namespace(url=f"http://127.0.0.1:{self.port}")
-        self.environment = {**{name: value for name, value in os.environ.items() if name not in tests.XDG}, **tests.make_home(folder, upstream)}
+    def __init__(self, folder, options):
+        self.folder, self.options = folder, options
+        self.rows, self.notes, self.baseline = [], [], math.nan  # first content of direct
+        self.many = 3 if options.quick else 10
+        command = [sys.executable, rig.__file__]
+        self.provider = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.direct = self.provider.stdout.readline().strip()
+        self.environment = rig.make_home(folder, self.direct)
 
     def posts(self):
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port)) as connection:
-            connection.request("GET", "/")
-            return json.loads(connection.getresponse().read())
+        with urllib.request.urlopen(self.direct + "/posts") as response:
+            return json.load(response)
 
-    @contextlib.contextmanager
-    def proxy(self, *arguments, opencode=None, **environment):
-        """Run the proxy; yield its process, with `url`."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        process = subprocess.Popen(
-            [sys.executable, str(HERE.parent / "opencode_proxy.py"), "--host", "127.0.0.1", "--port", str(port), "--opencode",
-             opencode or self.opencode, *arguments], env={**self.environment, **environment}, stderr=subprocess.PIPE)
-        process.url = f"http://127.0.0.1:{port}/v1"
-        while b"base URL" not in process.stderr.readline():
-            if process.poll() is not None:
-                raise SystemExit("the proxy did not start")
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        try:
-            yield process
-        finally:
-            process.terminate()
-            process.wait()
+    def proxy(self, *arguments):
+        return rig.Proxy(self.options.program, self.options.opencode, self.environment, *arguments)
 
-    def measure(self, name, url, waves, at_once=1, pid=None, before=lambda: None):
-        """Ask `waves` times `at_once` requests; add a row to the table."""
-        posts, cpu, answers = len(self.posts()), pid and cpu_seconds(pid), []
-        with Peak(pid) if pid else contextlib.nullcontext() as peak, concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-            for _ in range(waves):
-                before()
-                answers += pool.map(ask, [url] * at_once)
-            if pid:
-                time.sleep(1)  # what the last request has started is part of its price
-        count, sizes = len(answers), self.posts()[posts:]
-        self.rows.append({
-            "name": name, "requests": count, "first": statistics.median(answer[0] for answer in answers),
-            "token": statistics.median(delay for answer in answers for delay in answer[1]) if answers[0][1] else float("nan"),
-            "end": statistics.median(answer[2] for answer in answers), "posts": len(sizes) / count,
-            "bytes": statistics.median(sizes) if sizes else 0, "cpu": (cpu_seconds(pid) - cpu) / count if pid else 0.0,
-            "pss": peak.megabytes if pid else 0.0, "correct": sum(answer[3] for answer in answers)})
-        print(f"  {name} done", file=sys.stderr)
-        return max(answer[2] for answer in answers)
+    def measure(self, name, url, waves, at_once=1, before=None, proxy=None, **question):
+        """Ask `waves` times so many questions at once, each wave after `before()`; add a row.
 
-    def opencode_run(self, times):
-        """Measure `opencode run`, a process for each request, which prints the answer when it is complete."""
-        firsts, ends, cpus, peaks, correct, before = [], [], [], [], 0, len(self.posts())
-        for _ in range(times):
-            start, usage = time.monotonic(), os.times()
-            command = [self.opencode, "run", "--model", "github-copilot/gpt-5-mini", PROMPT]
-            process = subprocess.Popen(command, env=self.environment, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            with Peak(process.pid) as peak:
-                text, first = b"", None
-                while block := os.read(process.stdout.fileno(), 65536):
-                    text += block
-                    if b"0:" in text:
-                        first = first or time.monotonic() - start
-                process.wait()
-            process.stdout.close()
-            after = os.times()
-            firsts.append(first or time.monotonic() - start)
-            ends.append(time.monotonic() - start)
-            cpus.append(after.children_user + after.children_system - usage.children_user - usage.children_system)
-            peaks.append(peak.megabytes)
-            correct += b"19:" in text
-        sizes = self.posts()[before:]
-        self.rows.append({"name": "opencode run", "requests": times, "first": statistics.median(firsts), "token": float("nan"), "end": statistics.median(ends),
-                          "posts": len(sizes) / times, "bytes": max(sizes), "cpu": statistics.median(cpus), "pss": max(peaks), "correct": correct})
+        The price of the requests includes what they have started: it ends when `proxy` settles.
+        """
+        answers, before = [], before or (lambda: None)
+        before()
+        with Cost(self, proxy and proxy.pid) as cost:
+            with concurrent.futures.ThreadPoolExecutor(at_once) as threads:
+                for _ in range(waves):
+                    before()
+                    questions = [rig.Question(**question) for _ in range(at_once)]
+                    answers.append(list(threads.map(ask, [url] * at_once, questions)))
+            if proxy:
+                proxy.settle()
+        self.add(name, answers, cost)
+
+    def add(self, name, waves, cost, others=()):
+        """Add a row of answers in waves; of `others` only the price and correctness count."""
+        answers = [answer for wave in waves for answer in wave]
+        first = median(answer.first for answer in answers)
+        count = len(answers) + len(others)
+        correct = sum(answer.correct for answer in [*answers, *others])
+        delay = median(delay for answer in answers for delay in answer.delays) * 1000
+        end = median(max(answer.end for answer in wave) for wave in waves)
+        if name.startswith("direct"):
+            self.baseline = first
+        row = (name, count, first, first - self.baseline, delay, end, len(cost.sizes) / count,
+               median(cost.sizes), cost.cpu / count, cost.memory, correct)
+        self.rows.append(row)
+        print(f"  {name}: first content {first:.3f}, all done {end:.2f}", file=sys.stderr)
 
     def table(self):
-        direct = self.rows[0]
-        print("| | requests | first content | more than direct | delay per token | end | POSTs | prompt bytes | CPU s | PSS MB | correct |")
-        print("|---|---|---|---|---|---|---|---|---|---|---|")
+        print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+        forms = "", "", ".3f", "+.3f", ".1f", ".2f", ".2f", ".0f", ".2f", ".0f", ""
         for row in self.rows:
-            print(f"| {row['name']} | {row['requests']} | {row['first']:.3f} | {row['first'] - direct['first']:+.3f} | {row['token'] * 1000:.1f} ms "
-                  f"| {row['end']:.2f} | {row['posts']:g} | {row['bytes']:g} | {row['cpu']:.2f} | {row['pss']:.0f} | {row['correct']} |")
+            cells = [format(value, form) for value, form in zip(row, forms)]
+            print("| " + " | ".join(cells).replace("+nan", "-").replace("nan", "-") + " |")
+        print("", *self.notes, sep="\n")
 
+    # the measures, by the names that --only takes
 
-def fake_numbers(bench, folder):
-    """Return (chunks per second, MB of the proxy with 500 idle connections) with a fake opencode."""
-    fake = folder / "fake-opencode"
-    fake.write_text(f"#!{sys.executable}\n{tests.FAKE}")
-    fake.chmod(0o700)
-    with bench.proxy("--spares", "0", opencode=str(fake), FAKE_CATALOG=json.dumps(tests.fake_model("x/y"))) as proxy:
-        parts, rates = urllib.parse.urlsplit(proxy.url), []
-        for _ in range(5):
-            body = json.dumps({"messages": [{"role": "user", "content": "deltas 100000"}], "stream": True})
-            with socket.create_connection((parts.hostname, parts.port)) as connection:
-                connection.sendall(f"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
-                data, start, end = connection.recv(1 << 16), time.monotonic(), b""
-                size = len(data)
-                while data:
-                    data = connection.recv(1 << 20)
-                    size, end = size + len(data), (end + data)[-20:]
-                rates.append(100000 / (time.monotonic() - start))
-            assert end.endswith(b"data: [DONE]\n\n"), end
-            assert size > 100000 * 200, size
-        with contextlib.ExitStack() as stack:
-            for _ in range(500):
-                stack.enter_context(socket.create_connection((parts.hostname, parts.port)))
+    def spaced(self):
+        with self.proxy() as proxy:
+            self.measure("spaced", proxy.url, self.many, before=proxy.settle, proxy=proxy)
+
+    def back_to_back(self):
+        with self.proxy() as proxy:
+            proxy.settle()
+            self.measure("back to back", proxy.url, self.many, proxy=proxy)
+
+    def at_once(self):
+        for count, waves in ((4, 3), (16, 2), (64, 1)):
+            with self.proxy() as proxy:
+                self.measure(f"{count} at once", proxy.url, waves, count, proxy.settle, proxy)
+
+    def cold(self):
+        with self.proxy("--spares", "0") as proxy:
+            self.measure("cold (--spares 0)", proxy.url, self.many // 2 + 1,
+                         before=proxy.settle, proxy=proxy)
+
+    def reuse(self):
+        count = 15 if self.options.quick else 50
+        with self.proxy("--requests-per-process", str(count)) as proxy:
+            self.measure(f"{count} in a row, --requests-per-process {count}", proxy.url, count)
+            done = rig.cpu_seconds(proxy.pid)
+            proxy.settle()
+            settled = rig.cpu_seconds(proxy.pid)
+        self.notes.append(
+            f"CPU seconds per request, {count} in a row with --requests-per-process {count}, all "
+            f"starts included: {done / count:.2f}; with the start of the next process, that has "
+            f"served nothing yet: {settled / count:.2f}")
+
+    def open_webui(self):
+        """A message; when it is answered 3 tasks at once; the next message 1 s later."""
+        messages, others = [], []
+        with self.proxy() as proxy, Cost(self, proxy.pid) as cost:
+            proxy.settle()
+            for _ in range(2 if self.options.quick else 5):
+                others.append(ask(proxy.url, rig.Question()))
+                with concurrent.futures.ThreadPoolExecutor(3) as threads:
+                    tasks = [threads.submit(ask, proxy.url, rig.Question(stream=False))
+                             for _ in range(3)]
+                    time.sleep(1)
+                    messages.append([ask(proxy.url, rig.Question())])
+                others += [task.result() for task in tasks]
+                proxy.settle()
+        self.add("Open WebUI, the next message", messages, cost, others)
+
+    def deltas(self):
+        rates = []
+        for name, target in (("direct", contextlib.nullcontext()), ("proxy", self.proxy())):
+            with target as proxy:
+                for _ in range(3):
+                    if proxy:
+                        proxy.settle()
+                    question = rig.Question(DELTAS, 0)
+                    answer = ask(proxy.url if proxy else self.direct, question)
+                    rates.append(DELTAS / (answer.end - answer.first) if answer.correct else 0)
+            self.notes.append(f"chunks per second, {name}: {median(rates):,.0f}")
+            rates.clear()
+
+    def idle(self):
+        with self.proxy() as proxy, contextlib.ExitStack() as stack:
+            proxy.settle()
+            before = rig.pss([proxy.pid])
+            address = urllib.parse.urlsplit(proxy.url)
+            for _ in range(IDLE_CONNECTIONS):
+                connection = socket.create_connection((address.hostname, address.port))
+                stack.enter_context(connection)
             time.sleep(1)
-            return statistics.median(rates), pss([proxy.pid])
+            self.notes.append(f"the proxy's own memory: {before:.0f} MB, with {IDLE_CONNECTIONS} "
+                              f"idle connections {rig.pss([proxy.pid]):.0f} MB")
+
+    def opencode_run(self):
+        """`opencode run`, a process for each request, prints the answer when it is complete."""
+        waves = []
+        with Cost(self, os.getpid()) as cost:
+            for _ in range(3):
+                question, start = rig.Question(), time.monotonic()
+                command = [self.options.opencode, "run", "--model", "github-copilot/gpt-5-mini"]
+                done = subprocess.run(
+                    [*command, question.text], env=self.environment, cwd=self.folder, text=True,
+                    stdin=subprocess.DEVNULL, capture_output=True)
+                taken = time.monotonic() - start
+                waves.append([Answer(taken, [], taken, question.is_answered_by(done.stdout))])
+        self.add("opencode run", waves, cost)
+
+    def rivals(self):
+        for pair in self.options.url:
+            name, _, url = pair.partition("=")
+            self.measure(f"{name}, back to back", url, self.many)
+            for count, waves in ((4, 3), (16, 2), (64, 1)):
+                self.measure(f"{name}, {count} at once", url, waves, count)
+
+    def prompts(self):
+        with self.proxy() as proxy:
+            for megabytes in (20, 60):
+                size = megabytes * 1_000_000
+                image = "data:image/png;base64,iVBORw0KGgo" + "A" * (size + 1)
+                for kind, part in (
+                        ("image", {"type": "image_url", "image_url": {"url": image}}),
+                        ("text", {"type": "text", "text": "a word " * (size // 7)})):
+                    name = f"{megabytes} MB of {kind}"
+                    question = {"tokens": 4, "parts": [part]}
+                    self.measure(f"direct, {name}", self.direct, 3, **question)
+                    self.measure(name, proxy.url, 3, before=proxy.settle, proxy=proxy, **question)
 
 
-def spare_ready(url):
-    """Wait until the proxy at `url` has a spare."""
-    parts = urllib.parse.urlsplit(url)
-    while True:
-        with contextlib.closing(http.client.HTTPConnection(parts.hostname, parts.port)) as connection:
-            connection.request("GET", "/health")
-            if json.loads(connection.getresponse().read())["spares"]:
-                return time.sleep(0.3)
-        time.sleep(0.1)
+MEASURES = ("spaced", "back_to_back", "at_once", "cold", "reuse", "open_webui", "deltas", "idle",
+            "rivals", "prompts", "opencode_run")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--opencode")
-    parser.add_argument("--url", action="append", default=[], metavar="NAME=URL", help="another server to measure, with its base URL")
+    rig.add_options(parser)
+    parser.add_argument("--url", action="append", default=[], metavar="NAME=URL",
+                        help="another server to measure, with its base URL")
+    parser.add_argument("--only", metavar="NAME,...", help=f"some of: {', '.join(MEASURES)}")
     parser.add_argument("--quick", action="store_true", help="a third of the requests")
-    parser.add_argument("--provide", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.provide:
-        return provide()
-    many = 3 if options.quick else 10
+    names = options.only.split(",") if options.only else MEASURES
+    if not set(names) <= set(MEASURES):
+        parser.error(f"--only knows {', '.join(MEASURES)}")
     with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        bench = Bench(folder, opencode_proxy.find_opencode(options.opencode))
+        bench = Bench(pathlib.Path(name), options)
         try:
-            bench.measure("direct", f"http://127.0.0.1:{bench.port}", 2 * many)
-            for title, arguments, waves, at_once, spaced in (
-                    ("proxy, spaced", (), many, 1, True), ("proxy, back to back", (), many, 1, False), ("proxy, 4 at once", (), 2, 4, False),
-                    ("proxy, 16 at once", (), 1, 16, False), ("proxy, cold (--spares 0)", ("--spares", "0"), many // 2 + 1, 1, False)):
-                with bench.proxy(*arguments) as proxy:
-                    bench.measure(title, proxy.url, waves, at_once, proxy.pid, lambda url=proxy.url, wait=spaced: wait and spare_ready(url))
-            with bench.proxy("--requests-per-process", "50") as proxy:
-                bench.measure("reuse (50), first wave of 4", proxy.url, 1, 4, proxy.pid)
-                time.sleep(2)
-                alone = bench.measure("reuse, one alone", proxy.url, 1, 1, proxy.pid)
-                wave = bench.measure("reuse, second wave of 4", proxy.url, 1, 4, proxy.pid)
-                bench.measure("reuse, 30 back to back", proxy.url, 3 * many, 1, proxy.pid)
-            bench.opencode_run(3)
-            for pair in options.url:
-                title, _, url = pair.partition("=")
-                bench.measure(title, url, many)
-            rate, memory = fake_numbers(bench, folder)
+            bench.measure("direct", bench.direct, bench.many)
+            for measure in MEASURES:
+                if measure in names:
+                    getattr(bench, measure)()
         finally:
-            bench.provider.stdin.close()
-            bench.provider.wait()
-            bench.provider.stdout.close()
-        bench.table()
-        rows = {row["name"]: row for row in bench.rows}
-        spaced, run = rows["proxy, spaced"], rows["opencode run"]
-        print(f"\nfirst content: {run['first'] / spaced['first']:.0f} times sooner than opencode run"
-              f"\nCPU per request: {spaced['cpu'] / run['cpu']:.2f} of opencode run"
-              f"\nsecond wave of 4, the last one: {wave / alone:.2f} times one alone"
-              f"\nfake opencode, 100,000 deltas: {rate:,.0f} chunks per second"
-              f"\nthe proxy's own memory with 500 idle connections: {memory:.0f} MB")
+            bench.provider.communicate()
+            bench.table()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
