@@ -11,8 +11,7 @@ One request, which is also the order of this file (an event is None where nothin
     answer = Answer(request, model)                                       # answer: makes chunks
     with contextlib.closing(self.server.pool.run(request, model)) as events:
         for event in events:                     # pool: a place, a process, a turn of it
-            self._tell(answer.take(*event))      # http: the client's socket
-    self._finish(answer)
+            self._write(answer.take(*event))     # http: the client's socket
 
 A turn of an `opencode acp` process (JSON-RPC 2.0, a line a message) answers it. When opencode is
 about to send its request to the provider, a plugin inside asks for the body to send instead: a
@@ -62,7 +61,6 @@ DEFAULT_MODEL = "github-copilot/gpt-4.1"
 SUCCESSORS = ("github-copilot/gpt-5-mini", "github-copilot/gpt-5.4-mini", "github-copilot/gpt-5.5")
 MIN_OPENCODE = (1, 17, 0)  # older ones send no session header or keep sessions on disk
 LOOK_SECONDS = 0.25  # the longest wait of any kind: then somebody looks whether to go on waiting
-
 # requests and connections: threads, open files, memory, and one client's share of the processes
 MAX_CHOICES, MAX_STOP_SEQUENCES = 8, 64  # each is a turn; each is looked for in every delta
 MAX_CONNECTIONS, RESERVED_FILES = 2000, 200  # files: of those allowed, for the processes' pipes
@@ -73,7 +71,6 @@ IDLE_SECONDS, BODY_SECONDS = 60.0, 120.0  # without a complete head of a request
 WRITE_SECONDS = 60.0  # in which a client takes nothing of its answer
 SEND_BUFFER_BYTES = 256 << 10  # of an answer that a client has not taken yet
 PING_SECONDS = 15.0  # of silence in a stream: middleboxes close what is silent
-
 # opencode: a process that runs away, hangs or grows
 MAX_LINE_BYTES = MAX_EVENT_BYTES = 16 << 20  # of its output; one event of a provider's stream
 MAX_STDERR_BYTES, MAX_ERROR_CHARACTERS = 4 << 10, 64 << 10  # errors: an answer that is no stream
@@ -90,17 +87,14 @@ MAX_ATTEMPTS = 3  # processes that may fail a request before it fails
 FINISH_SECONDS, CUT_SECONDS = 3.0, 1.0  # for the rest after a finish_reason; after a stop sequence
 TAKEN_CHARACTERS = 256 << 10  # of an answer, told to the plugin: it relays 1 MiB ahead
 QUEUE_RETRY_SECONDS = 5  # told to clients that are refused for want of room
+
 # ------------------------------------------------------------------------------------------- errors
-#
 # In which words a failure is told. An APIError passes from anywhere to the handler, which writes
 # it to the client; the other exceptions are for the section that catches them.
-
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-
 
 class APIError(Exception):
     """A failure as the client is told of it; `type` follows from `status` where it is not given."""
-
     def __init__(self, status: int, message: str, type: str | None = None, param: str | None = None,
                  code: str | None = None, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -110,26 +104,18 @@ class APIError(Exception):
         self.headers = dict(headers or {})  # of the HTTP response, besides the usual ones
 
     def body(self) -> Json:
-        """Return OpenAI's error object."""
         return {"error": {name: vars(self)[name] for name in ("message", "type", "param", "code")}}
-
 
 class ClientDisconnected(Exception):
     """The client hung up: nobody is left to answer."""
-
-
 class StartError(Exception):
     """The proxy cannot start; the text tells a person what to do."""
 
-
 class ProcessFailed(Exception):
     """An opencode process ended, broke its protocol or was too slow; the text says which."""
-
-
 def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
     """Return the error for a request that is wrong in its field `param`."""
     return APIError(400, message, param=param, code=code)
-
 
 def upstream_error(status: int, headers: Mapping[str, str], body: str) -> APIError:
     """Return what a provider's refusal means; `body` is an error object or a gateway's page."""
@@ -149,7 +135,6 @@ def upstream_error(status: int, headers: Mapping[str, str], body: str) -> APIErr
     return APIError(status if 400 <= status <= 599 else 502, message.rstrip(": "),
                     texts.get("type"), texts.get("param"), texts.get("code"), kept)
 
-
 def turn_error(error: Json) -> APIError:
     """Return the error for a turn that failed without a refusal by the provider."""
     # the latter is what opencode's JavaScript runtime adds for programmers
@@ -159,12 +144,11 @@ def turn_error(error: Json) -> APIError:
         return APIError(502, f"The answer failed: {text}", code="upstream_failed")
     text = "The connection to the model's provider failed: " + text
     return APIError(502, text, code="upstream_unreachable")
+
 # ------------------------------------------------------------------------------------------ request
-#
 # From the bytes of a body to a ChatRequest, or to an APIError 400 whose `param` names the field.
 # Checked is what the wire formats rely on and what would change an answer's meaning; the rest is
 # the provider's to judge. Nothing is started or sent from here.
-
 MAX_DIGITS = 4300  # of a number: reading it takes quadratic time on some Pythons
 MAX_TOKENS = (1 << 31) - 1  # what every provider's integer holds
 LIMITS = {"n": MAX_CHOICES, "max_tokens": MAX_TOKENS, "max_completion_tokens": MAX_TOKENS}
@@ -182,11 +166,8 @@ FIELDS_OF_KINDS: dict[tuple[type, ...], str] = {
     (str, dict): "tool_choice function_call"}
 FIELDS = {name: kinds for kinds, names in FIELDS_OF_KINDS.items() for name in names.split()}
 
-
 class Words(dict[str, Any]):
     """The words for a field, the usual one first, and the schema that each means for its object."""
-
-
 # A schema is a kind; (a, b), either of two; [a], an array; {"name": a}, an object with such a
 # field, or {"name?": a} perhaps with one; Words; or the pattern of a URL.
 SCHEMA_KINDS: dict[type, type] = {list: list, dict: dict, Words: str, re.Pattern: str}
@@ -213,7 +194,6 @@ SCHEMAS: Json = {
     "tools": [{"type": str}], "tool_choice": (MODES, {"type?": CHOICES}),
     "functions": [FUNCTION], "function_call": (MODES, FUNCTION)}
 
-
 @dataclasses.dataclass(frozen=True)
 class ChatRequest:
     """A validated request body; `body` is what the client sent, less the fields that were null."""
@@ -225,8 +205,6 @@ class ChatRequest:
     choices: int
     stop: tuple[str, ...]
     max_tokens: int | None
-    legacy_functions: bool  # the client calls tools functions, and so must the answer
-
 
 def parse_chat_request(data: bytes) -> ChatRequest:
     """Return the request that `data`, a JSON body, holds; raise APIError 400 where it is wrong."""
@@ -246,14 +224,10 @@ def parse_chat_request(data: bytes) -> ChatRequest:
     stop = [stop] if isinstance(stop, str) else stop
     if len(stop) > MAX_STOP_SEQUENCES:
         raise invalid(f"stop may have at most {MAX_STOP_SEQUENCES} sequences", "stop")
-    legacy_functions = "functions" in body and "tools" not in body
-    modernize(body)
     return ChatRequest(
         body, body["messages"], body.get("model") or None, body.get("stream", False),
         body.get("stream_options", {}).get("include_usage") is True, body.get("n", 1),
-        tuple(filter(None, stop)), body.get("max_completion_tokens", body.get("max_tokens")),
-        legacy_functions)
-
+        tuple(filter(None, stop)), body.get("max_completion_tokens", body.get("max_tokens")))
 
 def parse_json_object(data: bytes) -> Json:
     """Return the JSON object in `data`, UTF-8 (RFC 8259); raise APIError 400 for anything else."""
@@ -266,7 +240,6 @@ def parse_json_object(data: bytes) -> Json:
         raise invalid("The body must be a JSON object")
     return body
 
-
 def read_number(text: str) -> float:
     """Return the int or float in `text`; refuse NaN, Infinity, and what cannot be written again."""
     digits = text.lstrip("-")
@@ -276,26 +249,22 @@ def read_number(text: str) -> float:
         raise ValueError(f"{text[:40]} is no number, or too long or large a one")
     return float(text)
 
-
 def require(value: Any, param: str, *kinds: type) -> None:
     """Raise APIError 400 unless `value` is of one of `kinds`; an int is a float too."""
     found = type(value)  # not isinstance: True would be an int
     if found not in kinds and not (found is int and float in kinds):
         raise invalid(f"{param} must be {' or '.join(KINDS[kind] for kind in kinds)}", param)
 
-
 def require_one_of(value: Any, param: str, *words: str) -> None:
     """Raise APIError 400 unless `value` is one of `words`."""
     if value not in words:
         raise invalid(f"{param} must be one of {', '.join(words)}", param)
-
 
 def items(value: Any, param: str) -> Iterator[tuple[Any, str]]:
     """Yield each item of an array with the param that names it; raise APIError 400 for no array."""
     require(value, param, list)
     for index, item in enumerate(value):
         yield item, f"{param}[{index}]"
-
 
 def check(value: Any, param: str, schema: Any) -> None:
     """Raise APIError 400 unless `value` is as `schema` says."""
@@ -322,139 +291,81 @@ def check(value: Any, param: str, schema: Any) -> None:
             elif held is not None or name == key:
                 check(held, f"{param}.{name}", inner)
 
-
-def modernize(body: Json) -> None:
-    """Say the deprecated functions, function_call and role "function" in `body` as tools."""
-    functions, choice = body.pop("functions", None), body.pop("function_call", None)
-    if functions is not None and "tools" not in body:
-        body["tools"] = [{"type": "function", "function": function} for function in functions]
-        if isinstance(choice, dict):
-            choice = {"type": "function", "function": choice}
-        if choice is not None:
-            body["tool_choice"] = choice
-    for index, message in enumerate(body["messages"]):
-        call = message.pop("function_call", None)
-        if call is not None:
-            message["tool_calls"] = [{"id": f"call_{index}", "type": "function", "function": call}]
-        if message["role"] == "function":  # answers the call in the message before it
-            message.update(role="tool", tool_call_id=f"call_{index - 1}")
-            del message["name"]
 # ------------------------------------------------------------------------------------- wire formats
-#
-# What passes between Python and a provider, each format in both directions. An Event is a choice's
-# delta as OpenAI would send it; what a client says is, for other formats, first put in /responses'
-# words. What a format has no place for is a 400. No socket, process or clock is touched here.
-
+# What passes between Python and a provider, each format in both directions; no socket, process or
+# clock. For other formats what a client says is first put in /responses' words; what a format has
+# no place for is a 400, here or from the provider.
 MAX_CLAUDE_TOKENS = 32000  # asked of /messages where the client sets no limit, as opencode does
 MIN_RESPONSES_TOKENS = 16  # /responses refuses less; apps try their connection with 1 or 5
 INSTRUCTIONS = "Answer the user."  # chatgpt.com insists on some
 PIXEL = ("data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9Q"
          "DwADhgGAWjR9awAAAABJRU5ErkJggg==")
-SYSTEM_ROLES = ("system", "developer")
+SYSTEM_ROLES, TEMPERATURES = ("system", "developer"), ("temperature", "top_p")
 # Of a body of opencode's: what it decides for its own agent. (The plugin takes the conversation.)
 NOT_THEIRS = frozenset(re.findall("[a-z_]+", "tools tool_choice parallel_tool_calls max_tokens user"
     " max_completion_tokens max_output_tokens temperature top_p top_k stop stop_sequences verbosity"
     " reasoning_effort response_format metadata stream_options prompt_cache_key"))
 PASSED_TO_RESPONSES = ("parallel_tool_calls", "metadata", "service_tier", "store", "user",
                        "safety_identifier", "prompt_cache_key")
-TEMPERATURES = ("temperature", "top_p")
-REFUSED_BY_CHATGPT = ("max_output_tokens", "temperature", "top_p", "user", "metadata",
-                      "safety_identifier")
+REFUSED_BY_CHATGPT = (*TEMPERATURES, "max_output_tokens", "user", "metadata", "safety_identifier")
 CALL_TEXT = {"function": "arguments", "custom": "input"}  # where a call of each type has its text
 CALL_ITEMS = {"function": "function_call", "custom": "custom_tool_call"}  # in /responses
 FUNCTION_DEFAULTS: Json = {"strict": False, "parameters": {"type": "object", "properties": {}}}
-CALL_DELTA = {"function_call_arguments.delta": "function", "custom_tool_call_input.delta": "custom"}
-TEXT_DELTA = {"output_text.delta": "content", "refusal.delta": "refusal",
-              "reasoning_text.delta": "reasoning_content",
-              "reasoning_summary_text.delta": "reasoning_content"}
-FINISH_REASONS = {  # but "stop", by what providers and opencode call them
-    "length": ("length", "max_tokens", "max_output_tokens", "model_context_window_exceeded"),
-    "content_filter": ("content_filter", "content-filter", "refusal"),
-    "tool_calls": ("tool_calls", "tool-calls", "tool_use", "function_call")}
-COUNTS = (  # what they call what usage_of takes
+CALL_DELTA = {"function_call_arguments": "function", "custom_tool_call_input": "custom"}
+TEXT_DELTA = {"output_text": "content", "refusal": "refusal", "reasoning_text": "reasoning_content",
+              "reasoning_summary_text": "reasoning_content"}
+FINISH_REASONS = {  # what providers and opencode call those that are not "stop"
+    "length": "length", "max_tokens": "length", "max_output_tokens": "length",
+    "model_context_window_exceeded": "length", "tool_calls": "tool_calls", "tool_use": "tool_calls",
+    "function_call": "tool_calls", "content_filter": "content_filter", "refusal": "content_filter"}
+COUNTS = (  # of tokens in prompt and completion; cached and reasoning ones among them
     ("prompt_tokens", "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens",
      "input", "read", "write"), ("completion_tokens", "output_tokens", "output", "reasoning"),
     ("cached_tokens", "cache_read_input_tokens", "read"), ("reasoning_tokens", "reasoning"))
 read_json = json.JSONDecoder(parse_int=read_number, parse_float=read_number,
                              parse_constant=read_number).decode
 
-
 class Event(NamedTuple):
-    """A step of a choice's answer; the last one has a finish_reason, and usage where known."""
+    """A choice's delta as OpenAI would send it; the last has a finish_reason, perhaps usage."""
     delta: Json
     logprobs: Any = None
     finish_reason: str | None = None
     usage: Json | None = None
 
-
 class SSEReader:
     """Finds the data of the events in a text/event-stream that comes in pieces of any size."""
-
     def __init__(self) -> None:
         self._newlines = io.IncrementalNewlineDecoder(None, translate=True)
-        self._pieces = [""]  # of the event that has not ended
-        self._size = 0       # of them all
+        self._rest = ""  # the event that has not ended
 
     def feed(self, text: str) -> list[str]:
         """Return the data of the events that `text` completes."""
-        text = self._newlines.decode(text)
-        is_complete = "\n\n" in self._pieces[-1][-1:] + text
-        self._pieces += [text] if text else []
-        self._size += len(text)
-        if not is_complete and self._size > MAX_EVENT_BYTES:
+        *events, self._rest = (self._rest + self._newlines.decode(text)).split("\n\n")
+        if len(self._rest) > MAX_EVENT_BYTES:
             raise APIError(502, "The provider sent too large an event", code="incomplete_answer")
-        if not is_complete:
-            return []
-        *events, rest = "".join(self._pieces).lstrip("\ufeff").split("\n\n")
-        self._pieces, self._size = [rest], len(rest)
         found = [[line[5:].removeprefix(" ") for line in event.split("\n")
                   if line.startswith("data:")] for event in events]
         return ["\n".join(lines) for lines in found if any(lines)]
 
     def end(self) -> list[str]:
-        """Return what the last event holds: some providers forget its blank line."""
         return self.feed("\n\n")
-
-
-def stream_error(message: Json) -> APIError:
-    """Return the error for a failure that the provider reports within its stream."""
-    error = message.get("error") or (message.get("response") or {}).get("error")
-    error = error or {**message, "type": None}  # that is the event's type, not the error's
-    status = error.get("code") if isinstance(error, dict) else None
-    return upstream_error(status if isinstance(status, int) else 502, {}, compact_json(error))
-
 
 def compact_json(value: Any) -> str:
     """Return `value` as JSON of few bytes; lone surrogates, no UTF-8, stay escaped."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8", "backslashreplace").decode()
 
-
 def parts_of(message: Json) -> list[Json]:
-    """Return a message's content, its refusal included, as parts."""
-    content = message.get("content") or []
+    content, refusal = message.get("content") or [], message.get("refusal")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    refusal = message.get("refusal")
     return [*parts, {"type": "refusal", "refusal": refusal}] if isinstance(refusal, str) else parts
 
-
 def text_of(content: Any) -> str:
-    """Return the text of a message's content."""
     parts = parts_of({"content": content})
     return "".join(part[part["type"]] for part in parts if part["type"] in ("text", "refusal"))
 
-
-def usage_of(prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> Json:
-    """Return OpenAI's usage; cached and reasoning tokens are among the first two counts."""
-    return {"prompt_tokens": prompt, "completion_tokens": completion,
-            "total_tokens": prompt + completion, "prompt_tokens_details": {"cached_tokens": cached},
-            "completion_tokens_details": {"reasoning_tokens": reasoning}}
-
-
 def drop_empty(fields: Json) -> Json:
-    """Return `fields` without what says nothing; zeros and False do say something."""
     return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
-
 
 def flatten(value: Any) -> Any:
     """Return a tool, choice or format with its inner object's keys on top, as /responses has it."""
@@ -463,44 +374,39 @@ def flatten(value: Any) -> Any:
     kind = (value.get("type") or "function") if isinstance(value, dict) else ""
     if not kind or not isinstance(value.get(kind), dict):
         return value
-    nested = ("format", "tools")  # of a custom tool, and of allowed_tools
-    flat = {key: flatten(item) if key in nested else item
-            for key, item in value[kind].items() if item is not None}
-    return {"type": kind, **flat}
-
+    return {"type": kind, **{key: flatten(item) if key in ("format", "tools") else item
+                             for key, item in value[kind].items() if item is not None}}
 
 def convert_messages(request: ChatRequest) -> Iterator[tuple[str, list[Json], str]]:
     """Yield each message's role, what it says as parts and items of /responses, and its param."""
     kinds: dict[Any, str] = {}  # of calls, by id
     for message, where in items(request.messages, "messages"):
-        role, content, call_id = (message.get(name) for name in ("role", "content", "tool_call_id"))
-        if message.get("audio") or any(part["type"] == "input_audio" for part in parts_of(message)):
-            raise invalid("This model takes no audio", where)
-        found = [convert_part(part, role) for part in parts_of(message)]
-        found = [part for part in found if part.get("text", "-").strip()]
+        if message["role"] == "function" or "functions" in request.body:
+            raise invalid("This model takes no functions: say them as tools", "functions")
+        role, call_id, found = message["role"], message.get("tool_call_id"), []
+        for part in parts_of(message):
+            kind, held = part["type"], part[part["type"]]
+            if kind == "input_audio":
+                raise invalid("This model takes no audio", where)
+            if kind == "image_url":
+                found.append(drop_empty({**held, "type": "input_image", "url": None,
+                                         "image_url": held["url"]}))
+            elif kind == "file":
+                found.append(drop_empty({**held, "type": "input_file"}))
+            elif kind == "refusal" and role == "assistant":
+                found.append({"type": "refusal", "refusal": held})
+            elif held.strip():
+                kind = "output_text" if role == "assistant" else "input_text"
+                found.append({"type": kind, "text": held})
         for call in message.get("tool_calls") or ():
             kind = kinds[call["id"]] = call.get("type") or "function"
             found.append({"type": CALL_ITEMS[kind], "call_id": call["id"],
                           "name": call[kind]["name"], CALL_TEXT[kind]: call[kind][CALL_TEXT[kind]]})
         if role == "tool":
-            output = found if isinstance(content, list) else content
+            output = found if isinstance(message["content"], list) else message["content"]
             kind = CALL_ITEMS[kinds.get(call_id, "function")] + "_output"
             found = [{"type": kind, "call_id": call_id, "output": output}]
         yield role, found, where
-
-
-def convert_part(part: Json, role: str) -> Json:
-    """Return what a message of `role` holds as /responses has it."""
-    kind, side = part["type"], "output" if role == "assistant" else "input"
-    held: Any = part[kind]
-    if kind == "image_url":
-        held = {"image_url": held["url"], "detail": held.get("detail")}
-    if kind in ("image_url", "file"):
-        return drop_empty({**held, "type": "input_image" if kind == "image_url" else "input_file"})
-    if kind == "refusal" and side == "output":
-        return {"type": "refusal", "refusal": held}
-    return {"type": side + "_text", "text": held}
-
 
 class WireFormat:
     """One choice's exchange in an HTTP dialect; by itself for those that opencode alone knows."""
@@ -513,8 +419,8 @@ class WireFormat:
         self.host = urllib.parse.urlsplit(url).hostname or ""
         self.finish_reason: str | None = None
         self.usage: Json | None = None
-        self._calls: dict[Any, Any] = {}    # the id that a provider's index of a call means by now
-        self._indexes: dict[Any, int] = {}  # ours, by a provider's index and the id
+        self._ids: list[str] = []         # of the calls, or ""; their places are our indexes
+        self._calls: dict[Any, int] = {}  # the index that a provider's index means by now
         self._told: set[Any] = set()        # the provider's indexes of calls whose text has begun
         self._tokens: collections.Counter[str] = collections.Counter()  # by the provider's names
 
@@ -534,7 +440,10 @@ class WireFormat:
                 return
             message = read_json(data)
             if message.get("error") or message.get("type") in ("error", "response.failed"):
-                raise stream_error(message)
+                told = (message.get("response") or message).get("error")
+                told = told or {**message, "type": None}  # that is the event's, not the error's
+                code = told.get("code") if isinstance(told, dict) else None
+                raise upstream_error(code if isinstance(code, int) else 502, {}, compact_json(told))
             yield from self._decode(message)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise APIError(502, "The provider sent bad data", code="incomplete_answer") from error
@@ -557,8 +466,7 @@ class WireFormat:
 
     def _finish(self, reason: Any) -> None:
         if reason and reason not in ("unknown", "error"):
-            ours = [name for name, theirs in FINISH_REASONS.items() if reason in theirs]
-            self.finish_reason = ours[0] if ours else "stop"
+            self.finish_reason = FINISH_REASONS.get(reason.replace("-", "_"), "stop")
 
     def _count(self, told: Json | None) -> None:
         for name, value in (told or {}).items():
@@ -567,27 +475,28 @@ class WireFormat:
             elif isinstance(value, int):
                 self._tokens[name] = value
         if told:
-            self.usage = usage_of(*(sum(self._tokens[name] for name in names) for names in COUNTS))
+            prompt, completion, cached, reasoning = (
+                sum(self._tokens[name] for name in names) for names in COUNTS)
+            self.usage = {"prompt_tokens": prompt, "completion_tokens": completion,
+                          "total_tokens": prompt + completion,
+                          "prompt_tokens_details": {"cached_tokens": cached},
+                          "completion_tokens_details": {"reasoning_tokens": reasoning}}
 
     def _call(self, place: Any, told: Json) -> Event:
-        """Return a piece of a call under an index of ours: some providers give all the same."""
         kind = "custom" if told.get("custom") else "function"
         inner, call_id = drop_empty(told.get(kind) or {}), told.get("id")
-        call = {**told, "index": None, "id": None, "type": None}
-        if place not in self._calls or (self._calls[place] and call_id and "name" in inner):
-            self._calls[place] = call_id
-        key = place, self._calls[place]
-        if key in self._indexes:
-            inner.pop("name", None)
-        else:
+        call, index = {**told, "index": None, "id": None, "type": None}, self._calls.get(place)
+        if index is None or (call_id and "name" in inner and self._ids[index] not in ("", call_id)):
             call.update(id=call_id or f"call_{uuid.uuid4().hex}", type=kind)
             inner = {"name": "", CALL_TEXT[kind]: "", **inner}
-            self._indexes[key] = len(self._indexes)
+            index = self._calls[place] = len(self._ids)
+            self._ids.append(call_id or "")
+        else:
+            inner.pop("name", None)
         if inner.get(CALL_TEXT[kind]):
             self._told.add(place)
         call = drop_empty({**call, kind: inner})
-        return Event({"tool_calls": [{**call, "index": self._indexes[key]}] if call else []})
-
+        return Event({"tool_calls": [{**call, "index": index}] if call else []})
 
 class ChatCompletions(WireFormat):
     """/chat/completions: the client's own words, and the provider's."""
@@ -610,10 +519,9 @@ class ChatCompletions(WireFormat):
             self.usage.update(drop_empty(message.get("usage") or {}))
         for choice in message.get("choices") or ():  # there is one
             told = dict(choice.get("delta") or choice.get("message") or {})
-            content, calls = told.get("content"), []
-            if isinstance(content, list):  # Mistral's
-                thoughts = [part["thinking"] for part in content if part["type"] == "thinking"]
-                told.update(content=text_of(content), reasoning="".join(map(text_of, thoughts)))
+            calls = []
+            if isinstance(told.get("content"), list):  # Mistral's, with its thoughts
+                told["content"] = text_of(told["content"])
             for name in {"reasoning_text", "reasoning"} & told.keys():  # Copilot's, OpenRouter's
                 told["reasoning_content"] = told.pop(name) or told.get("reasoning_content")
             for position, call in enumerate(told.get("tool_calls") or ()):
@@ -625,7 +533,6 @@ class ChatCompletions(WireFormat):
             self._finish(choice.get("finish_reason"))
         if message.get("object") == "chat.completion":  # a whole one, not streamed
             yield self.end()
-
 
 class Responses(WireFormat):
     """/responses: OpenAI's, Copilot's GPT models, ChatGPT subscriptions, Azure, xAI."""
@@ -646,12 +553,11 @@ class Responses(WireFormat):
         while is_chatgpt and len(body["input"]) > 1 and body["input"][0].get("role") == "developer":
             texts += [part.get("text", "") for part in body["input"].pop(0)["content"]]
         body["instructions"] = "\n\n".join(texts)
-        if self.request.max_tokens is not None:
+        if self.request.max_tokens:
             body["max_output_tokens"] = max(self.request.max_tokens, MIN_RESPONSES_TOKENS)
         body["tools"] = [{**FUNCTION_DEFAULTS, **tool} if tool["type"] == "function" else tool
                          for tool in flatten(asked.get("tools", []))]
-        if body["tools"] or asked.get("tool_choice", "auto") not in ("auto", "none"):
-            body["tool_choice"] = flatten(asked.get("tool_choice", "auto"))
+        body["tool_choice"] = flatten(asked.get("tool_choice", "auto")) if body["tools"] else None
         own = {"verbosity": asked.get("verbosity"), "format": flatten(asked.get("response_format"))}
         body["text"] = {**(body.get("text") or {}), **drop_empty(own)}
         if asked.get("logprobs"):
@@ -660,10 +566,16 @@ class Responses(WireFormat):
         return drop_empty(for_chatgpt(body) if is_chatgpt else body)
 
     def _decode(self, message: Json) -> Iterator[Event]:
-        kind, delta = str(message.get("type")).partition("response.")[2], message.get("delta")
+        kind = str(message.get("type")).partition("response.")[2].removesuffix(".delta")
         key, item = message.get("output_index"), message.get("item") or {}
+        delta = message.get("delta")
         if delta and kind in TEXT_DELTA:
-            yield Event({TEXT_DELTA[kind]: delta}, self._logprobs(message.get("logprobs")))
+            told = message.get("logprobs") if self.request.body.get("logprobs") else None
+            entries = [{"bytes": None, **entry, "top_logprobs": [
+                {"bytes": None, **other} for other in entry.get("top_logprobs", ())]}
+                for entry in told or ()]
+            yield Event({TEXT_DELTA[kind]: delta},
+                        {"content": entries, "refusal": None} if entries else None)
         if delta and kind in CALL_DELTA and key in self._calls:
             yield self._call(key, {CALL_DELTA[kind]: {CALL_TEXT[CALL_DELTA[kind]]: delta}})
         for name in [name for name in CALL_ITEMS if CALL_ITEMS[name] == item.get("type")]:
@@ -678,19 +590,9 @@ class Responses(WireFormat):
             self._finish(reason or ("tool_calls" if self._calls else "stop"))
             yield self.end()
 
-    def _logprobs(self, told: Any) -> Json | None:
-        if not told or not self.request.body.get("logprobs"):
-            return None
-        content = [{"bytes": None, **entry, "top_logprobs": [
-            {"bytes": None, **other} for other in entry.get("top_logprobs", ())]} for entry in told]
-        return {"content": content, "refusal": None}
-
-
 def for_chatgpt(body: Json) -> Json:
-    """Return a body for /responses as chatgpt.com takes it."""
     kept = {name: value for name, value in body.items() if name not in REFUSED_BY_CHATGPT}
     return {**kept, "instructions": body.get("instructions") or INSTRUCTIONS, "store": False}
-
 
 class Messages(WireFormat):
     """/messages: Anthropic's, and Copilot's Claude models."""
@@ -715,25 +617,18 @@ class Messages(WireFormat):
         body["max_tokens"] = max(most, min(most + thinking.get("budget_tokens", 0), ceiling))
         body["stop_sequences"] = [text for text in self.request.stop if text.strip()]
         body["metadata"] = drop_empty({"user_id": asked.get("user")})
-        return drop_empty({**body, **self._tools(), "system": system, "messages": turns})
-
-    def _tools(self) -> Json:
-        tools, choice = [], flatten(self.request.body.get("tool_choice", "auto"))
-        for tool, where in items(flatten(self.request.body.get("tools", [])), "tools"):
-            if tool["type"] == "custom":
-                raise invalid("This model takes no custom tools", where)
+        body["tools"], choice = [], flatten(asked.get("tool_choice", "auto"))
+        for tool in flatten(asked.get("tools", [])):
             if tool["type"] == "function":
-                schema = {"type": "object", **tool.pop("parameters", {})}
-                tool = {**tool, "type": None, "input_schema": schema}
-            tools.append(drop_empty(tool))
+                form = {"type": "object", **tool.pop("parameters", {})}
+                tool = {**tool, "type": None, "input_schema": form}
+            body["tools"].append(drop_empty(tool))
         choice = {"type": choice} if isinstance(choice, str) else choice
-        if choice["type"] in ("allowed_tools", "custom"):
-            raise invalid("This model takes no such choice of tools", "tool_choice")
         choice["type"] = {"required": "any", "function": "tool"}.get(choice["type"], choice["type"])
-        if self.request.body.get("parallel_tool_calls") is False and choice["type"] != "none":
+        if asked.get("parallel_tool_calls") is False and choice["type"] != "none":
             choice["disable_parallel_tool_use"] = True
-        is_said = tools or choice["type"] not in ("auto", "none")
-        return {"tools": tools, "tool_choice": choice} if is_said else {}
+        body["tool_choice"] = choice if body["tools"] else None
+        return drop_empty({**body, "system": system, "messages": turns})
 
     def turns(self) -> tuple[list[Json], list[Json]]:
         """Return alternating turns, results first in each, and the blocks of the system text."""
@@ -774,11 +669,10 @@ class Messages(WireFormat):
             return {"type": "text", "text": item.get("text") or item["refusal"]}
         if not url:
             raise invalid("This model takes no custom tools, nor files by their ids", where)
-        head, _, data = url.partition(",")
-        source = {"type": "url", "url": url}
-        if re.fullmatch("(?i)data:.*;base64", head):
-            media = head[5:].partition(";")[0].lower().replace("image/jpg", "image/jpeg")
-            source = {"type": "base64", "media_type": media, "data": data}
+        head, _, data = url.partition(";base64,")
+        media = head[5:].partition(";")[0].lower().replace("image/jpg", "image/jpeg")
+        source = {"type": "base64", "media_type": media, "data": data}
+        source = source if data else {"type": "url", "url": url}
         kind = "image" if kind == "input_image" else "document"
         return drop_empty({"type": kind, "source": source, "title": item.get("filename")})
 
@@ -791,26 +685,18 @@ class Messages(WireFormat):
                 yield Event({field: piece[name]})
         if piece.get("type") == "tool_use":
             yield self._call(key, {"id": piece["id"], "function": {"name": piece["name"]}})
-        is_bare = kind == "content_block_stop" and key not in self._told
-        text = "{}" if is_bare else piece.get("partial_json")
-        if piece.get("input"):
-            text = compact_json(piece["input"])
+        text = compact_json(piece["input"]) if piece.get("input") else piece.get("partial_json")
+        if kind == "content_block_stop" and key not in self._told:
+            text = "{}"
         if text and key in self._calls:
             yield self._call(key, {"function": {"arguments": text}})
         self._finish(piece.get("stop_reason"))
         if kind == "message_stop":
             yield self.end()
 
-
-OpencodeEvents = WireFormat
-
-
 def wire_format_of(url: str) -> type[WireFormat] | None:
-    """Return the format that is spoken at `url`, None where it is not one of ours."""
-    path = urllib.parse.urlsplit(url).path
-    known: tuple[type[WireFormat], ...] = (ChatCompletions, Responses, Messages)
-    return next((form for form in known if path.endswith(form.ending)), None)
-
+    path, forms = urllib.parse.urlsplit(url).path, WireFormat.__subclasses__()
+    return next((form for form in forms if path.endswith(form.ending)), None)
 
 def foreign_turn(request: ChatRequest) -> Json:
     """Return a turn for a format that only opencode knows; raise APIError 400 for non-text."""
@@ -826,16 +712,13 @@ def foreign_turn(request: ChatRequest) -> Json:
     return {"system": [block["text"] for block in system], "conversation": conversation,
             "params": drop_empty(params), "effort": asked.get("reasoning_effort")}
 
-
 def stub_turn(request: ChatRequest) -> Json:
     """Return a turn for opencode with the least from which it derives the same headers."""
     roles = [message["role"] for message in request.messages if message["role"] not in SYSTEM_ROLES]
-    parts = [part for message in request.messages for part in parts_of(message)]
-    has_image = any(part["type"] == "image_url" for part in parts)
-    conversation = stub_conversation(roles[-1:] not in ([], ["user"]), has_image)
-    return {"system": [], "conversation": conversation, "params": {},
-            "effort": request.body.get("reasoning_effort")}
-
+    has_image = any(part["type"] == "image_url"
+                    for message in request.messages for part in parts_of(message))
+    return {"system": [], "params": {}, "effort": request.body.get("reasoning_effort"),
+            "conversation": stub_conversation(roles[-1:] not in ([], ["user"]), has_image)}
 
 def stub_conversation(is_agent: bool, has_image: bool) -> list[Json]:
     """Return a conversation that ends with a tool's result where `is_agent`, else with a user."""
@@ -845,16 +728,14 @@ def stub_conversation(is_agent: bool, has_image: bool) -> list[Json]:
              "time": {"start": 0, "end": 0}}
     call = {"type": "tool", "callID": "call", "tool": "t", "state": state}
     return [user, {"role": "assistant", "parts": [call]}] if is_agent else [user]
+
 # ----------------------------------------------------------------------------------------- exchange
-#
 # What one choice says to the provider and understands of its answer: a ChatExchange in whatever
 # wire format the request turns out to have, a NativeExchange in the client's own, unchanged. The
 # pool's turns call them with what the plugin reports; they never see a process.
 
-
 class StopFilter:
     """Cuts text before the first of some sequences: not every wire format does it itself."""
-
     def __init__(self, sequences: Sequence[str]) -> None:
         self._stops = sequences
         self.held = ""  # may be the beginning of a sequence; is shown where no more comes
@@ -872,9 +753,9 @@ class StopFilter:
         self.held = "" if found else text[shown:]
         return text[:shown]
 
-
 class ChatExchange:
     """A chat completion, in the wire format that opencode uses for the model."""
+    headers: Json = {}  # to send besides opencode's
 
     def __init__(self, request: ChatRequest, model: Model) -> None:
         self._request, self._model = request, model
@@ -886,10 +767,6 @@ class ChatExchange:
         """Return what the plugin tells opencode of the conversation; raise APIError 400."""
         return foreign_turn(self._request) if foreign else stub_turn(self._request)
 
-    def headers(self) -> Json:
-        """Return the headers to send besides opencode's."""
-        return {}
-
     def body(self, url: str, theirs: Json) -> str | None:
         """Return the body to send, None where the wire format of `url` is not known."""
         known = wire_format_of(url)
@@ -897,18 +774,15 @@ class ChatExchange:
         return self._format.body(theirs) if known else None
 
     def begin(self, status: int, headers: Json) -> Iterator[Event]:
-        """Yield what the head of the provider's answer means: nothing yet."""
         return iter(())
 
     def feed(self, text: str) -> Iterator[Event]:
-        """Yield the events in a piece of the answer."""
         if len(self._beginning) < MAX_ERROR_CHARACTERS:
             self._beginning += text
         for datum in self._sse.feed(text):
             yield from self._shown(self._format.events(datum))
 
     def report(self, params: Json) -> Iterator[Event]:
-        """Yield the events in a report of the plugin on an answer that opencode reads."""
         return self._shown(self._format.report(params))
 
     def end(self) -> Iterator[Event]:
@@ -921,7 +795,6 @@ class ChatExchange:
         yield from self._shown(iter([self._format.end()]))
 
     def refused(self, status: int, headers: Json, body: str) -> Iterator[Event]:
-        """Raise APIError for what the provider refuses."""
         raise upstream_error(status, headers, body)
 
     @property
@@ -943,7 +816,6 @@ class ChatExchange:
             elif not self._stop.hit:
                 yield event
 
-
 class NativeRequest(NamedTuple):
     """A request in a wire format's own words, to be passed through; `headers` go with it."""
     body: Json
@@ -951,7 +823,6 @@ class NativeRequest(NamedTuple):
     model: str
     headers: Json
     choices: int = 1
-
 
 def parse_native_request(data: bytes, form: type[WireFormat], headers: Json) -> NativeRequest:
     """Return the request in `data`; raise APIError 400 for what needs a store, or no model."""
@@ -962,29 +833,21 @@ def parse_native_request(data: bytes, form: type[WireFormat], headers: Json) -> 
             raise invalid(f"{name} needs a store of responses, and there is none here", name)
     return NativeRequest(body, form, body["model"], headers)
 
-
-class Head(NamedTuple):
-    """The beginning of a provider's answer that is passed through."""
-    status: int
-    headers: Json
-    finish_reason: str | None = None
-
-
 class Piece(NamedTuple):
-    """A piece of a provider's answer that is passed through; the last one has a finish_reason."""
+    """A piece of an answer that is passed through: its head has a status, its end a reason."""
     text: str
     finish_reason: str | None = None
-
+    status: int = 0
+    headers: Any = None
 
 class NativeExchange:
     """A request and its answer in the client's own wire format; its methods are ChatExchange's."""
     patience = None
 
     def __init__(self, request: NativeRequest, model: Model) -> None:
-        self._request, self._model = request, model
+        self._request, self._model, self.headers = request, model, request.headers
 
     def needs(self, foreign: bool) -> Json:
-        """Return the least from which opencode derives the request's headers."""
         messages = self._request.body.get("input") or self._request.body.get("messages")
         last: Any = messages[-1] if isinstance(messages, list) and messages else {"role": "user"}
         is_agent = isinstance(last, dict) and last.get("role") != "user"
@@ -992,9 +855,6 @@ class NativeExchange:
         has_image = re.search('"(input_)?image"', json.dumps(messages)) is not None
         conversation = stub_conversation(is_agent, has_image)
         return {"system": [], "params": {}, "effort": None, "conversation": conversation}
-
-    def headers(self) -> Json:
-        return self._request.headers
 
     def body(self, url: str, theirs: Json) -> str | None:
         """Return the client's body for the real model; raise APIError 400 for another format."""
@@ -1007,9 +867,9 @@ class NativeExchange:
         body = {**self._request.body, **own}
         return compact_json(for_chatgpt(body) if "//chatgpt.com/" in url else body)
 
-    def begin(self, status: int, headers: Json) -> Iterator[Head]:
+    def begin(self, status: int, headers: Json) -> Iterator[Piece]:
         kept = ("content-type", "retry-after", "retry-after-ms")
-        yield Head(status, {name: headers[name] for name in kept if name in headers})
+        yield Piece("", None, status, {name: headers[name] for name in kept if name in headers})
 
     def feed(self, text: str) -> Iterator[Piece]:
         yield Piece(text)
@@ -1020,8 +880,8 @@ class NativeExchange:
     def refused(self, status: int, headers: Json, body: str) -> Iterator[Any]:
         yield from self.begin(status, headers)
         yield Piece(body, "stop")
-# ------------------------------------------------------------------------------------------- plugin
 
+# ------------------------------------------------------------------------------------------- plugin
 # JavaScript that every opencode process loads. It reports the request that opencode wants to send,
 # sends Python's body instead, once for each session, and relays the answer; opencode is refused.
 PLUGIN = r"""
@@ -1144,15 +1004,14 @@ export const OpencodeProxy = async () => { // called more than once: all share `
 }
 """
 
-
 # ----------------------------------------------------------------------------------------- opencode
-
 # Where opencode is, which models it offers, and what a process of it is started with. Nothing here
 # runs a process: the pool reads the catalog by one, and gives what it printed to make_catalog.
 CONFIG_FILES = ("opencode.json", "opencode.jsonc", "config.json")
 INSTALLED = ("~/.opencode/bin", "~/.local/bin", "~/bin", "/usr/local/bin", "/opt/homebrew/bin")
 RUN_PREFIX = "opencode-proxy-"
-
+DISABLED = ("FFF", "PROJECT_CONFIG", "CLAUDE_CODE", "EXTERNAL_SKILLS", "AUTOUPDATE", "MODELS_FETCH")
+NOT_LOGGED_IN = "opencode is not logged in to {}: run `opencode auth login`"
 
 def find_opencode(path: str | None) -> str:
     """Return the opencode at `path`, or on PATH or where its installers put it; or StartError."""
@@ -1163,11 +1022,9 @@ def find_opencode(path: str | None) -> str:
                          "(npm install -g opencode-ai) or say where it is with --opencode")
     return os.path.abspath(found)
 
-
 def user_folder(variable: str, default: str) -> pathlib.Path:
     """Return opencode's folder below an XDG base directory; it looks there on every system."""
     return pathlib.Path(os.environ.get(variable) or os.path.expanduser(default)) / "opencode"
-
 
 class Model(NamedTuple):
     """What the catalog tells of a model; `name` is provider/model, `output_limit` 0 if unknown."""
@@ -1175,57 +1032,39 @@ class Model(NamedTuple):
     takes_temperature: bool = True
     output_limit: int = 0
 
-
 class Catalog(NamedTuple):
     """The models that opencode offers, and the one that answers when none is asked for."""
     models: Mapping[str, Model]
-    default: str
+    default: str  # in `models` if its provider is connected
     providers: frozenset[str] = frozenset()  # the connected ones
     trimmed: Json = {}  # in the shape of models.dev's api.json, with which opencode starts faster
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the models' names, the default first."""
         return tuple(sorted(self.models, key=lambda name: (name != self.default, name)))
-
-    @property
-    def ready(self) -> bool:
-        """Tell whether the default model's provider is logged in."""
-        return provider_of(self.default) in self.providers
-
-    def find(self, name: str) -> Model | None:
-        """Return the model that `name` names, in full or as one of the default provider's."""
-        return self.models.get(name) or self.models.get(f"{provider_of(self.default)}/{name}")
 
     def resolve(self, name: str | None, exact: bool = False) -> Model:
         """Return the model for `name`, else, unless it is `exact`, the default one; or APIError."""
         wanted = name or self.default
-        if "/" not in wanted and not exact and not self.find(wanted):
+        names = [wanted, f"{provider_of(self.default)}/{wanted}"]
+        if "/" not in wanted and not exact:
             wanted = self.default
-        if found := self.find(wanted):
+            names.append(wanted)
+        for found in filter(None, map(self.models.get, names)):
             return found
         provider = provider_of(wanted if "/" in wanted else self.default)
         if provider in {provider_of(self.default), provider_of(DEFAULT_MODEL)} - self.providers:
-            raise APIError(503, not_logged_in(provider), code="provider_not_logged_in")
+            raise APIError(503, NOT_LOGGED_IN.format(provider), code="provider_not_logged_in")
         raise model_not_found(wanted)
 
-
 def provider_of(name: str) -> str:
-    """Return the provider's part of a model's full name."""
     return name.partition("/")[0]
-
-
-def not_logged_in(provider: str) -> str:
-    """Return what to do about a provider that opencode is not logged in to."""
-    return f"opencode is not logged in to {provider}: run `opencode auth login`"
-
 
 def model_not_found(name: str) -> APIError:
     """Return the error for a model that opencode does not offer."""
     message = (f"The model `{name}` does not exist or its provider is not logged in "
                "(`opencode auth login`); GET /v1/models lists the models")
     return APIError(404, message, param="model", code="model_not_found")
-
 
 def parse_models(text: str) -> list[Json]:
     """Return the models in the output of `opencode models --verbose`: a name, then its JSON."""
@@ -1234,7 +1073,6 @@ def parse_models(text: str) -> list[Json]:
         model, end = json.JSONDecoder().raw_decode(text, start + 1)
         models.append(model)
     return models
-
 
 def make_catalog(listed: Iterable[Json], logins: Iterable[str], wanted: str | None) -> Catalog:
     """Return the catalog for what opencode listed, the providers in auth.json, and --model."""
@@ -1270,10 +1108,8 @@ def make_catalog(listed: Iterable[Json], logins: Iterable[str], wanted: str | No
         models.setdefault(default, Model(default))
     return Catalog(models, default, providers, trimmed)
 
-
 class Opencode:
     """The installed opencode, and what every process of it is started with."""
-
     def __init__(self, path: str, wanted: str | None = None) -> None:
         self.path, self.wanted, self.version = path, wanted, ""
         self.catalog = Catalog({}, wanted or DEFAULT_MODEL)  # exchanged as a whole, by the pool
@@ -1282,10 +1118,15 @@ class Opencode:
         self._auth = user_folder("XDG_DATA_HOME", "~/.local/share") / "auth.json"
         self._config = user_folder("XDG_CONFIG_HOME", "~/.config")
         self._cache = user_folder("XDG_CACHE_HOME", "~/.cache")
-        _remove_stale_directories()
+        for old in pathlib.Path(tempfile.gettempdir()).glob(RUN_PREFIX + "*"):
+            with contextlib.suppress(PermissionError, ValueError, OverflowError):  # it is not ours
+                try:
+                    os.kill(int(old.name[len(RUN_PREFIX):].partition("-")[0]), 0)
+                except ProcessLookupError:  # that proxy was killed
+                    shutil.rmtree(old, ignore_errors=True)
         self._directory = pathlib.Path(tempfile.mkdtemp(prefix=f"{RUN_PREFIX}{os.getpid()}-"))
-        self._models = self._directory / "models.json"
-        self._plugin = self._directory / "plugin.js"
+        self.close = functools.partial(shutil.rmtree, self._directory, ignore_errors=True)
+        self._models, self._plugin = map(self._directory.joinpath, ("models.json", "plugin.js"))
         self._plugin.write_text(PLUGIN, encoding="utf-8")
         stub = self._directory / "rg"  # opencode downloads ripgrep where there is none
         stub.write_text("#!/bin/sh\nexit 1\n")
@@ -1297,7 +1138,6 @@ class Opencode:
         self._engine = {"BUN_JSC_useFTLJIT": "0", "BUN_JSC_useGC": f"{memory < MIN_MEMORY_BYTES:d}"}
 
     def logins(self) -> Json:
-        """Return the user's auth.json: a login for each provider."""
         with contextlib.suppress(OSError, TypeError, ValueError):
             return dict(json.loads(self._auth.read_text(encoding="utf-8")))
         return {}
@@ -1316,7 +1156,6 @@ class Opencode:
         return logins, files
 
     def use_catalog(self, catalog: Catalog) -> None:
-        """Make `catalog` the one that later processes start with."""
         new = self._models.with_suffix(".new")  # processes may be reading the old one
         new.write_text(json.dumps(catalog.trimmed), encoding="utf-8")
         os.replace(new, self._models)
@@ -1346,9 +1185,7 @@ class Opencode:
         """Return the environment of a process that lives in `home`: an `acp` one, or `models`."""
         ours = re.compile("OPENCODE(?!_(CONFIG|API_KEY|AUTH_CONTENT)$)|OTEL_|NOTIFY_SOCKET")
         environment = {name: value for name, value in os.environ.items() if not ours.match(name)}
-        for feature in ("FFF", "PROJECT_CONFIG", "CLAUDE_CODE", "EXTERNAL_SKILLS", "AUTOUPDATE",
-                        "MODELS_FETCH"):
-            environment[f"OPENCODE_DISABLE_{feature}"] = "1"
+        environment.update({f"OPENCODE_DISABLE_{feature}": "1" for feature in DISABLED})
         for kind in ("config", "data", "state", "cache"):
             environment[f"XDG_{kind.upper()}_HOME"] = str(home / kind)
         environment.update(
@@ -1371,29 +1208,13 @@ class Opencode:
         if provider in providers and model not in catalog.trimmed[provider]["models"]:
             providers[provider]["models"] = {model: {}}  # asked for by --model
         main = {"mode": "primary", "prompt": "-", "permission": {"*": "deny", "doom_loop": "allow"}}
-        return {"agent": {"proxy": main, "title": {"disable": True}}, "default_agent": "proxy",
-                "share": "disabled", "autoupdate": False, "snapshot": False, "lsp": False,
-                "formatter": False, "compaction": {"auto": False}, "model": catalog.default,
+        off = dict.fromkeys(("autoupdate", "snapshot", "lsp", "formatter"), False)
+        return {**off, "share": "disabled", "compaction": {"auto": False}, "model": catalog.default,
+                "default_agent": "proxy", "agent": {"proxy": main, "title": {"disable": True}},
                 "plugin": [self._plugin.as_uri()], "provider": providers,
                 "enabled_providers": sorted(providers)}
 
-    def close(self) -> None:
-        """Remove the run directory."""
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def _remove_stale_directories() -> None:
-    for path in pathlib.Path(tempfile.gettempdir()).glob(RUN_PREFIX + "*"):
-        try:
-            os.kill(int(path.name[len(RUN_PREFIX):].partition("-")[0]), 0)
-        except ProcessLookupError:  # that proxy was killed
-            shutil.rmtree(path, ignore_errors=True)
-        except (OSError, ValueError, OverflowError):
-            continue
-
-
 # ------------------------------------------------------------------------------------------ process
-
 # Child is a program with pipes, the only user of Popen; OpencodeProcess is one that speaks ACP.
 # One thread runs a process from its start to its end: it alone reads stdout, and puts each message
 # into the mailbox of the turn that it belongs to. Any thread may write: a line on stdin at once or
@@ -1403,8 +1224,6 @@ SESSION_UPDATE = b'{"jsonrpc":"2.0","method":"session/update"'
 PROMPT = [{"type": "text", "text": "-"}]  # on stdin; what matters goes over the FIFO
 WARM_UP = json.dumps({"warmup": True, "system": [], "params": {},
                       "conversation": [{"role": "user", "parts": PROMPT}]})
-Trace = Callable[[str, Json, int], None]  # takes an arrow, a JSON-RPC message, its size in bytes
-
 
 class Child:
     """A program in a process group of its own, with a FIFO beside its pipes.
@@ -1412,53 +1231,48 @@ class Child:
     `spawn`, `lines` and `close` are its thread's. The locks make lines whole, and keep the file
     numbers (in `_owned`) from being closed, and used again, under a writer.
     """
-
     def __init__(self, opencode: Opencode) -> None:
-        self.opencode = opencode
-        self.pid = 0
-        self.printed = b""  # the last line of stdout that was no message: it may say what is wrong
-        self._stderr = b""
-        self._kill_at = math.inf
-        self._owned = contextlib.ExitStack()
-        self._stdin_lock = threading.Lock()
-        self._fifo_lock = threading.Lock()
+        self.opencode, self.pid, self._kill_at = opencode, 0, math.inf
+        self.printed = self._stderr = b""  # printed: the last line of stdout that was no message
+        self._owned: Any = contextlib.ExitStack()
+        self._popen: Any = None
+        self._stdin_lock, self._fifo_lock = threading.Lock(), threading.Lock()
 
-    def spawn(self, *arguments: str) -> None:
-        """Start opencode; raise OSError or ProcessFailed where that cannot be done."""
+    def spawn(self, *arguments: str, stdout: Any = subprocess.PIPE) -> None:
+        """Start opencode, `stdout` a file or a pipe; raise OSError or ProcessFailed if it fails."""
         self.home = self.opencode.new_home()
         self._owned.callback(shutil.rmtree, self.home, ignore_errors=True)
         self._fifo = os.open(self.home / "fifo", os.O_RDWR | os.O_NONBLOCK)
         self._owned.callback(os.close, self._fifo)
         try:
             self._popen = self._owned.enter_context(subprocess.Popen(
-                [self.opencode.path, *arguments], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.home / "cwd", bufsize=0,
-                env=self.opencode.environment(self.home, arguments[0] == "acp"),
-                start_new_session=True))
+                [self.opencode.path, *arguments], bufsize=0, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.PIPE, cwd=self.home / "cwd",
+                env=self.opencode.environment(self.home, arguments[0] == "acp")))
         except OSError as error:
             raise ProcessFailed(f"{self.opencode.path} cannot be run: {error.strerror}") from None
         self.pid = self._popen.pid
-        self._pipes: list[Any] = [self._popen.stdin, self._popen.stdout, self._popen.stderr]
-        os.set_blocking(self._pipes[0].fileno(), False)
+        os.set_blocking(self._popen.stdin.fileno(), False)
 
     def lines(self) -> Iterator[bytes | None]:
-        """Yield the lines of stdout; None where there is none, at least every LOOK_SECONDS."""
-        _, stdout, stderr = [pipe.fileno() for pipe in self._pipes]
-        poll = select.poll()
-        poll.register(stdout, select.POLLIN)
-        poll.register(stderr, select.POLLIN)
+        """Yield the lines of a piped stdout; None without any, at least every LOOK_SECONDS."""
+        popen, poll = self._popen, select.poll()
+        stdout, stderr = [pipe and pipe.fileno() for pipe in (popen.stdout, popen.stderr)]
+        for number in filter(None, (stdout, stderr)):
+            poll.register(number, select.POLLIN)
         block, partial = b"-", bytearray()
         while block:
             ready = dict(poll.poll(1000 * LOOK_SECONDS))
             if time.monotonic() >= self._kill_at:
-                self._signal(signal.SIGKILL)
-            if not ready and self._popen.poll() is not None:
+                self.stop(signal.SIGKILL)
+            if not ready and popen.poll() is not None:
                 break  # something that it started keeps stdout open
             if stderr in ready:
                 words = os.read(stderr, 1 << 16)
                 self._stderr = (self._stderr + words)[-MAX_STDERR_BYTES:]
                 if not words:
                     poll.unregister(stderr)
+                    block = block if stdout else b""
             if stdout not in ready:
                 yield None
                 continue
@@ -1478,8 +1292,7 @@ class Child:
             yield None
         try:  # the last line may have been given up in the middle: this one begins with its end
             rest = memoryview(f"\n{kind} {session_id} {payload}\n".encode())
-            deadline = time.monotonic() + FIFO_SECONDS
-            poll = select.poll()
+            poll, deadline = select.poll(), time.monotonic() + FIFO_SECONDS
             poll.register(self._fifo, select.POLLOUT)
             while rest:
                 if self._popen.poll() is not None:
@@ -1494,29 +1307,23 @@ class Child:
         finally:
             self._fifo_lock.release()
 
-    def stop(self) -> None:
-        """Ask the program to end; what has not ended after STOP_SECONDS, `lines` kills."""
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """Send a signal to end; what has not ended after STOP_SECONDS, `lines` kills."""
         self._kill_at = min(self._kill_at, time.monotonic() + STOP_SECONDS)
-        self._signal(signal.SIGTERM)
-
-    def close(self) -> int:
-        """End the program and what it started, give back what it had; return its exit code."""
-        if self.pid:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._popen.wait(STOP_SECONDS)
-            self._signal(signal.SIGKILL)
-            self._popen.wait()
-        with self._fifo_lock, self._stdin_lock:
-            self._owned.close()
-        return self._popen.returncode if self.pid else 0
-
-    def _signal(self, number: int) -> None:
         if self.pid:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # gone; macOS says EPERM
                 os.killpg(self.pid, number)
 
+    def close(self) -> None:
+        if self.pid:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(STOP_SECONDS)
+            self.stop(signal.SIGKILL)
+        with self._fifo_lock, self._stdin_lock:
+            self._owned.close()  # waits for its end
+        self.returncode = self._popen.returncode if self.pid else 0
+
     def failed(self, text: str) -> ProcessFailed:
-        """Return the error `text`, with what the program said last, without colours."""
         said = (self._stderr.strip() or self.printed).decode("utf-8", "replace")
         said = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", said).split())[-500:]
         return ProcessFailed(f"{text}: {said}" if said else text)
@@ -1524,17 +1331,15 @@ class Child:
     def memory(self) -> int:
         """Return the resident bytes of the program and what it started, 0 where nothing tells."""
         pages, pids = 0, [str(self.pid)]
-        with contextlib.suppress(OSError, ValueError, IndexError):
+        with contextlib.suppress(OSError, ValueError, IndexError, subprocess.SubprocessError):
             if sys.platform != "linux":
-                command = ["ps", "-A", "-o", "pgid=", "-o", "rss="]
-                rows = subprocess.run(command, capture_output=True, check=False).stdout.split()
+                rows = subprocess.check_output(["ps", "-A", "-o", "pgid=", "-o", "rss="]).split()
                 groups = zip(map(int, rows[::2]), map(int, rows[1::2]))
                 return 1024 * sum(rss for group, rss in groups if group == self.pid)
             for pid in pids:  # which grows by the children of its members
                 pages += int(pathlib.Path("/proc", pid, "statm").read_text().split()[1])
                 pids += pathlib.Path("/proc", pid, "task", pid, "children").read_text().split()
         return pages * os.sysconf("SC_PAGE_SIZE")
-
 
 class OpencodeProcess(Child):
     """An `opencode acp` process, from its start to its end.
@@ -1543,20 +1348,15 @@ class OpencodeProcess(Child):
     the pool's account of it, under the pool's lock. `listeners` tells whose a session's reports,
     and the reply to a request's number, are; it changes by single steps that need no lock.
     """
-
-    def __init__(self, opencode: Opencode, trace: Trace | None = None) -> None:
+    def __init__(self, opencode: Opencode, verbose: bool = False) -> None:
         super().__init__(opencode)
-        self.state = STARTING
+        self.state, self.served, self.size, self.catalog = STARTING, 0, 0, opencode.catalog
         self.turns: set[Turn] = set()
-        self.served = self.size = 0
         self.born = self.idle_since = time.monotonic()
-        self.catalog = opencode.catalog
-        self.failure = ""  # why it ended
         self.listeners: dict[Any, Turn | None] = {}
-        self._trace = trace or (lambda *_: None)
+        self._verbose = verbose  # it logs its messages, but not what is in them
         self._seen: set[str] = set()  # the plugin's reports while it starts
-        self._messages = map(self._parsed, self.lines())
-        self._numbers = itertools.count(1)
+        self._messages, self._numbers = map(self._parsed, self.lines()), itertools.count(1)
 
     def start(self) -> frozenset[str]:
         """Start it, prove it, return the models it offers; raise StartError or ProcessFailed."""
@@ -1571,8 +1371,7 @@ class OpencodeProcess(Child):
         session = self._call("session/new", self.new_session)
         if "proxy/loaded" not in self._seen:
             raise self.failed(f"opencode {version} did not load the proxy's plugin")
-        for _ in self.hand_over("turn", session["sessionId"], WARM_UP):
-            pass
+        list(self.hand_over("turn", session["sessionId"], WARM_UP))  # all of its steps
         with contextlib.suppress(ProcessFailed):  # the plugin ends the turn by refusing it
             self._call("session/prompt", {"sessionId": session["sessionId"], "prompt": PROMPT})
         if "proxy/warm" not in self._seen:
@@ -1580,7 +1379,6 @@ class OpencodeProcess(Child):
         return models_of(session)[0]
 
     def serve(self) -> None:
-        """Pass messages on until the process ends."""
         for message in filter(None, self._messages):
             turn = None
             if "method" not in message:
@@ -1596,16 +1394,14 @@ class OpencodeProcess(Child):
         if not line or SESSION_UPDATE in line:
             return None
         with contextlib.suppress(ValueError):
-            start = line.index(b'{"jsonrpc"')
-            message: Json = json.loads(line[start:].decode("utf-8", "replace"))
+            message: Json = json.loads(line[line.index(b'{"jsonrpc"'):].decode("utf-8", "replace"))
             self._trace("<-", message, len(line))
             return message
         self.printed = line.strip()[:200] or self.printed  # by a plugin of the user's, perhaps
         return None
 
     def _call(self, method: str, params: Json) -> Json:
-        number = self.ask(None, method, params)
-        deadline = time.monotonic() + START_SECONDS
+        number, deadline = self.ask(None, method, params), time.monotonic() + START_SECONDS
         for message in self._messages:
             if time.monotonic() > deadline:
                 raise self.failed(f"opencode did not answer {method} within {START_SECONDS:.0f} s")
@@ -1629,15 +1425,17 @@ class OpencodeProcess(Child):
             with contextlib.suppress(ProcessFailed):
                 self._write({"method": "session/cancel", "params": {"sessionId": turn.session_id}})
 
+    def _trace(self, arrow: str, message: Json, size: int) -> None:
+        if self._verbose:
+            log(f"{arrow} {message.get('method', 'reply')} {size} bytes")
+
     def _write(self, message: Json) -> None:
         line = json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n"
         self._trace("->", message, len(line))
-        written = 0
-        with self._stdin_lock, contextlib.suppress(OSError, ValueError):  # broken, closed already
-            written = self._pipes[0].write(line)
-        if written != len(line):
-            raise self.failed("opencode does not read its input")
-
+        # Where it is broken or closed already, `lines` or the pool tells that opencode ended.
+        with self._stdin_lock, contextlib.suppress(OSError, ValueError):
+            if self._popen.stdin.write(line) != len(line):
+                raise self.failed("opencode does not read its input")
 
 def result_of(reply: Json, method: str) -> Json:
     """Return the result in a reply; raise ProcessFailed where it is an error."""
@@ -1645,18 +1443,14 @@ def result_of(reply: Json, method: str) -> Json:
         raise ProcessFailed("opencode refused {}: {}".format(method, reply["error"]["message"]))
     return reply.get("result") or {}
 
-
 def models_of(session: Json) -> tuple[frozenset[str], str]:
     """Return the models that a new session offers, and the one that it has."""
-    for option in session.get("configOptions") or ():
-        if option.get("id") == "model":
-            offered = frozenset(choice["value"] for choice in option.get("options", ()))
-            return offered, option.get("currentValue", "")
-    return frozenset(), ""
-
+    options = {option.get("id"): option for option in session.get("configOptions") or ()}
+    model = options.get("model", {})
+    offered = frozenset(choice["value"] for choice in model.get("options", ()))
+    return offered, model.get("currentValue", "")
 
 # --------------------------------------------------------------------------------------------- pool
-
 # Who answers whom. A Turn is one choice of a request on its way from the queue to its finish; all
 # turns of a request share a mailbox, where everything arrives: a process, its messages, its end.
 # Pool owns the processes and the queue. Whatever changes them does so inside `_changing`, which
@@ -1666,7 +1460,8 @@ Letter = tuple["Turn", Any, Json]  # for whom, from which process, what
 Steps = Generator[Any, Any, Any]  # of a turn: yields events, None, WAIT to be sent a message
 WAIT = object()
 RANKS = (WORN, FRESH, USED)  # the last one serves first: one begun, then a fresh one, then a worn
-
+shutting_down = functools.partial(
+    APIError, 503, "The server is shutting down", code="shutting_down")
 
 class Turn:
     """One choice of a request: its place in the queue, then what it says to a process.
@@ -1674,31 +1469,22 @@ class Turn:
     Only its request's thread uses it; `process` is set under the pool's lock. `handed_over` says
     that the body is with opencode: from then on nothing may be sent again.
     """
-
     def __init__(self, index: int, new_exchange: Callable[[], Any], model: Model, timeout: float,
                  mailbox: queue.SimpleQueue[Letter]) -> None:
-        self.index = index
-        self.mailbox = mailbox
+        self.index, self.mailbox = index, mailbox
         self.process: Any = None  # the OpencodeProcess that it was given
         self.failures = 0  # of processes that it was given, or that nobody could give it
         self.begun = self.over = False  # the first event has come, the last one
-        self._new_exchange = new_exchange
-        self._model = model
-        self._timeout = timeout
+        self._new_exchange, self._model, self._timeout = new_exchange, model, timeout
         self.begin_again()
 
     def begin_again(self) -> None:
-        """Forget how far a process came that is no longer used."""
-        self.handed_over = False
-        self.running = False  # the session has to be cancelled if the turn leaves
-        self.session_id = ""
-        self.number = 0  # of the last request to opencode
-        self.script = self._talk()
-        self._exchange = self._new_exchange()
+        self.handed_over = self.running = False  # running: to be cancelled if the turn leaves
+        self.session_id, self.number = "", 0  # number: of the last request to opencode
+        self.script, self._exchange = self._talk(), self._new_exchange()
         self._heard_at = math.inf  # the last message before the answer was finished
 
     def receive(self, sender: Any, message: Json) -> Iterator[Event | None]:
-        """Yield what follows from a message; raise APIError, or ProcessFailed."""
         params, kind = message.get("params") or {}, message.get("method", "reply")
         session_id = params.get("sessionId", self.session_id)
         is_late = session_id != self.session_id or message.get("id", self.number) != self.number
@@ -1716,25 +1502,22 @@ class Turn:
             self._heard_at = time.monotonic()
 
     def tick(self) -> Iterator[Event | None]:
-        """Yield what follows from the time that has passed; raise APIError, or ProcessFailed."""
         silence, patience = time.monotonic() - self._heard_at, self._exchange.patience
         if not self.handed_over and silence > START_SECONDS:
             raise ProcessFailed(f"opencode did not go on within {START_SECONDS:.0f} s")
         if self.handed_over and patience is None and silence > self._timeout:
-            message = f"The model's provider sent nothing for {self._timeout:g} seconds"
-            raise APIError(504, message, code="timeout")
+            text = f"The model's provider sent nothing for {self._timeout:g} seconds"
+            raise APIError(504, text, code="timeout")
         if patience is not None and silence > patience:
             yield from self._told(self._exchange.end())
 
     def _told(self, steps: Iterator[Any], step: Any = None) -> Iterator[Event | None]:
-        """Yield `step` and those behind it, until a message is wanted or the answer is over."""
         while step is not WAIT and not self.over:
             self.over = step is not None and step.finish_reason is not None
             yield step
             step = next(steps, WAIT)
 
     def _talk(self) -> Steps:
-        """Bring opencode to where it would send its request, hand over the body, then relay."""
         process, name, foreign = self.process, self._model.name, self.process.opencode.foreign
         session = yield from self._ask("session/new", process.new_session)
         offered, current = models_of(session)
@@ -1745,8 +1528,8 @@ class Turn:
         process.listeners[self.session_id] = self
         if current != name:
             yield from self._ask("session/set_model", {**own, "modelId": name})
-        needs = self._exchange.needs(name in foreign)
-        yield from process.hand_over("turn", self.session_id, json.dumps(needs))
+        needs = json.dumps(self._exchange.needs(name in foreign))
+        yield from process.hand_over("turn", self.session_id, needs)
         self.running = True
         theirs = yield from self._ask("session/prompt", {**own, "prompt": PROMPT})
         body = self._exchange.body(theirs["url"], theirs["body"])
@@ -1755,9 +1538,8 @@ class Turn:
             process.abandon(self)
             self.session_id, self.running = "", False
             return (yield from self._talk())
-        headers = json.dumps(self._exchange.headers())
-        yield from process.hand_over("headers", self.session_id, headers)
-        yield from process.hand_over("body", self.session_id, body or "")
+        for kind, text in (("headers", json.dumps(self._exchange.headers)), ("body", body or "")):
+            yield from process.hand_over(kind, self.session_id, text)
         self.handed_over = True
         yield from self._relay()
 
@@ -1789,7 +1571,6 @@ class Turn:
             elif kind in ("proxy/delta", "proxy/finish"):
                 yield from exchange.report(params)
 
-
 class Pool:
     """Owns every opencode process, the queue of turns, and the catalog's renewal.
 
@@ -1797,24 +1578,18 @@ class Pool:
     `_turns` (those that have a process), and what is known of failed starts; nothing slow happens
     under it. `_signature` is of the files that the catalog was made from, None until it is proven.
     """
-
-    def __init__(self, opencode: Opencode, settings: Any, trace: Trace | None = None) -> None:
-        self.opencode = opencode
-        self.closing = threading.Event()
-        self.last_error = ""
-        self._settings = settings
-        self._trace = trace
+    def __init__(self, opencode: Opencode, settings: Any) -> None:
+        self.opencode, self._settings = opencode, settings
+        self.closing, self._wake = threading.Event(), threading.Event()  # _wake: look at once
+        self.last_error, self._failures = "", 0  # failures of starts, one after the other
         self._spares = 1  # until it is proven that there can be any
         self._lock = threading.Lock()
         self._processes: set[OpencodeProcess] = set()
         self._waiting: collections.deque[Turn] = collections.deque()
         self._turns: set[Turn] = set()
-        self._failures = 0  # of starts, one after the other
-        self._retry_at = math.inf  # no spare starts before
-        self._renew_at = math.inf
+        self._retry_at = self._renew_at = math.inf  # no spare starts, no renewal before
         self._signature: Any = None
         self._tender = threading.Thread(target=self._tend, daemon=True)
-        self._wake = threading.Event()  # it has to look at once
 
     def ready(self) -> Generator[None, None, Catalog]:
         """Return the catalog; yield while it is not the one that the user's files mean."""
@@ -1828,12 +1603,18 @@ class Pool:
             ) -> Generator[tuple[int, Any] | None, None, None]:
         """Yield a choice's index and an event of it, or None every LOOK_SECONDS; raise APIError."""
         mailbox: queue.SimpleQueue[Letter] = queue.SimpleQueue()
-        new_exchange = functools.partial(exchange, request, model)
-        turns = [Turn(index, new_exchange, model, self._settings.timeout, mailbox)
-                 for index in range(request.choices)]
-        self._enter(turns)
+        more = (functools.partial(exchange, request, model), model, self._settings.timeout, mailbox)
+        turns = [Turn(index, *more) for index in range(request.choices)]
+        with self._changing():
+            if self.closing.is_set():
+                raise shutting_down()
+            most, ahead = self._settings.max_queue, sum(not turn.index for turn in self._waiting)
+            if ahead + len(self._turns) >= self._settings.max_concurrency + most:
+                raise APIError(503, f"All {most} places in the queue are taken: try again later",
+                               code="queue_full", headers={"Retry-After": str(QUEUE_RETRY_SECONDS)})
+            self._waiting.extend(turns)
+        look_at = time.monotonic() + LOOK_SECONDS
         try:
-            look_at = time.monotonic() + LOOK_SECONDS
             while not all(turn.over for turn in turns):
                 with contextlib.suppress(queue.Empty):
                     turn, *letter = mailbox.get(timeout=max(0.0, look_at - time.monotonic()))
@@ -1847,24 +1628,14 @@ class Pool:
             for turn in turns:
                 self._leave(turn)
 
-    def _enter(self, turns: Sequence[Turn]) -> None:
-        with self._changing():
-            if self.closing.is_set():
-                raise shutting_down()
-            most, requests = self._settings.max_queue, sum(not turn.index for turn in self._waiting)
-            if requests + len(self._turns) >= self._settings.max_concurrency + most:
-                raise APIError(503, f"All {most} places in the queue are taken: try again later",
-                               code="queue_full", headers={"Retry-After": str(QUEUE_RETRY_SECONDS)})
-            self._waiting.extend(turns)
-
     def _advance(self, turn: Turn, steps: Iterator[Any]) -> Iterator[tuple[int, Any] | None]:
         process = turn.process
         try:
             for event in steps:
                 yield None if event is None else (turn.index, event)
                 if event is not None and not turn.begun:
-                    turn.begun = True
-                    self._reconsider()  # now there is time to start a fresh process
+                    with self._changing():
+                        turn.begun = True  # now there is time to start a fresh process
         except ProcessFailed as failure:
             turn.failures += 1
             if turn.handed_over or turn.failures >= MAX_ATTEMPTS:
@@ -1879,7 +1650,6 @@ class Pool:
             self._leave(turn)
 
     def _leave(self, turn: Turn) -> None:
-        """Take a turn out of the queue, or away from its process; safe to call twice."""
         process = turn.process
         turn.script.close()
         if process is not None:
@@ -1905,30 +1675,24 @@ class Pool:
             try:
                 threading.Thread(target=self._live, args=(process,), daemon=True).start()
             except RuntimeError as error:  # no more threads are allowed
-                process.failure = str(error)
-                self._bury(process)
-
-    def _reconsider(self) -> None:
-        with self._changing():
-            pass
+                self._bury(process, str(error))
 
     def _match(self) -> tuple[list[OpencodeProcess], list[OpencodeProcess]]:
         """Give processes to turns; return the processes that are to be started, and to be ended."""
         if self.closing.is_set():
             self._fail_waiting(shutting_down)
             return [], list(self._processes)
-        for process in self._in(FRESH, USED, WORN):
+        for process in self._in(*RANKS):
             is_old = time.monotonic() > process.born + WORN_SECONDS
             if process.catalog is not self.opencode.catalog or process.size > MAX_PROCESS_BYTES:
                 process.state = RETIRED
             elif is_old or process.size > WORN_PROCESS_BYTES:
                 process.state = WORN
         while self._waiting and len(self._turns) < self._settings.max_concurrency:
-            candidates = [process for process in self._in(FRESH, USED, WORN)
-                          if len(process.turns) < MAX_TURNS_PER_PROCESS]
-            if not candidates:
+            able = [one for one in self._in(*RANKS) if len(one.turns) < MAX_TURNS_PER_PROCESS]
+            if not able:
                 break
-            process = max(candidates, key=lambda one: (RANKS.index(one.state), one.born))
+            process = max(able, key=lambda one: (RANKS.index(one.state), one.born))
             turn = self._waiting.popleft()
             turn.process = process
             turn.mailbox.put((turn, process, {}))
@@ -1937,9 +1701,10 @@ class Pool:
             process.served += 1
             is_worn = process.state == WORN or process.served >= self._settings.requests_per_process
             process.state = WORN if is_worn else USED
-        started = [OpencodeProcess(self.opencode, self._trace) for _ in range(self._missing())]
+        started = [OpencodeProcess(self.opencode, self._settings.verbose)
+                   for _ in range(self._missing())]
         self._processes.update(started)
-        ended = [process for process in self._processes if self._has_served(process)]
+        ended = [*filter(self._has_served, self._processes)]
         for process in ended:
             process.state = RETIRED
         return started, ended
@@ -1955,9 +1720,9 @@ class Pool:
         if served > 0:
             return max(0, math.ceil(served / MAX_TURNS_PER_PROCESS) - starting)
         quiet = len(self._turns) <= 1 and all(turn.begun for turn in self._turns)
-        large = all(process.size > WORN_PROCESS_BYTES for process in self._in(FRESH, USED, WORN))
-        may_start = self.opencode.catalog.ready and time.monotonic() >= self._retry_at
-        if not may_start or not (quiet or large):
+        large = all(process.size > WORN_PROCESS_BYTES for process in self._in(*RANKS))
+        is_ready = self.opencode.catalog.default in self.opencode.catalog.models
+        if not is_ready or time.monotonic() < self._retry_at or not (quiet or large):
             return 0
         return max(0, self._spares - len(self._in(FRESH, USED)) - starting)
 
@@ -1984,51 +1749,51 @@ class Pool:
             with self._changing():
                 process.state, self._failures = FRESH, 0
             process.serve()
+            failure = ""
         except Exception as error:  # also an answer in a shape that was never seen
-            is_told = isinstance(error, (ProcessFailed, StartError))
-            process.failure = str(error) if is_told else repr(error)
-        finally:
-            process.stop()
-            process.close()
-            self._bury(process)
+            failure = str(error) if isinstance(error, (ProcessFailed, StartError)) else repr(error)
+        process.stop()
+        process.close()
+        self._bury(process, failure or str(process.failed("opencode ended")))
 
-    def _bury(self, process: OpencodeProcess) -> None:
-        process.failure = process.failure or str(process.failed("opencode ended"))
-        cause = functools.partial(ProcessFailed, process.failure)
+    def _bury(self, process: OpencodeProcess, failure: str) -> None:
+        cause = functools.partial(ProcessFailed, failure)
         with self._changing():
             failed_start = process.state in (STARTING, FRESH)
             self._processes.discard(process)
             for turn in process.turns:
                 turn.mailbox.put((turn, process, {"cause": cause}))
             if failed_start and not self.closing.is_set():
-                self.last_error = process.failure
-                self._failures += 1
-                pause = min(MAX_RETRY_SECONDS, 2.0 ** min(self._failures, 10))
-                self._retry_at = time.monotonic() + pause
+                self.last_error, self._failures = failure, self._failures + 1
+                pause = 2.0 ** min(self._failures, 10)
+                self._retry_at = time.monotonic() + min(MAX_RETRY_SECONDS, pause)
                 if all(other.state == RETIRED for other in self._processes):
                     self._fail_waiting(cause)
 
     def prove(self) -> None:
         """Read the catalog and start the first process; raise StartError saying what is wrong."""
         try:
-            self.opencode.use_catalog(self._read_catalog())
+            catalog = self._read_catalog()
+            self.opencode.use_catalog(catalog)
             signature = self.opencode.signature()  # not before: opencode completes the user's file
-            proven: Any = not self.opencode.catalog.ready
+            proven: Any = catalog.default not in catalog.models
             while not proven and not self.closing.wait(LOOK_SECONDS / 10):
                 with self._changing():
                     self._retry_at = 0.0
-                    proven = self._in(FRESH, USED, WORN)
+                    proven = self._in(*RANKS)
                     if self._failures >= MAX_ATTEMPTS:
                         raise StartError(self.last_error)
             self._renew_at, self._signature = time.monotonic() + CATALOG_SECONDS, signature
             with self._changing():
                 self._spares, self._retry_at = self._settings.spares, 0.0
             self._tender.start()
-        except (ProcessFailed, OSError, RuntimeError) as error:
-            raise StartError(f"opencode cannot be used: {error}") from None
+        except StartError:
+            raise
+        except Exception as error:
+            told = error if isinstance(error, (ProcessFailed, OSError)) else repr(error)
+            raise StartError(f"opencode cannot be used: {told}") from None
 
     def _tend(self) -> None:
-        """Look at the user's files and at the processes, from time to time and when woken."""
         while not self.closing.is_set():
             self._wake.wait(TEND_SECONDS)
             self._wake.clear()
@@ -2036,16 +1801,15 @@ class Pool:
                 signature = self.opencode.signature()
                 if signature != self._signature or time.monotonic() > self._renew_at:
                     self._renew(signature)
-                processes = list(self._processes)
-                for process in processes:
-                    process.size = process.memory()
-                reap_orphans({process.pid for process in processes})
-                self._reconsider()
+                sizes = [(process, process.memory()) for process in list(self._processes)]
+                reap_orphans({process.pid for process, _ in sizes})
+                with self._changing():
+                    for process, size in sizes:
+                        process.size = size
             except Exception as error:  # a full disk, a defect: it must not be the last look
                 self.last_error = repr(error)
 
     def _renew(self, signature: Any) -> None:
-        """Read the catalog again, and replace all processes; the old ones stay where that fails."""
         self._renew_at, self._retry_at = time.monotonic() + MAX_RETRY_SECONDS, math.inf
         try:
             self.opencode.use_catalog(self._read_catalog())
@@ -2056,56 +1820,51 @@ class Pool:
 
     def _read_catalog(self) -> Catalog:
         """Ask opencode which models it offers; raise ProcessFailed with its own words."""
-        child = Child(self.opencode)
+        for _ in range(2):
+            listed, logins = self._list_models(), self.opencode.logins()
+            try:
+                return make_catalog(parse_models(listed), logins, self.opencode.wanted)
+            except (LookupError, TypeError, ValueError) as error:
+                reason = repr(error)
+        raise ProcessFailed(f"`opencode models` printed no models: {reason}")
+
+    def _list_models(self) -> str:
+        # Into a file: into a pipe, opencode at times ends before all of it is through.
         deadline = time.monotonic() + START_SECONDS
-        lines = [b""]
-        try:
-            child.spawn("models", "--verbose")
-            for line in child.lines():
-                lines.append(line or b"")
-                if self.closing.is_set() or time.monotonic() > deadline:
-                    child.stop()
-        finally:
-            returncode = child.close()
-        if returncode:
-            raise child.failed(f"`opencode models` failed with exit code {returncode}")
-        try:
-            listed = parse_models(b"\n".join(lines).decode("utf-8", "replace"))
-            return make_catalog(listed, self.opencode.logins(), self.opencode.wanted)
-        except (LookupError, TypeError, ValueError) as error:
-            raise ProcessFailed(f"`opencode models` printed no models: {error!r}") from None
+        with tempfile.TemporaryFile() as output:
+            with contextlib.closing(Child(self.opencode)) as child:
+                child.spawn("models", "--verbose", stdout=output)
+                for _ in child.lines():
+                    if self.closing.is_set() or time.monotonic() > deadline:
+                        child.stop()
+            if child.returncode:
+                raise child.failed(f"`opencode models` failed with exit code {child.returncode}")
+            output.seek(0)
+            return output.read().decode("utf-8", "replace")
 
     def health(self) -> Json:
-        """Return what /health tells of opencode and its processes."""
         catalog, reason = self.opencode.catalog, None
         with self._lock:
-            counts = {"running": len(self._turns), "waiting": len(self._waiting),
-                      "spares": len(self._in(FRESH))}
+            running, waiting, spares = len(self._turns), len(self._waiting), len(self._in(FRESH))
             if self._signature is None:
                 reason = "starting"
-            elif self._failures and not self._in(FRESH, USED, WORN):
+            elif self._failures and not self._in(*RANKS):
                 reason = f"opencode does not start: {self.last_error}"
-            elif not catalog.ready:
-                reason = not_logged_in(provider_of(catalog.default))
+            elif catalog.default not in catalog.models:
+                reason = NOT_LOGGED_IN.format(provider_of(catalog.default))
         return {"status": "unhealthy" if reason else "healthy", "reason": reason,
-                "opencode": self.opencode.version or None, "model": catalog.default, **counts,
+                "opencode": self.opencode.version or None, "model": catalog.default,
+                "running": running, "waiting": waiting, "spares": spares,
                 "last_error": self.last_error or None}
 
     def close(self) -> None:
-        """End every process and wait for that, but not for ever."""
-        self.closing.set()
+        with self._changing():
+            self.closing.set()
         self._wake.set()
-        self._reconsider()
         deadline = time.monotonic() + 3 * STOP_SECONDS
         while (self._processes or self._tender.is_alive()) and time.monotonic() < deadline:
             time.sleep(LOOK_SECONDS / 25)
         self.opencode.close()
-
-
-def shutting_down() -> APIError:
-    """Return the error for a request that the server's end has overtaken."""
-    return APIError(503, "The server is shutting down", code="shutting_down")
-
 
 def reap_orphans(own: set[int]) -> None:
     """Take leave of what ended processes have left behind, where it falls to us: as process 1."""
@@ -2116,9 +1875,7 @@ def reap_orphans(own: set[int]) -> None:
                 return
             os.waitpid(ended.si_pid, 0)
 
-
 # ------------------------------------------------------------------------------------------- answer
-#
 # Frames the events of all choices of a request as OpenAI does: chunks of a stream, or one object.
 # It returns bytes and objects; the handler sends them.
 
@@ -2126,15 +1883,12 @@ SSE_DONE, SSE_PING = b"data: [DONE]\n\n", b": keep-alive\n\n"
 SSE_JSON = json.JSONEncoder(separators=(",", ":")).encode  # made once, not for every event
 CHARACTERS_PER_TOKEN = 4  # about, where a provider does not count
 
-
 def sse_data(value: Json) -> bytes:
     """Return one server-sent event that carries `value`."""
     return b"data: " + SSE_JSON(value).encode() + b"\n\n"
 
-
 class Answer:
     """One answer: what its chunks, or the whole of it, have in common, and what it adds up to."""
-
     def __init__(self, request: ChatRequest, model: Model) -> None:
         self._request = request
         known_as = (model.name, model.name.partition("/")[2])
@@ -2153,11 +1907,6 @@ class Answer:
     def take(self, index: int, event: Event) -> bytes:
         """Return the chunks that an event of a choice means; nothing where the whole is wanted."""
         delta, finish_reason = event.delta, event.finish_reason
-        if self._request.legacy_functions:
-            first = next((call["function"] for call in delta.get("tool_calls", ())
-                          if call["index"] == 0), None)  # there is room for no other
-            delta = drop_empty({**delta, "tool_calls": None, "function_call": first})
-            finish_reason = "function_call" if finish_reason == "tool_calls" else finish_reason
         self._characters[index] += sum(len(str(value)) for value in delta.values())
         if finish_reason is not None:
             usage = self._count(event.usage or {}, self._characters[index])
@@ -2184,17 +1933,14 @@ class Answer:
         return (self._chunk_head + SSE_JSON(choice) + self._chunk_tail).encode()
 
     def head(self) -> bytes:
-        """Return the chunks that name the role, the first ones of a stream."""
         role = {"role": "assistant", "content": ""}
         return b"".join(self._chunk(index, role, None, None) for index in range(len(self._pieces)))
 
     def tail(self) -> bytes:
-        """Return the last events of a stream: the usage where it was asked for, and the end."""
         usage = {**self._frame, "usage": self.usage}
         return sse_data(usage) + SSE_DONE if self._request.include_usage else SSE_DONE
 
     def whole(self) -> Json:
-        """Return the chat.completion."""
         choices = []
         for index, pieces in enumerate(self._pieces):
             choice = {"index": index, "message": {}, "logprobs": None, **merge(pieces)}
@@ -2203,13 +1949,11 @@ class Answer:
             choices.append(choice)
         return {**self._frame, "object": "chat.completion", "choices": choices, "usage": self.usage}
 
-
 def merge(deltas: list[Json]) -> Json:
     """Return what deltas or usages add up to, without what is null."""
     keys = dict.fromkeys(key for delta in deltas for key in delta)  # in this order
     pieces = {key: [delta[key] for delta in deltas if delta.get(key) is not None] for key in keys}
     return {key: join(key, values) for key, values in pieces.items() if values}
-
 
 def join(key: str, values: list[Any]) -> Any:
     """Return what the pieces of one field add up to: text is joined, numbers and lists added."""
@@ -2228,8 +1972,8 @@ def join(key: str, values: list[Any]) -> Any:
     for item in items:
         by_index.setdefault(item["index"], []).append({**item, "index": None})
     return [merge(same) for same in by_index.values()]
-# --------------------------------------------------------------------------------------------- http
 
+# --------------------------------------------------------------------------------------------- http
 # From sockets to requests and back. A connection has one thread, which alone uses its socket.
 # http.server parses a request's head from the lines that ClientConnection lets pass; what _dispatch
 # does not refuse goes to a route. All waiting for opencode is in the pool's generators: whenever
@@ -2255,10 +1999,8 @@ ROUTES: dict[str, tuple[Any, ...]] = {
     "/chat/completions": (POST, "_chat"), "/responses": (POST, "_pass_through", Responses),
     "/messages": (POST, "_pass_through", Messages)}
 
-
 class ClientConnection(io.RawIOBase):
     """A client's socket, as http.server's `rfile` and `wfile`."""
-
     def __init__(self, connection: socket.socket) -> None:
         self.deadline = 0.0  # for reading, however slowly the bytes drip
         self.next_line = ""  # of a head: "request line" or "header line"
@@ -2268,7 +2010,6 @@ class ClientConnection(io.RawIOBase):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
     def _receive(self, waiting: bool = True) -> bool:
-        """Keep what the client sends; tell whether it is there and the deadline not over."""
         try:
             self._socket.settimeout(self.deadline - time.monotonic() if waiting else 0.0)
             data = self._socket.recv(MAX_READ_AHEAD_BYTES)
@@ -2282,7 +2023,6 @@ class ClientConnection(io.RawIOBase):
         return len(self._read_ahead) >= MAX_READ_AHEAD_BYTES or self._receive(waiting=False)
 
     def read_some(self, most: int) -> bytes:
-        """Return from 1 to `most` bytes."""
         if not self._read_ahead and not self._receive():
             raise ClientDisconnected("the request did not arrive")
         data = bytes(self._read_ahead[:most])
@@ -2313,20 +2053,16 @@ class ClientConnection(io.RawIOBase):
         except OSError as error:
             raise ClientDisconnected(f"the client does not read: {error}") from None
 
-
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
     """Answers the requests of one connection."""
-
     server: ProxyServer
     protocol_version = default_request_version = request_version = "HTTP/1.1"
 
     def setup(self) -> None:
-        """Put a ClientConnection where http.server reads and writes."""
         self._client = ClientConnection(self.request)
         vars(self).update(rfile=self._client, wfile=self._client)
 
     def handle_one_request(self) -> None:
-        """Wait for a request, as an idle connection, and answer it, whatever happens."""
         self._started = self._last_write = time.monotonic()
         self._client.deadline = self._started + IDLE_SECONDS
         self._client.next_line = "request line"
@@ -2361,7 +2097,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         return True
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Refuse what http.server cannot parse like everything else."""
         raise APIError(int(code), printable(message or http.client.responses[code]))
 
     def _dispatch(self) -> None:
@@ -2398,7 +2133,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _dispatch
 
     def _check_page(self) -> None:
-        """Refuse web pages that may not ask, and those whose host was made to point here."""
         settings, origin = self.server.settings, self.headers.get("Origin")
         allowed = settings.cors_origin
         if not (origin is None or origin in allowed or FREE_ORIGIN.fullmatch(origin)
@@ -2566,7 +2300,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             for event in events:
                 if event is None:
                     self._look_around()
-                elif isinstance(event[1], Head):
+                elif event[1].status:
                     self._send(event[1].status, event[1].headers, None)
                     if event[1].status >= 400:
                         self._facts["error"] = '"refused by the provider"'
@@ -2576,7 +2310,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self._write(b"", is_last=True)
 
     def _await(self, steps: Generator[None, None, Any]) -> Any:
-        """Drive `steps` to what they return."""
         with contextlib.closing(steps):
             try:
                 while True:
@@ -2594,11 +2327,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if self._stream is not None and time.monotonic() - self._last_write >= PING_SECONDS:
             self._write(SSE_PING)
 
-
 def printable(text: str) -> str:
     """Return `text` on one line of at most 200 printable ASCII characters."""
     return re.sub(r"[^\x20-\x7e]", "?", text)[:200]
-
 
 def log(text: str) -> None:
     """Write one line to stderr, with the time unless the journal adds it."""
@@ -2606,10 +2337,8 @@ def log(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(stamp + text + "\n")
 
-
 class ProxyServer(http.server.ThreadingHTTPServer):
     """Accepts connections, one daemon thread each; owns the pool; `stop` waits for answers."""
-
     request_queue_size = 128
     server_bind = socketserver.TCPServer.server_bind  # HTTPServer's looks the host's name up
 
@@ -2630,7 +2359,6 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.on_loopback = re.match(r"127\.|::1$", str(self.server_address[0])) is not None
 
     def base_url(self) -> str:
-        """Return the URL to give to apps."""
         host = "localhost" if self.settings.host in ("0.0.0.0", "::", "") else self.settings.host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/v1"
 
@@ -2652,13 +2380,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         return True
 
     def shutdown_request(self, request: Any) -> None:
-        """Forget a connection and end it."""
         with self._lock:
             self._held.pop(request, None)
         super().shutdown_request(request)
 
     def _end_idle(self, most: int) -> int:
-        """End connections, the longest idle first; return how many."""
         with self._lock:
             idle = [connection for connection, held in self._held.items() if held is None][:most]
             for connection in idle:
@@ -2668,7 +2394,6 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         return len(idle)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what no handler caught."""
         log(f"{client_address[0]} connection failed: {sys.exc_info()[1]!r}")
 
     def stop(self, grace: float, hurry: Callable[[float], Any]) -> None:
@@ -2684,8 +2409,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                     break
             self.pool.closing.set()
         self.pool.close()
+
 # ------------------------------------------------------------------------------------- command line
-#
 # Settings, the systemd units, and the life of the program: listen, prove meanwhile that opencode
 # works, wait for a signal, stop. A StartError becomes an exit code here and nowhere else.
 
@@ -2706,11 +2431,9 @@ OPTIONS: list[tuple[str, Any, Sequence[float], str, str]] = [
     ("timeout", 300.0, (0.1, 86400), "SECONDS", "longest silence of a provider"),
     ("grace", 10.0, (0, 86400), "SECONDS", "time for running answers when stopping")]
 
-
 def variable(name: str) -> str | None:
     """Return what the environment says about an option, None where it is not set."""
     return os.environ.get("OPENCODE_PROXY_" + name.upper().replace("-", "_"))
-
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, whose defaults come from the environment."""
@@ -2730,7 +2453,6 @@ def build_parser() -> argparse.ArgumentParser:
                         metavar="user|system", help="print a systemd unit for this copy, and end")
     parser.add_argument("--version", action="version", version="opencode_proxy " + __version__)
     return parser
-
 
 def read_settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the settings of the command line and the environment; end with code 2 if wrong."""
@@ -2757,7 +2479,6 @@ def read_settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     settings.cors_origin = [text.rstrip("/").lower() for text in settings.cors_origin if text]
     return settings
 
-
 # A service's settings, one a word. MemoryDenyWriteExecute is missing: JavaScript is compiled.
 SERVICE = """Type=notify Restart=on-failure RestartSec=5 TimeoutStartSec=180 TimeoutStopSec=60
     KillMode=mixed UMask=0077 NoNewPrivileges=yes LockPersonality=yes RestrictRealtime=yes
@@ -2767,12 +2488,10 @@ SYSTEM_SERVICE = """PrivateTmp=yes PrivateDevices=yes ProtectSystem=strict Prote
     ProtectKernelModules=yes ProtectKernelTunables=yes ProtectProc=invisible RestrictNamespaces=yes
     CapabilityBoundingSet= SystemCallFilter=@system-service SystemCallErrorNumber=EPERM"""
 
-
 def unit_word(text: str) -> str:
     """Return `text` as one word of a systemd unit (systemd.syntax(7))."""
     text = text.replace("%", "%%")
     return text if re.fullmatch(r"[\w@%$/.:+,=-]+", text) else json.dumps(text, ensure_ascii=False)
-
 
 def systemd_unit(kind: str, opencode: str) -> str:
     """Return a systemd unit, `kind` "user" or "system", for this copy of the program."""
@@ -2796,19 +2515,12 @@ def systemd_unit(kind: str, opencode: str) -> str:
     return "\n".join(["[Unit]", *unit, "", "[Service]", *service, "",
                       "[Install]", "WantedBy=" + target, ""])
 
-
 def notify(state: str) -> None:
     """Tell systemd about the service's state, where it wants to know (sd_notify(3))."""
     path = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))
     if path:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
             out.sendto(state.encode(), path)
-
-
-def log_message(arrow: str, message: Json, size: int) -> None:
-    """Log a JSON-RPC message without its contents: prompts and answers are nobody's business."""
-    log(f"{arrow} {message.get('method', 'reply')} {size} bytes")
-
 
 def announce(server: ProxyServer) -> None:
     """Tell the log what runs and what is worth a warning, and systemd that it does."""
@@ -2826,11 +2538,10 @@ def announce(server: ProxyServer) -> None:
             "set --api-key or --host 127.0.0.1")
     notify("READY=1")
 
-
 def serve(settings: argparse.Namespace) -> None:
     """Run the server until a signal tells it to stop; raise StartError where it cannot start."""
     opencode = Opencode(find_opencode(settings.opencode), settings.model)
-    pool = Pool(opencode, settings, log_message if settings.verbose else None)
+    pool = Pool(opencode, settings)
     try:
         server = ProxyServer(settings, pool)
     except (OSError, UnicodeError) as error:
@@ -2863,7 +2574,6 @@ def serve(settings: argparse.Namespace) -> None:
     if failed:
         raise failures[0]
 
-
 def catch_signals(waker: socket.socket) -> None:
     """Let each signal to stop write a byte to `waker`, and none end the process."""
     # The interpreter writes it: a handler could want a lock that the code it interrupts holds.
@@ -2872,7 +2582,6 @@ def catch_signals(waker: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
             signal.signal(number, lambda *_: None)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and serve; return the exit code."""
@@ -2886,7 +2595,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"opencode_proxy: {error}", file=sys.stderr)
         return 1
     return 0
-
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -12,7 +12,6 @@ import concurrent.futures
 import contextlib
 import http.client
 import http.server
-import io
 import json
 import os
 import pathlib
@@ -38,7 +37,6 @@ DEADLINE = 120.0  # for what must happen; long, because machines are slow when t
 SOON = 30.0  # the same where a time-out of the program would end it too, later
 ALL = os.environ.get("OPENCODE_PROXY_TEST_ALL") == "1"
 
-
 def eventually(condition, seconds=DEADLINE):
     """Return the first true value of `condition()`, or its last one after `seconds`."""
     deadline = time.monotonic() + seconds
@@ -48,12 +46,10 @@ def eventually(condition, seconds=DEADLINE):
             return value
         time.sleep(0.02)
 
-
 def at_once(call, items):
     """Return [call(item) for item in items], called at the same time."""
     with concurrent.futures.ThreadPoolExecutor(len(items)) as threads:
         return list(threads.map(call, items))
-
 
 def missing(what):
     """Skip a test for want of `what`, or fail it where everything must be there."""
@@ -61,19 +57,15 @@ def missing(what):
         raise AssertionError(what + " is missing, and OPENCODE_PROXY_TEST_ALL=1")
     raise unittest.SkipTest(what + " is missing")
 
-
 # ------------------------------------------------------------------------- a provider on loopback
-
 CHAT = "github-copilot/gpt-5-mini"
 RESPONSES = "github-copilot/gpt-5.4-mini"
 MESSAGES = "github-copilot/claude-sonnet-4.6"
 FORMATS = {"chat/completions": CHAT, "responses": RESPONSES, "messages": MESSAGES}
 OAUTH = {"type": "oauth", "refresh": "gho_x", "access": "gho_x", "expires": 0}
 
-
 class Upstream(http.server.ThreadingHTTPServer):
     """A provider of models: records each request, answers as `respond(exchange)` says."""
-
     daemon_threads = True
     request_queue_size = 128
 
@@ -103,10 +95,8 @@ class Upstream(http.server.ThreadingHTTPServer):
         self.thread.join()
         self.server_close()
 
-
 class Exchange(http.server.BaseHTTPRequestHandler):
     """One request to the provider: `host`, `path`, `headers`, `raw`, `body`, `format`."""
-
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     host = ""
@@ -150,12 +140,9 @@ class Exchange(http.server.BaseHTTPRequestHandler):
     def wait_closed(self):
         """Wait until the other side closes the connection, which sets `closed_by_client`."""
         self.connection.settimeout(DEADLINE)
-        try:
-            closed = self.connection.recv(1) == b""
-        except OSError as error:
-            closed = not isinstance(error, socket.timeout)
-        if closed:
-            self.closed_by_client.set()
+        with contextlib.suppress(ConnectionResetError):
+            self.connection.recv(1)
+        self.closed_by_client.set()
 
     def drop(self):
         """Close the connection in the middle of an answer, with a reset."""
@@ -164,17 +151,14 @@ class Exchange(http.server.BaseHTTPRequestHandler):
             stream.close()
         self.close_connection = True
 
-
 USAGE = {"prompt_tokens": 11, "completion_tokens": 20, "total_tokens": 31,
          "prompt_tokens_details": {"cached_tokens": 4},
          "completion_tokens_details": {"reasoning_tokens": 7}}
-
 
 def chat_chunk(delta, finish=None, **more):
     choice = {"index": 0, "delta": delta, "finish_reason": finish}
     return {"id": "up", "object": "chat.completion.chunk", "created": 1, "model": "m",
             "choices": [choice], **more}
-
 
 # An answer as events of each wire format: `parts` are ("text", text), ("thought", text) or
 # ("call", id, name, pieces of the arguments).
@@ -193,7 +177,6 @@ def chat_stream(parts, finish="stop"):
             deltas.append({"content" if kind == "text" else "reasoning_content": text})
     chunks = [chat_chunk(delta) for delta in deltas]
     return [*chunks, chat_chunk({}, finish), chat_chunk({}, choices=[], usage=USAGE), "[DONE]"]
-
 
 def responses_stream(parts, finish="stop"):
     events = [("created", {"response": {"id": "r", "created_at": 1, "model": "m"}})]
@@ -222,7 +205,6 @@ def responses_stream(parts, finish="stop"):
     events.append(("incomplete" if reason else "completed", {"response": response}))
     return [{"type": "response." + step, **more} for step, more in events]
 
-
 def messages_stream(parts, finish="stop"):
     message = {"id": "m", "type": "message", "role": "assistant", "model": "m", "content": [],
                "usage": {"input_tokens": 7, "cache_read_input_tokens": 4, "output_tokens": 1}}
@@ -244,10 +226,8 @@ def messages_stream(parts, finish="stop"):
     return [*events, {"type": "message_delta", "delta": {"stop_reason": reason},
                       "usage": {"output_tokens": 20}}, {"type": "message_stop"}]
 
-
 STREAMS = {"chat/completions": chat_stream, "responses": responses_stream,
            "messages": messages_stream}
-
 
 def answering(*parts, finish="stop"):
     """Return a `respond` that streams an answer of `parts` in the format that it is asked in.
@@ -263,9 +243,7 @@ def answering(*parts, finish="stop"):
         exchange.send(*events)
     return respond
 
-
 answer_text = answering(("text", "Hel"), ("text", "lo "), ("text", "w\u00f6r\u2028ld"))
-
 
 def failing(status, body, content_type="application/json", **headers):
     """Return a `respond` that refuses."""
@@ -275,9 +253,7 @@ def failing(status, body, content_type="application/json", **headers):
         exchange.wfile.write(data)
     return respond
 
-
 # ------------------------------------------------------------------------ a login as it really is
-
 # For TLS on loopback; known to everybody, trusted by nobody.
 KEY_PAIR = """-----BEGIN EC PRIVATE KEY-----
 MHcCAQEEIE5Lw+ExRn9L3ku3YmVJschrt4TY58QVutQn8LZuHa/woAoGCCqGSM49AwEHoUQDQgAEnmwtqVyvqaiZ6sJBWlgu
@@ -300,14 +276,12 @@ OFFERS = (("gpt-5-mini", "/chat/completions /responses", 64000, "low medium high
 LIVE = {"chat/completions": "github-copilot/gemini-2.5-pro", "responses": CHAT,
         "messages": MESSAGES, "chatgpt": "openai/gpt-5.4"}
 
-
 class Services(Upstream):
     """A CONNECT proxy that answers, over TLS, as the services that a login leads to.
 
     `hosts` are the names that were asked for, those that it refuses included. `respond` answers
     what the real services would not refuse.
     """
-
     def __init__(self):
         self.hosts = []
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -323,10 +297,8 @@ class Services(Upstream):
             "HTTPS_PROXY": self.url, "NO_PROXY": "127.0.0.1,localhost",
             "NODE_TLS_REJECT_UNAUTHORIZED": "0"}
 
-
 class Tunnel(Exchange):
     """A connection to one of the services."""
-
     def do_CONNECT(self):
         self.host = self.path.partition(":")[0]
         self.server.hosts.append(self.host)
@@ -378,7 +350,6 @@ class Tunnel(Exchange):
             newer = body["model"].startswith("gpt-5")
             yield newer and "max_tokens" in body, "max_tokens: use max_completion_tokens"
 
-
 def offer(name, endpoints, limit, efforts):
     """Return a model as GitHub lists it."""
     supports = {"streaming": True, "tool_calls": True, "vision": True, "parallel_tool_calls": True}
@@ -391,24 +362,19 @@ def offer(name, endpoints, limit, efforts):
             "supported_endpoints": endpoints.split(), "capabilities": {
                 "type": "chat", "family": name, "limits": limits, "supports": supports}}
 
-
 # ---------------------------------------------------------------------------------------- proxies
-
 def settings(**changes):
     """Return the settings of a command line without arguments, with `changes`."""
     values = proxy.read_settings([])
     vars(values).update({"host": "127.0.0.1", "port": 0, **changes})
     return values
 
-
 def chat_body(content="hi", **fields):
     """Return a chat request's JSON."""
     return json.dumps({"messages": [{"role": "user", "content": content}], **fields}).encode()
 
-
 class Client:
     """What an app does with the proxy at a port of loopback."""
-
     def __init__(self, port):
         self.port = port
 
@@ -456,16 +422,14 @@ class Client:
         """Tell whether /health comes to tell what is `expected`."""
         return eventually(lambda: expected.items() <= self.health().items(), seconds)
 
-
 class Running(Client):
     """A proxy in this process, proven."""
-
     closed = False
 
     def __init__(self, opencode_path, **changes):
         self.settings = settings(**changes)
         opencode = proxy.Opencode(opencode_path, self.settings.model)
-        self.pool = proxy.Pool(opencode, self.settings, None)
+        self.pool = proxy.Pool(opencode, self.settings)
         self.server = proxy.ProxyServer(self.settings, self.pool)
         super().__init__(self.server.server_port)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
@@ -482,7 +446,6 @@ class Running(Client):
             self.server.stop(grace, time.sleep)
             self.thread.join()
 
-
 def sse_events(data):
     """Return what is in the events of an SSE stream; fail on what is no event and no comment."""
     events = []
@@ -493,12 +456,10 @@ def sse_events(data):
             raise AssertionError(f"not an event: {block!r}")
     return events
 
-
 def deltas_of(events):
     """Return the deltas of the chunks among `events`."""
     chunks = [event for event in events if event != "[DONE]"]
     return [choice["delta"] for chunk in chunks for choice in chunk.get("choices", ())]
-
 
 def children(parent=None):
     """Return [pid, state, command] of each descendant of this process, or of `parent`."""
@@ -512,27 +473,22 @@ def children(parent=None):
     return [[int(pid), state, args] for pid, above, state, args in rows
             if above in family and args != " ".join(command)]
 
-
 def opencode_pids(parent=None):
     """Return the processes of opencode, without zombies, that serve this process or `parent`."""
     return [pid for pid, state, args in children(parent)
             if "acp" in args.split() and not state.startswith("Z")]
-
 
 def clean_environment():
     """Return this process's environment without what would change a proxy or an opencode."""
     foreign = re.compile(r"XDG_.*_HOME|OPENCODE.*|FAKE_MODE|.*_API_KEY|(?i:.*_proxy)")
     return {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
 
-
 # ------------------------------------------------------------------------------ the real opencode
-
 def real_opencode():
     try:
         return proxy.find_opencode(os.environ.get("OPENCODE_PROXY_TEST_OPENCODE"))
     except proxy.StartError:
         missing("opencode")
-
 
 def make_home(folder, upstream, **config):
     """Make a HOME whose opencode is logged in at `upstream`; return the environment for it."""
@@ -543,10 +499,8 @@ def make_home(folder, upstream, **config):
         (folder / path).write_text(json.dumps(content))
     return {"HOME": str(folder), **variables}
 
-
 class RealCase(unittest.TestCase):
     """A proxy with the real opencode and a provider, shared by the tests of a class."""
-
     provider = Upstream
     config = {}  # more of opencode.json
     changes = {"requests_per_process": 40, "timeout": 30.0}
@@ -576,9 +530,7 @@ class RealCase(unittest.TestCase):
         self.assertEqual(len(self.upstream.exchanges), 1)
         return self.upstream.exchanges[0]
 
-
 # -------------------------------------------------------------------------------- a fake opencode
-
 # Speaks as opencode with the plugin does, and is its own provider. It does what it is told in
 # Python: by FAKE_MODE when it starts, by the last user message where that begins with "do "; any
 # other message is the answer itself. A journal beside it tells what happened.
@@ -614,8 +566,8 @@ def chunk(delta, finish=None, **more):
 
 class Session:
     def __init__(self, name, model):
-        self.name, self.model, self.ahead = name, model, 0
-        self.lines, self.cancelled = queue.Queue(), threading.Event()
+        self.name, self.model, self.ahead, self.text = name, model, 0, ""
+        self.lines, self.cancelled, self.begun = queue.Queue(), threading.Event(), False
 
     def obey(self, kind, payload):
         if kind == "taken":
@@ -624,7 +576,7 @@ class Session:
             self.lines.put(json.loads(payload))
 
     def cancel(self):
-        note("cancelled", os.getpid())
+        note("cancelled", os.getpid(), self.text[:60])
         self.cancelled.set()
         self.lines.put(None)
 
@@ -645,6 +597,9 @@ class Session:
         out(method="proxy/" + kind, params={"sessionId": self.name, **params})
 
     def data(self, text):
+        if not self.begun:
+            self.begun = True
+            self.tell("upstream", status=200, headers={})
         for start in range(0, len(text), 60000):
             piece = text[start:start + 60000]
             if self.ahead > 1 << 20:
@@ -672,9 +627,8 @@ class Session:
             os._exit(3)
         theirs = {"model": self.model.partition("/")[2], "stream": True}
         self.tell("outgoing", url="http://127.0.0.1/chat/completions", body=theirs)
-        text = self.line()["messages"][-1]["content"]
+        text = self.text = self.line()["messages"][-1]["content"]
         note("post", os.getpid(), text[:60])
-        self.tell("upstream", status=200, headers={})
         if text.startswith("do "):
             own = {"data": self.data, "say": self.say, "rest": self.rest, "hold": self.hold}
             exec(text[3:], {**globals(), **own})
@@ -740,10 +694,8 @@ SILENT = "do rest(600)"
 PAUSE = "do say('a'); rest(600)"
 SLOWLY = "do for n in range(20): say('%d ' % n); rest(0.05)"
 
-
 class FakeCase(unittest.TestCase):
     """A proxy with the fake opencode, new for every test, of which nothing may be left."""
-
     def setUp(self):
         self.stack = contextlib.ExitStack()
         self.addCleanup(self.stack.close)
@@ -779,11 +731,12 @@ class FakeCase(unittest.TestCase):
         self.stack.callback(running.close)
         return running
 
-    def journal(self, kind):
-        """Return what the fakes noted: start, post, cancelled, reply, deaf or waits."""
+    def journal(self, kind, text=""):
+        """Return what the fakes noted with `text`: start, post, cancelled, reply, deaf or waits."""
         journal = self.folder / "journal"
         lines = journal.read_text().splitlines() if journal.exists() else []
-        return [line.partition(" ")[2] for line in lines if line.startswith(kind + " ")]
+        notes = [line.partition(" ")[2] for line in lines if line.startswith(kind + " ")]
+        return [note for note in notes if text in note]
 
     def let_go(self):
         """Let the answers go on that hold()."""
@@ -797,15 +750,7 @@ class FakeCase(unittest.TestCase):
         eventually(lambda: not left(), SOON)
         self.assertEqual(left(), [])
 # ------------------------------------------------------------------------------------------- errors
-
 class ErrorTest(unittest.TestCase):
-    def test_type_follows_status(self):
-        for kind, statuses in (("invalid_request_error", (400, 404, 413)),
-                               ("authentication_error", (401,)), ("permission_error", (403,)),
-                               ("rate_limit_error", (429,)), ("server_error", (500, 503))):
-            for status in statuses:
-                error = {"message": "m", "type": kind, "param": None, "code": None}
-                self.assertEqual(proxy.APIError(status, "m").body(), {"error": error})
 
     def seen(self, status, body, headers=()):
         error = proxy.upstream_error(status, dict(headers), body)
@@ -860,9 +805,7 @@ class ErrorTest(unittest.TestCase):
             found = proxy.turn_error(error)
             self.assertEqual((found.status, found.message, found.code), (502, message, code))
 
-
 # ------------------------------------------------------------------------------------------ request
-
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
 CUSTOM_CALL = {"id": "c", "type": "custom", "custom": {"name": "f", "input": "x"}}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
@@ -870,11 +813,9 @@ AUDIO = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}
 FILE = {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:a/b;base64,AAAA"}}
 TEXT = {"type": "text", "text": "a"}
 
-
 def changed(part, **fields):
     """Return a content part with other fields below its type."""
     return {**part, part["type"]: {**part[part["type"]], **fields}}
-
 
 class RequestTest(unittest.TestCase):
     def parse(self, **fields):
@@ -893,7 +834,7 @@ class RequestTest(unittest.TestCase):
         request = self.parse()
         messages = [{"role": "user", "content": "hi"}]
         self.assertEqual(request, proxy.ChatRequest(
-            {"messages": messages}, messages, None, False, False, 1, (), None, False))
+            {"messages": messages}, messages, None, False, False, 1, (), None))
 
     def test_fields(self):
         request = self.parse(
@@ -1054,29 +995,6 @@ class RequestTest(unittest.TestCase):
         for choice, param in (("maybe", ""), ({}, ".name")):
             self.assert_invalid(chat_body(function_call=choice), "function_call" + param)
 
-    def test_legacy_functions(self):
-        function, call = {"name": "f", "parameters": {}}, {"name": "f", "arguments": "{}"}
-        messages = [{"role": "user", "content": "q"},
-                    {"role": "assistant", "content": None, "function_call": call},
-                    {"role": "function", "name": "f", "content": "r"},
-                    {"role": "assistant", "content": "x", "function_call": None}]
-        request = self.parse(functions=[function], function_call={"name": "f"}, messages=messages)
-        self.assertTrue(request.legacy_functions)
-        self.assertEqual(request.body, {
-            "tools": [{"type": "function", "function": function}],
-            "tool_choice": {"type": "function", "function": {"name": "f"}},
-            "messages": [
-                messages[0],
-                {"role": "assistant", "content": None,
-                 "tool_calls": [{"id": "call_1", "type": "function", "function": call}]},
-                {"role": "tool", "tool_call_id": "call_1", "content": "r"},
-                {"role": "assistant", "content": "x"}]})
-        self.assertIs(request.messages, request.body["messages"])
-        self.assertEqual(self.parse(functions=[], function_call="none").body["tool_choice"], "none")
-        both = self.parse(functions=[function], function_call="none", tools=[])
-        self.assertFalse(both.legacy_functions)
-        self.assertEqual(sorted(both.body), ["messages", "tools"])
-
     def test_fuzz(self):
         """Whatever comes, it is a request that JavaScript can read, or a 400."""
         seeded = random.Random(4141)
@@ -1123,9 +1041,7 @@ class RequestTest(unittest.TestCase):
                 return
             target = target[key]
 
-
 # ------------------------------------------------------------------------------------- command line
-
 class SettingsTest(unittest.TestCase):
     def settings(self, *arguments, **environment):
         with unittest.mock.patch.dict(os.environ, environment):
@@ -1179,7 +1095,6 @@ class SettingsTest(unittest.TestCase):
             self.assert_refused("argument --api-key-file: ", OPENCODE_PROXY_API_KEY_FILE=key)
         self.assertEqual(self.settings("--api-key", "k", OPENCODE_PROXY_API_KEY="").api_key, ["k"])
 
-
 class SystemdTest(unittest.TestCase):
     def test_units(self):
         odd = "/opt/$HOME 100%/open\"code"
@@ -1226,12 +1141,63 @@ class SystemdTest(unittest.TestCase):
                         proxy.notify("READY=1")
                     self.assertEqual(manager.recv(100), b"READY=1")
         proxy.notify("READY=1")
-# ------------------------------------------------------------------------------------- wire formats
 
+class CatalogTest(unittest.TestCase):
+    ABLE = {"name": "any", "limit": {"output": 7}, "capabilities": {
+        "temperature": True, "reasoning": False, "attachment": False, "toolcall": True,
+        "input": {"text": True}, "output": {"text": True}}}
+
+    def catalog(self, *names, wanted=None, logins=("p",)):
+        models = []
+        for name in names:
+            provider, _, model = name.partition("/")
+            api = {"url": "", "npm": "x", "id": model.replace("-fast", "")}  # whose mode it is
+            models.append({**self.ABLE, "id": model, "providerID": provider, "api": api,
+                           "headers": {}, "options": {"serviceTier": "priority"}})
+        return proxy.make_catalog(models, logins, wanted)
+
+    def test_names(self):
+        copilot = "github-copilot/gpt-5-mini"
+        catalog = self.catalog(copilot, "p/m", "opencode/free")
+        self.assertEqual(catalog.names, (copilot, "p/m"))
+        for name, found in ((None, copilot), ("gpt-5-mini", copilot), ("p/m", "p/m"),
+                            ("unknown", copilot)):
+            self.assertEqual(catalog.resolve(name).name, found)
+        for name, status in (("p/none", 404), ("none", 404)):
+            with self.assertRaises(proxy.APIError) as caught:
+                catalog.resolve(name, exact=True)
+            self.assertEqual(caught.exception.status, status)
+        with self.assertRaisesRegex(proxy.APIError, "opencode auth login"):
+            self.catalog("p/m").resolve(None)
+        self.assertEqual(self.catalog("p/m", wanted="p/new").resolve(None).name, "p/new")
+
+    def test_modes_are_no_models_of_their_own(self):
+        models = self.catalog("p/m", "p/m-fast").trimmed["p"]["models"]
+        self.assertEqual(list(models), ["m"])
+        self.assertEqual(models["m"]["experimental"]["modes"]["fast"]["provider"]["body"],
+                         {"service_tier": "priority"})
+
+class ReadmeTest(unittest.TestCase):
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    VARIABLE = r"\bX\b|^opencode|0\.0\.0\.0:4141: Address.*|64|300 seconds|github-copilot|1\.17\.0"
+
+    def test_it_tells_of_every_field_and_quotes_the_program(self):
+        self.assertLessEqual(len(self.text.splitlines()), 200)
+        rows = self.text.partition("| field |")[2].partition("\n\n")[0]
+        self.assertEqual([name for name in proxy.FIELDS if f"`{name}`" not in rows], [])
+        program = (HERE / "opencode_proxy.py").read_text(encoding="utf-8")
+        program = re.sub(r'"\s+f?"', "", program)  # of texts that are split over lines
+        table = self.text.partition("| message |")[2].partition("\n\n")[0].splitlines()[2:]
+        quoted = re.findall("`([^`]+)`", "\n".join(row.split("|")[1] for row in table))
+        pieces = [piece.strip() for text in quoted for piece in re.split(self.VARIABLE, text)]
+        self.assertGreater(len(pieces), 10)
+        self.assertEqual([piece for piece in pieces if piece not in program], [])
+# ------------------------------------------------------------------------------------- wire formats
 WIRE_PNG = "data:image/png;base64,QUJD"
 AT_CHAT, AT_RESPONSES, AT_MESSAGES = (
     "https://x.example/v1/" + path for path in ("chat/completions", "responses", "messages"))
 AT_CHATGPT = "https://chatgpt.com/backend-api/codex/responses"
+WARM = proxy.Model("p/m")
 COLD = proxy.Model("p/m", takes_temperature=False)
 FUNCTION = {"name": "f", "parameters": {"properties": {"2": {}, "1": {}}, "type": "object"}}
 TOOLS = [{"type": "function", "function": function} for function in (FUNCTION, {"name": "g"})]
@@ -1245,24 +1211,19 @@ WIRE_IMAGE = {"type": "image_url", "image_url": {"url": WIRE_PNG}}
 PDF = {"file_data": "data:application/pdf;base64,UERG", "filename": "a.pdf"}
 SCHEMA = {"name": "n", "strict": True, "schema": {"type": "object"}}
 
-
 def text(words, kind="text"):
     return {"type": kind, "text": words}
 
-
 def said(role, *content):
     return {"role": role, "content": list(content)}
-
 
 def asks(call_id, arguments, kind="function"):
     inner = {"name": "f", {"function": "arguments", "custom": "input"}[kind]: arguments}
     return {"role": "assistant", "tool_calls": [{"id": call_id, "type": kind, kind: inner}]}
 
-
-def wire(url=AT_CHAT, messages=(USER,), model=proxy.Model("p/m"), **fields):
+def wire(url=AT_CHAT, messages=(USER,), model=WARM, **fields):
     body = json.dumps({"messages": list(messages), **fields}).encode()
     return proxy.wire_format_of(url)(proxy.parse_chat_request(body), model, url)
-
 
 def events(url, *messages, **fields):
     """Return the deltas, with logprobs if any, that messages mean, and the last event."""
@@ -1271,6 +1232,10 @@ def events(url, *messages, **fields):
     *found, last = [event for datum in data for event in form.events(datum)]
     return [event[:2] if event.logprobs else event.delta for event in found], last
 
+def usage_of(prompt, completion, cached=0, reasoning=0):
+    return {"prompt_tokens": prompt, "completion_tokens": completion,
+            "total_tokens": prompt + completion, "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": reasoning}}
 
 def error(function, *arguments):
     """Return the status, param and message of the error that a call raises."""
@@ -1279,7 +1244,6 @@ def error(function, *arguments):
     except proxy.APIError as error:
         return error.status, error.param, error.message
     raise AssertionError("no error")
-
 
 # Everything that a conversation can hold and the three formats have.
 CONVERSATION = (
@@ -1295,7 +1259,6 @@ FIELDS = {"temperature": 0.5, "top_p": 0.9, "max_tokens": 5, "stop": ["\n", "END
           "reasoning_effort": "low", "metadata": {"k": "v"}, "stream": True, "verbosity": "low"}
 THEIRS = {"model": "real", "stream": True, "max_tokens": 32000, "temperature": 1, "tools": [{}],
           "prompt_cache_key": "ses_1", "service_tier": "flex"}
-
 
 class BodyTest(unittest.TestCase):
     def test_chat_completions_has_everything(self):
@@ -1370,25 +1333,20 @@ class BodyTest(unittest.TestCase):
         named = {"type": "function", "function": {"name": "f"}}
         allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [CUSTOM]}}
         thinking, most = {"thinking": {"type": "enabled", "budget_tokens": 99}}, {"max_tokens": 1}
-        small, warm = proxy.Model("p/m", True, 90), {"temperature": 2, "top_p": 0}
-        gone = {"max_tokens": None}
+        warm, gone = {"temperature": 2, "top_p": 0}, {"max_tokens": None}
         s, file = text("s", "input_text"), {"type": "file", "file": {"file_data": "https://x"}}
         dot, answer = {**text("."), **MARK}, {"role": "assistant", "content": ".\n"}
-        url, result = {"type": "url", "url": "https://x"}, {"type": "tool_result", "content": "r"}
-        document = {"type": "document", "source": url, **MARK}
+        document = {"type": "document", "source": {"type": "url", "url": "https://x"}, **MARK}
         for at, fields, theirs, expected in (
                 (AT_CHAT, {"model": mistral}, {}, {"stream_options": None}),
                 (AT_CHAT, {"model": gpt, **most}, {}, {"max_completion_tokens": 1, **gone}),
                 (AT_CHAT, {"reasoning_effort": "low"}, {"reasoning": {}}, {"reasoning": None}),
-                (AT_RESPONSES, {**most, "max_completion_tokens": 18}, {}, {"max_output_tokens": 18}),
                 (AT_RESPONSES, {"model": COLD, **warm}, {}, {"temperature": None, "top_p": None}),
                 (AT_RESPONSES, {"tools": [CUSTOM], "tool_choice": allowed}, {}, {
                     "tools": [flat], "tool_choice": {
                         "type": "allowed_tools", "mode": "auto", "tools": [flat]}}),
                 (AT_RESPONSES, {"logprobs": True}, {},
                  {"include": ["message.output_text.logprobs"], "top_logprobs": 0}),
-                (AT_RESPONSES, {"messages": [SYSTEM, said("user")]}, {}, {
-                    "input": [said("system", s), said("user", text("", "input_text"))]}),
                 (AT_RESPONSES, {"messages": [asks("c", "i", "custom"), DONE]}, {}, {"input": [
                     {"type": "custom_tool_call", "call_id": "c", "name": "f", "input": "i"},
                     {"type": "custom_tool_call_output", "call_id": "c", "output": "r"}]}),
@@ -1396,41 +1354,30 @@ class BodyTest(unittest.TestCase):
                     **dict.fromkeys(("temperature", "top_p", "max_output_tokens", "metadata")),
                     "store": False, "instructions": "Answer the user.", "user": None,
                     "input": [said("developer", s)]}),
-                (AT_MESSAGES, {}, {"max_tokens": 128000}, {"max_tokens": 32000, "tool_choice": None}),
-                (AT_MESSAGES, {"model": small}, {}, {"max_tokens": 90}),
+                (AT_MESSAGES, {}, {"max_tokens": 128000},
+                 {"max_tokens": 32000, "tool_choice": None}),
                 (AT_MESSAGES, most, thinking, {"max_tokens": 100, **thinking}),
-                (AT_MESSAGES, {**most, "model": small}, thinking, {"max_tokens": 90}),
                 (AT_MESSAGES, {"messages": [DONE]}, thinking, {"thinking": None}),
                 (AT_MESSAGES, warm, {}, {"temperature": 1, "top_p": None}),
-                (AT_MESSAGES, {"temperature": 1}, thinking, {"temperature": None}),
                 (AT_MESSAGES, {"tools": TOOLS, "tool_choice": named}, {},
                  {"tool_choice": {"type": "tool", "name": "f"}}),
-                (AT_MESSAGES, {"tools": TOOLS, "tool_choice": "none"}, {},
-                 {"tool_choice": {"type": "none"}}),
                 (AT_MESSAGES, {"messages": [said("user", text(" ")), answer]}, {},
                  {"messages": [said("user", text(".")), said("assistant", dot)]}),
-                (AT_MESSAGES, {"messages": [said("assistant"), DONE]}, {},
-                 {"messages": [said("user", {**result, "tool_use_id": "c", **MARK})]}),
                 (AT_MESSAGES, {"messages": [said("user", file)]}, {},
                  {"messages": [said("user", document)]})):
-            with self.subTest(url=at, fields=fields):
-                body = json.loads(wire(at, **fields).body(theirs))
-                self.assertEqual({name: body.get(name) for name in expected}, expected)
+            body = json.loads(wire(at, **fields).body(theirs))
+            self.assertEqual({name: body.get(name) for name in expected}, expected, fields)
 
     def test_no_place(self):
         """What a format cannot carry is a 400 that names the field."""
         heard = {"type": "input_audio", "input_audio": {"data": "x", "format": "mp3"}}
         file, form = {"type": "file", "file": {"file_id": "i"}}, {"type": "json_object"}
-        allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}
         for url, message, fields, param in (
                 *((AT_MESSAGES, asks("c", arguments), {}, "messages[0].tool_calls")
                   for arguments in ('{"a":', "[]", '{"a":NaN}', "\ud800", "[" * 100000)),
                 (AT_RESPONSES, said("user", heard), {}, "messages[0]"),
-                (AT_MESSAGES, {"role": "assistant", "audio": {"id": "a"}}, {}, "messages[0]"),
                 (AT_MESSAGES, said("user", file), {}, "messages[0]"),
                 (AT_MESSAGES, asks("c", "i", "custom"), {}, "messages[0]"),
-                (AT_MESSAGES, USER, {"tools": [CUSTOM]}, "tools[0]"),
-                (AT_MESSAGES, USER, {"tools": TOOLS, "tool_choice": allowed}, "tool_choice"),
                 (None, USER, {"tools": TOOLS}, "tools"), (None, DONE, {}, "messages"),
                 (AT_MESSAGES, SYSTEM, {}, "messages"),
                 (None, USER, {"response_format": form}, "response_format"),
@@ -1439,34 +1386,29 @@ class BodyTest(unittest.TestCase):
             found = error(made.body, {}) if url else error(proxy.foreign_turn, made.request)
             self.assertEqual(found[:2], (400, param))
 
-
 def call_delta(index, arguments, call_id=None, kind="function", **more):
     inner = {"name": "f"} if call_id else {}
     inner[{"function": "arguments", "custom": "input"}[kind]] = arguments
     head = {"id": call_id, "type": kind} if call_id else {}
     return {"tool_calls": [{"index": index, **head, kind: inner, **more}]}
 
-
 def chunk(finish_reason=None, call=None, **delta):
     delta.update({"tool_calls": [call]} if call else {})
     return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
-
 
 def event(kind, index=0, item="message", **fields):
     item = {"type": item, "call_id": f"c{index}", "name": "f", **fields}
     return {"type": "response." + kind, "output_index": index, "item": item, **fields}
 
-
 def block(kind, index, piece=None):
     return {"type": "content_block_" + kind, "index": index, "delta": piece}
 
-
-ENTRY = {"token": "a", "logprob": -0.5}
+LOGPROB = {"token": "a", "logprob": -0.5}
 CHAT_STREAM = (
     chunk(role="assistant", content="", refusal=None),
     chunk(reasoning_text="r", reasoning_opaque="o"), chunk(reasoning="r"),
-    {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": [ENTRY]}}]},
-    chunk(content=[{"type": "thinking", "thinking": [text("t")]}, text("b")]),
+    {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": [LOGPROB]}}]},
+    chunk(content=[{"type": "thinking", "thinking": []}, text("b")]),
     chunk(refusal="no", annotations=[1], audio={"id": "a"}),
     chunk(call={"index": 0, "id": "c1", "function": {"name": "f", "arguments": ""}, "more": 1}),
     chunk(call={"index": 0, "id": None, "function": {"arguments": "{}"}}),
@@ -1477,7 +1419,7 @@ CHAT_STREAM = (
                               "x": 1, "prompt_tokens_details": {"cached_tokens": 2}}}, "[DONE]")
 RESPONSES_STREAM = (
     event("created", response={}), event("reasoning_summary_text.delta", delta="p"),
-    event("output_text.delta", delta="a", logprobs=[{**ENTRY, "top_logprobs": [ENTRY]}]),
+    event("output_text.delta", delta="a", logprobs=[{**LOGPROB, "top_logprobs": [LOGPROB]}]),
     event("refusal.delta", delta="no"), event("output_item.added", 1, "function_call"),
     event("function_call_arguments.delta", 1, delta="{}"),
     event("output_item.done", 1, "function_call", arguments="{}"),
@@ -1501,29 +1443,28 @@ MESSAGES_STREAM = (
     {"type": "message_delta", "delta": {"stop_reason": "tool_use"},
      "usage": {"output_tokens": 20, "input_tokens": None}}, {"type": "message_stop"})
 
-
 class EventTest(unittest.TestCase):
     def test_streams_that_have_everything(self):
-        entry = {"bytes": None, **ENTRY, "top_logprobs": [{"bytes": None, **ENTRY}]}
+        entry = {"bytes": None, **LOGPROB, "top_logprobs": [{"bytes": None, **LOGPROB}]}
         self.assertEqual(events(AT_CHAT, *CHAT_STREAM), ([
             {"reasoning_content": "r", "reasoning_opaque": "o"}, {"reasoning_content": "r"},
-            ({"content": "a"}, {"content": [ENTRY]}), {"content": "b", "reasoning_content": "t"},
+            ({"content": "a"}, {"content": [LOGPROB]}), {"content": "b"},
             {"refusal": "no", "annotations": [1], "audio": {"id": "a"}},
             call_delta(0, "", "c1", more=1), call_delta(0, "{}"), call_delta(1, "1", "c2"),
             call_delta(2, "", "c3", "custom"), call_delta(2, "x", kind="custom")],
-            ({}, None, "tool_calls", {**proxy.usage_of(3, 4, 2), "x": 1})))
+            ({}, None, "tool_calls", {**usage_of(3, 4, 2), "x": 1})))
         self.assertEqual(events(AT_RESPONSES, *RESPONSES_STREAM, logprobs=True), ([
             {"reasoning_content": "p"}, ({"content": "a"}, {"content": [entry], "refusal": None}),
             {"refusal": "no"}, call_delta(0, "", "c1"), call_delta(0, "{}"),
             call_delta(1, "", "c2"), call_delta(1, '{"late":1}'), call_delta(2, "", "c3"),
             call_delta(2, "{}"), call_delta(3, "", "c4", "custom"),
             call_delta(3, "x", kind="custom")],
-            ({}, None, "tool_calls", proxy.usage_of(11, 20, 4, 7))))
+            ({}, None, "tool_calls", usage_of(11, 20, 4, 7))))
         self.assertEqual(events(AT_RESPONSES, *RESPONSES_STREAM)[0][1], {"content": "a"})
         self.assertEqual(events(AT_MESSAGES, *MESSAGES_STREAM), ([
             {"reasoning_content": "r"}, {"content": "a"}, {"content": "b"},
             call_delta(0, "", "c1"), call_delta(0, '{"x":1.0}'), call_delta(1, "", "c2"),
-            call_delta(1, "{}")], ({}, None, "tool_calls", proxy.usage_of(11, 20, 4))))
+            call_delta(1, "{}")], ({}, None, "tool_calls", usage_of(11, 20, 4))))
 
     def test_whole_answer_and_calls_without_ids(self):
         calls = [asks("", arguments)["tool_calls"][0] for arguments in "12"]
@@ -1539,40 +1480,34 @@ class EventTest(unittest.TestCase):
         refused = {"type": "message_stop", "delta": {"stop_reason": "refusal"}}
         self.assertEqual(events(AT_RESPONSES, cut)[1].finish_reason, "length")
         self.assertEqual(events(AT_MESSAGES, refused)[1].finish_reason, "content_filter")
-        form = wire(AT_MESSAGES)
-        self.assertEqual(list(form.events(json.dumps(MESSAGES_STREAM[0]))), [])
-        self.assertEqual(form.usage, proxy.usage_of(11, 0, 4))
 
     def test_failures(self):
         for url, data, status, words in (
                 *((AT_CHAT, data, 502, "The provider sent bad data") for data in (
                     "{no", "[" * 100000, "[]", '{"a":NaN}', {"choices": [1]})),
                 (AT_CHAT, "[DONE]", 502, "The provider did not finish its answer"),
-                (AT_CHAT, {"error": "x"}, 502, "x"),
                 (AT_CHAT, {"error": {"message": "busy", "code": 429}}, 429, "busy"),
                 (AT_RESPONSES, event("failed", response={"error": {"message": "m"}}), 502, "m"),
-                (AT_RESPONSES, {"type": "error", "code": "c", "message": "m"}, 502, "m"),
                 (AT_MESSAGES, {"type": "error", "error": {"message": "m"}}, 502, "m")):
             self.assertEqual(error(events, url, data), (status, None, words))
 
     def test_fuzz(self):
         """Whatever a provider sends, it is events that can be sent on, or an APIError."""
         seeded = random.Random(4141)
-        values = (None, True, 0, -1, "", "x", [], {}, [None], {"a": None}, 1.5, [[]], {"type": "x"})
-        streams = (AT_CHAT, CHAT_STREAM), (AT_RESPONSES, RESPONSES_STREAM), (AT_MESSAGES, MESSAGES_STREAM)
         for _ in range(6000):
-            url, stream = seeded.choice(streams)
+            url, stream = seeded.choice(((AT_CHAT, CHAT_STREAM), (AT_RESPONSES, RESPONSES_STREAM),
+                                         (AT_MESSAGES, MESSAGES_STREAM)))
             target = messages = json.loads(json.dumps(stream))
             while target and isinstance(target, (dict, list)):
                 holder, keys = target, range(len(target)) if isinstance(target, list) else target
                 key = seeded.choice(list(keys))
                 target = holder[key] if seeded.random() < 0.8 else None
-            holder[key] = seeded.choice(values)
+            holder[key] = seeded.choice((None, True, -1, "x", [], {}, [None], {"a": None}, 1.5))
             with contextlib.suppress(proxy.APIError):
                 json.dumps(events(url, *messages, logprobs=True), allow_nan=False)
 
     def test_events_in_every_split(self):
-        stream = ("\ufeffdata: a\n: hi\n\ndata:b\ndata:  c\nid: 1\n\nevent: x\n\n"
+        stream = ("data: a\n: hi\n\ndata:b\ndata:  c\nid: 1\n\nevent: x\n\n"
                   "data:\n\ndata: \u2028d\n\ndata: e")
         for whole in (stream.replace("\n", ends) for ends in ("\n", "\r", "\r\n")):
             for size in range(1, len(whole) + 1):
@@ -1580,42 +1515,11 @@ class EventTest(unittest.TestCase):
                 for start in range(0, len(whole), size):
                     found += reader.feed(whole[start:start + size]) + reader.feed("")
                 self.assertEqual(found + reader.end(), ["a", "b\n c", "\u2028d", "e"])
-
-    def test_events_are_bounded(self):
-        reader, piece_of_line = proxy.SSEReader(), "data: " + "x" * 1000000
-        for _ in range(20):
-            self.assertEqual(len(reader.feed(piece_of_line + "\n\n")[0]), 1000000)
-        error(lambda: [reader.feed(piece_of_line) for _ in range(20)])
-
-    def test_turns_for_opencode(self):
-        tool, answer = {**DONE, "content": [WIRE_IMAGE]}, said("assistant", text("a"))
-        for messages, kinds in (
-                ([SYSTEM], ["text"]), ([USER, DONE], ["text", "tool"]),
-                ([tool, SYSTEM], ["text", "file", "tool"]), ([tool, USER], ["text", "file"])):
-            turn = proxy.stub_turn(wire(messages=messages, reasoning_effort="low").request)
-            parts = [part["type"] for entry in turn["conversation"] for part in entry["parts"]]
-            self.assertEqual((parts, turn["effort"]), (kinds, "low"))
-        request = wire(messages=[SYSTEM, USER, answer], temperature=0, max_tokens=5).request
-        self.assertEqual(proxy.foreign_turn(request), {
-            "system": ["s"], "effort": None, "params": {"temperature": 0, "maxOutputTokens": 5},
-            "conversation": [{"role": "user", "parts": [text("q")]},
-                             {"role": "assistant", "parts": [text("a")]}]})
-
-    def test_reports_of_the_plugin(self):
-        form = proxy.WireFormat(wire().request, proxy.Model("p/m"), "")
-        self.assertEqual(error(form.report, {"finish": "unknown"})[0], 502)
-        tokens = {"input": 7, "output": 13, "reasoning": 7, "cache": {"read": 4, "write": 2}}
-        reports = [{"type": "text", "text": "x"}, {"type": "reasoning", "text": "y"},
-                   {"finish": "content-filter", "tokens": tokens}]
-        self.assertEqual([event for report in reports for event in form.report(report)], [
-            ({"content": "x"}, None, None, None), ({"reasoning_content": "y"}, None, None, None),
-            ({}, None, "content_filter", proxy.usage_of(13, 20, 4, 7))])
+        error(lambda: [reader.feed("data: " + "x" * 1000000) for _ in range(20)])
 # --------------------------------------------------------------------------------- exchange, answer
-
 def tell(exchange, *pieces):
     events = [event for piece in pieces for event in exchange.feed(piece)]
     return events if events and events[-1].finish_reason else events + list(exchange.end())
-
 
 class ExchangeTest(unittest.TestCase):
     CHAT = "https://x/v1/chat/completions"
@@ -1685,31 +1589,6 @@ class ExchangeTest(unittest.TestCase):
         held, last = list(exchange.end())
         self.assertEqual((held.delta, last.finish_reason), ({"content": "EN"}, "length"))
 
-    def test_native_exchange(self):
-        responses = self.native(proxy.Responses, input="é", store=False)
-        self.assertEqual(responses.body("https://x/v1/responses", {"model": "real"}),
-                         '{"model":"real","input":"é","store":false}')
-        messages = self.native(proxy.Messages, messages=[], max_tokens=1, store=True)
-        self.assertEqual(messages.body("https://x/messages", {"model": "m", "store": 1}),
-                         '{"model":"m","messages":[],"max_tokens":1,"store":1}')
-        self.assertEqual(messages.headers(), {"anthropic-beta": "b"})
-        for url, word in ((self.CHAT, "/chat/completions"), ("https://x/y", "of its own")):
-            self.assert_fails(400, word, messages.body, url, {"model": "m"})
-        for name in ("previous_response_id", "conversation", "background", "store"):
-            self.assert_fails(400, name, self.native, proxy.Responses, **{name: True})
-        for said, is_agent, has_image in (
-                ("hi", False, False), ([{"role": "user", "content": '"image"'}], False, False),
-                ([{"role": "user", "content": [{"type": "input_image"}]}], False, True),
-                ([{"type": "function_call_output", "output": "x"}], True, False),
-                ([{"role": "user", "content": [{"type": "tool_result"}]}], True, False)):
-            self.assertEqual(self.native(proxy.Responses, input=said).needs(False)["conversation"],
-                             proxy.stub_conversation(is_agent, has_image), said)
-        head = proxy.Head(400, {"content-type": "a/b"})
-        self.assertEqual(list(messages.refused(400, {"content-type": "a/b", "x": "y"}, "no")),
-                         [head, proxy.Piece("no", "stop")])
-        self.assertEqual(tell(messages, "x"), [proxy.Piece("x"), proxy.Piece("", "stop")])
-
-
 class AnswerTest(unittest.TestCase):
     def answer(self, *events, **fields):
         request = proxy.parse_chat_request(chat_body("x" * 40, **fields))
@@ -1752,9 +1631,6 @@ class AnswerTest(unittest.TestCase):
                                              "logprobs": logprobs, "message": message}])
         empty = self.answer((0, {}, None, "stop"))[0].whole()["choices"][0]["message"]
         self.assertEqual(empty, {"role": "assistant", "content": "", "refusal": None})
-        old = self.answer(*events, functions=[])[0].whole()["choices"][0]  # has room for one
-        self.assertEqual(old["message"].pop("function_call"), calls[0]["function"])
-        self.assertEqual(old["finish_reason"], "function_call")
 
     def test_usage(self):
         told = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12, "cost": 0.5,
@@ -1766,10 +1642,8 @@ class AnswerTest(unittest.TestCase):
             expected = dict(zip(told, (*counts, {"cached_tokens": cached}, True)))
             self.assertEqual(answer.usage, expected)
 # ------------------------------------------------------------------- processes: faults of opencode
-
 class FaultTest(FakeCase):
     """A process that does what it should not; the next request is answered all the same."""
-
     def fails(self, running, content, status, text):
         got, answer = running.chat(content)
         self.assertEqual(got, status, answer)
@@ -1785,9 +1659,8 @@ class FaultTest(FakeCase):
 
     def test_what_was_handed_over_is_not_sent_twice(self):
         running = self.start(spares=1)
-        self.fails(running, "do os._exit(3)", 502, "opencode ended")
-        posts = [post.split(" ", 1)[1] for post in self.journal("post")]
-        self.assertEqual(posts, ["do os._exit(3)", "well"])
+        self.fails(running, "do os._exit(3)", 502, "opencode ended")  # before any answer
+        self.assertEqual(len(self.journal("post")), 2)
 
     def test_what_was_not_handed_over_is_given_to_another_process(self):
         self.mode("DIES = True")
@@ -1795,12 +1668,11 @@ class FaultTest(FakeCase):
         self.mode("")
         self.assertEqual(running.content("well"), "well")
         self.assertEqual([len(self.journal(kind)) for kind in ("start", "post")], [2, 1])
-
-    def test_children_that_all_die(self):
+        running.close()
         self.mode("DIES = True")
         status, answer = self.start().chat()
         self.assertEqual((status, answer["error"]["code"]), (502, "opencode_failed"))
-        self.assertEqual(self.journal("post"), [])
+        self.assertEqual(len(self.journal("post")), 1)
 
     def test_what_plugins_of_the_user_print(self):
         """Anything, anywhere, also unfinished lines; where opencode ends, they may say why."""
@@ -1843,7 +1715,7 @@ class FaultTest(FakeCase):
         self.fails(running, SILENT, 504, "sent nothing for 0.5 seconds")
         events = running.stream(PAUSE)
         self.assertEqual((events[-2]["error"]["code"], events[-1]), ("timeout", "[DONE]"))
-        self.assertTrue(eventually(lambda: len(self.journal("cancelled")) == 2))
+        self.assertTrue(eventually(lambda: len(self.journal("cancelled", "rest(600)")) == 2))
 
     def test_pings(self):
         """In the queue, before the first token and between tokens; an error then is an event."""
@@ -1869,9 +1741,10 @@ class FaultTest(FakeCase):
         for number, (after, stream) in enumerate(cases, 1):
             with self.subTest(after=after, stream=stream):
                 with running.send(PAUSE, after, stream=stream):
-                    self.assertTrue(eventually(lambda: len(self.journal("post")) == number + 1))
+                    self.assertTrue(eventually(lambda: len(self.journal("post", PAUSE)) == number))
                 self.assertTrue(running.becomes(SOON, running=0))
-                self.assertTrue(eventually(lambda: self.journal("cancelled") == [pid] * number))
+                expected = [f"{pid} {PAUSE}"] * number
+                self.assertTrue(eventually(lambda: self.journal("cancelled", PAUSE) == expected))
         self.assertEqual(running.content(PID), pid)
         self.assertEqual(len([line for line in self.logged if " 499 " in line]), 4)
 
@@ -1910,9 +1783,7 @@ class FaultTest(FakeCase):
             data = b"".join(iter(lambda: client.recv(1 << 20), b""))
         self.assertEqual(data.count(b'"content":"tok "'), 40000)
 
-
 # ------------------------------------------------------------------------- processes: their start
-
 class StartTest(FakeCase):
     def test_what_does_not_work_is_said(self):
         self.patch(proxy, START_SECONDS=0.7)
@@ -1931,21 +1802,6 @@ class StartTest(FakeCase):
         self.fake.write_text("#!/no/such/interpreter\n")
         with self.assertRaisesRegex(proxy.StartError, "cannot be run"):
             self.start()
-
-    def test_find_opencode(self):
-        self.assertEqual(proxy.find_opencode(str(self.fake)), str(self.fake))
-        for path in (str(self.folder), "/no/such/file"):
-            with self.assertRaisesRegex(proxy.StartError, "not found or not executable"):
-                proxy.find_opencode(path)
-        os.environ["PATH"] = "/nowhere"
-        homes = ("/usr/local/bin", "/opt/homebrew/bin")
-        if not any(pathlib.Path(home, "opencode").exists() for home in homes):
-            with self.assertRaisesRegex(proxy.StartError, "npm install -g opencode-ai"):
-                proxy.find_opencode(None)
-        installed = self.folder / ".opencode/bin/opencode"
-        installed.parent.mkdir(parents=True)
-        shutil.copy2(self.fake, installed)
-        self.assertEqual(proxy.find_opencode(None), str(installed))
 
     def test_not_logged_in_and_then_logged_in(self):
         self.mode("NAMES = ['opencode/free']")
@@ -1971,7 +1827,7 @@ class StartTest(FakeCase):
 
     def test_early_requests_wait_for_the_proof(self):
         values = settings(spares=1)
-        pool = proxy.Pool(proxy.Opencode(str(self.fake)), values, None)
+        pool = proxy.Pool(proxy.Opencode(str(self.fake)), values)
         server = proxy.ProxyServer(values, pool)
         serving = self.background.submit(server.serve_forever)
         client = Client(server.server_port)
@@ -2068,12 +1924,9 @@ class StartTest(FakeCase):
         self.assertEqual(eventually(asked), 502)
         self.assertTrue(eventually(lambda: len(children()) == 2, SOON), children())
 
-
 # ------------------------------------------------------------------------- processes: many at once
-
 class LoadTest(FakeCase):
     """Who is answered by which process, and when one starts or ends."""
-
     def only(self, running, **expected):
         """Wait until nothing is answered and one process is left; return its pid."""
         self.assertTrue(running.becomes(running=0, **expected))
@@ -2177,23 +2030,22 @@ class LoadTest(FakeCase):
         choices = running.chat(PID, n=5)[1]["choices"]
         self.assertEqual([choice["index"] for choice in choices], [0, 1, 2, 3, 4])
         self.assertEqual(len({choice["message"]["content"] for choice in choices}), 1)
-        events = running.stream("do say('one '); say('two')", n=2)
-        for index in (0, 1):
-            mine = [choice for event in events[:-1] for choice in event["choices"]
-                    if choice["index"] == index]
-            text = "".join(choice["delta"].get("content", "") for choice in mine)
-            self.assertEqual((text, mine[-1]["finish_reason"]), ("one two", "stop"))
+        texts = ["", ""]
+        for event in running.stream("do say('one '); say('two')", n=2)[:-1]:
+            for choice in event["choices"]:
+                texts[choice["index"]] += choice["delta"].get("content", "")
+        self.assertEqual(texts, ["one two", "one two"])
         self.assertEqual(running.chat(DIE, n=3)[0], 502)
 
     def test_stop_sequences_end_the_session_not_the_process(self):
         running = self.start(spares=1, requests_per_process=100)
         pid = running.content(PID)
-        status, answer = running.chat(SLOWLY.replace("20", "2000"), n=2, stop=["5 6"])
-        self.assertEqual(status, 200)
-        for choice in answer["choices"]:
+        text = SLOWLY.replace("20", "2000")
+        for choice in running.chat(text, n=2, stop=["5 6"])[1]["choices"]:
             self.assertEqual(choice["message"]["content"], "0 1 2 3 4 ")
             self.assertEqual(choice["finish_reason"], "stop")
-        self.assertTrue(eventually(lambda: self.journal("cancelled") == [pid, pid]))
+        expected = [f"{pid} {text}"] * 2
+        self.assertTrue(eventually(lambda: self.journal("cancelled", text) == expected))
         self.assertEqual(running.content(PID), pid)
 
     def test_processes_that_died_or_grew_are_replaced(self):
@@ -2237,51 +2089,21 @@ class LoadTest(FakeCase):
                 self.mode(f"NAMES.append('{name}')")
                 self.assertTrue(eventually(lambda: running.chat(model=name)[0] == 200))
                 (self.folder / "journal").unlink()
-
-    def test_no_more_threads(self):
-        """Where the system refuses a thread, at most one request fails, and nothing for good."""
-        self.patch(proxy, TEND_SECONDS=0.1, MAX_RETRY_SECONDS=0.1)
-        running = self.start(spares=1)
-        start = threading.Thread.start
-        for refused in range(1, 6):
-            starts = []
-
-            def start_or_fail(thread, refused=refused, starts=starts):
-                if getattr(thread, "_target", None) != running.server.process_request_thread:
-                    starts.append(thread)
-                    if len(starts) == refused:
-                        raise RuntimeError("can't start new thread")
-                start(thread)
-
-            statuses = []
-            with unittest.mock.patch.object(threading.Thread, "start", start_or_fail):
-                self.auth.write_text(json.dumps({"local": {"type": "api", "key": str(refused)}}))
-                while len(starts) < refused:
-                    statuses.append(running.chat()[0])
-            self.assertLessEqual(len(statuses) - statuses.count(200), 1)
-        old = self.only(running, spares=1)
-        self.auth.write_text("{}")
-        self.assertTrue(eventually(lambda: old not in opencode_pids()))
 # --------------------------------------------------------------------------------------------- http
-
 COMPLETIONS = "/v1/chat/completions"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 END = "Connection: close"
-
 
 def post(body, *headers, path=COMPLETIONS, version="1.1", host="Host: localhost"):
     lines = "".join(header + "\r\n" for header in (host, *headers) if header)
     return f"POST {path} HTTP/{version}\r\n{lines}\r\n".encode() + body
 
-
 def post_chat(*headers, version="1.1", **fields):
     body = chat_body(**fields)
     return post(body, f"Content-Length: {len(body)}", *headers, version=version)
 
-
 class StubPool:
     """Answers what `respond(request)` yields, as a pool does."""
-
     content = (0, proxy.Event({"content": "yes"}))
     finish = (0, proxy.Event({}, finish_reason="stop", usage={
         "prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}))
@@ -2316,7 +2138,6 @@ class StubPool:
 
     def close(self):
         self.closing.set()
-
 
 class HTTPTest(unittest.TestCase):
     def setUp(self):
@@ -2541,35 +2362,6 @@ class HTTPTest(unittest.TestCase):
         many[0].sendall(post_chat(END))
         self.assertIn(b"HTTP/1.1 200", self.rest(many[0]))
 
-    def test_streams(self):
-        self.start()
-        got = self.rest(self.connect(post_chat(END, stream=True)))
-        self.assertTrue(got.endswith(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"), got[-60:])
-        for header in (b"Transfer-Encoding: chunked", b"Content-Type: text/event-stream",
-                       b"X-Accel-Buffering: no", b"Cache-Control: no-cache"):
-            self.assertIn(header, got)
-        got = self.rest(self.connect(post_chat(version="1.0", stream=True)))
-        self.assertRegex(got, rb"(?s)\r\n\r\ndata: .*}\n\ndata: \[DONE]\n\n$")
-        go_on = threading.Event()
-
-        def respond(request):
-            while not go_on.wait(0.02):
-                yield None
-            raise proxy.APIError(429, "slow down", headers={"Retry-After": "7"})
-
-        self.pool.respond = respond
-        with unittest.mock.patch.object(proxy, "PING_SECONDS", 0.1):
-            connection, got = self.connect(post_chat(END, stream=True)), b""
-            while got.count(proxy.SSE_PING) < 2:
-                got += connection.recv(1 << 16)
-            self.assertLess(got.index(b'"role":"assistant"'), got.index(proxy.SSE_PING))
-            go_on.set()
-        error = {"message": "slow down", "type": "rate_limit_error", "param": None, "code": None}
-        end = proxy.sse_data({"error": error}) + proxy.SSE_DONE + b"\r\n0\r\n\r\n"
-        self.assertTrue(self.rest(connection).endswith(end))
-        status, headers, body = self.request("POST", COMPLETIONS, chat_body(stream=True))
-        self.assertEqual((status, headers["Retry-After"], body), (429, "7", {"error": error}))
-
     def test_api_keys(self):
         self.start(api_key=["kee1", "se cond\u20ac"])
         head = [f"Content-Length: {len(chat_body())}", "Expect: 100-continue", END]
@@ -2634,24 +2426,6 @@ class HTTPTest(unittest.TestCase):
         for origin, expected in (("https://any.example", 200), ("null", 403)):
             self.assertEqual(self.request("GET", "/", None, {"Origin": origin})[0], expected)
 
-    def test_log(self):
-        self.start()
-        for asked, model, told in (
-                (None, "first", ""), ("second", "second", ""), ("a/second", "second", ""),
-                ("gpt 4\n", "first", "asked=gpt.4. ")):
-            self.request("POST", COMPLETIONS, chat_body(model=asked))
-            self.assert_logged(rf"^127\.0\.0\.1 POST {COMPLETIONS} 200 model=a/{model} {told}"
-                               r"first=\d+\.\d{3} in=1 out=2 seconds=\d+\.\d{3} id=[0-9a-f]{32}$")
-        headers = self.request("GET", "/no")[1]
-        self.assertRegex(headers["X-Request-Id"], "^[0-9a-f]{32}$")
-        self.assert_logged(' GET /no 404 error="There is .* id=' + headers["X-Request-Id"])
-        self.answer(b"GET /a\x1b[31m\xe9 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        self.request("POST", COMPLETIONS, b'{"messages":"SECRET"}')
-        self.assertTrue(eventually(lambda: len(self.logged) == 7), self.logged)
-        for line in self.logged:
-            self.assertRegex(line, r"^[\x20-\x7e]+$")
-            self.assertNotIn("SECRET", line)
-
     def test_defects_are_contained(self):
         self.start()
         self.pool.respond = lambda request: iter([self.pool.content, 7])
@@ -2660,44 +2434,6 @@ class HTTPTest(unittest.TestCase):
         self.assertIn(b'"internal_error"', self.rest(self.connect(post_chat(END, stream=True))))
         self.assert_logged(' 500 .*error="internal error: TypeError')
         self.assertEqual(self.request("GET", "/v1/models")[0], 200)
-
-    def test_passing_through(self):
-        """A provider's answer is told as it is, and breaks off where it breaks off."""
-        self.start(api_key=["kee1"])
-        asked = []
-
-        def respond(request):
-            asked.append(request)
-            yield 0, proxy.Head(201, {"content-type": "text/x"})
-            yield None
-            yield 0, proxy.Piece("data: \u00e4\n")
-            if "fails" in request.body:
-                raise proxy.APIError(502, "it broke")
-            yield 0, proxy.Piece("\n", "stop")
-
-        self.pool.respond = respond
-        key, passed = {"x-api-key": "kee1"}, {"anthropic-beta": "b", "anthropic-version": "1"}
-        for path, wire_format in (("/v1/responses", proxy.Responses), ("/messages", proxy.Messages),
-                                  ("/v1/messages/?beta=true", proxy.Messages)):
-            body = {"model": "second", "x": 1}
-            got = self.request("POST", path, body, {**key, **passed, "X-Other": "o"})
-            self.assertEqual((got[0], got[1]["Content-Type"], got[2]),
-                             (201, "text/x", "data: \u00e4\n\n".encode()))
-            self.assertEqual(asked[-1], proxy.NativeRequest(body, wire_format, "second", passed))
-            self.assert_logged(f" POST {re.escape(path)} 201 model=a/second first=")
-            with self.assertRaises(http.client.IncompleteRead):  # there is no last chunk
-                self.request("POST", path, {**body, "fails": 1}, key)
-            for status, fields, headers in (
-                    (400, {"model": "second", "previous_response_id": "r"}, key), (400, {}, key),
-                    (404, {"model": "none"}, key), (401, {"model": "second"}, {})):
-                found, _, told = self.request("POST", path, fields, headers)
-                self.assertEqual((found, told.pop("type", None)), (
-                    status, "error" if wire_format is proxy.Messages else None), fields)
-                self.assertEqual(sorted(told["error"]), ["code", "message", "param", "type"])
-        stored = {"model": "second", "store": True}
-        self.assertEqual(self.request("POST", "/responses", stored, key)[0], 400)
-        for path in ("/messages/count_tokens", "/responses/r"):
-            self.assertEqual(self.error("POST", path, b"{}", key)[:2], (404, "unknown_url"))
 
     def test_stop(self):
         """Idle connections end at once; answers have the grace, then they are errors."""
@@ -2734,22 +2470,15 @@ class HTTPTest(unittest.TestCase):
                     self.assertNotIn(b"internal_error", self.rest(connection), data)
         self.assertEqual(self.request("POST", COMPLETIONS, chat_body())[0], 200)
         self.assertFalse([line for line in self.logged if "internal" in line or "failed" in line])
-# ------------------------------------------------------------------------- through the real opencode
-
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+# ----------------------------------------------------------------------- through the real opencode
+PNG = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJ"
+       "RU5ErkJggg==")
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PNG}}
 HELLO = "Hello w\u00f6r\u2028ld"
 SYSTEM_PROMPT = re.compile(rb"agent|opencode|working directory", re.I)
 
-
-def part_of(text, *words):
-    """Tell whether all `words` occur in `text`."""
-    return all(word in text for word in words)
-
-
 class RealTest(RealCase):
     """What the model receives and what the client gets, on the three wire formats."""
-
     def test_body_is_the_clients_own(self):
         fields = {"temperature": 0, "top_p": 1.0, "max_completion_tokens": 6, "stop": ["zz"],
                   "seed": 12345678901234567890, "logit_bias": {"7": 1}, "user": "u", "store": False,
@@ -2784,9 +2513,9 @@ class RealTest(RealCase):
 
     def test_answers(self):
         pieces = ['{"command": "x', '", "n": 1.0,', ' "big": 12345678901234567890}']
-        self.upstream.respond = answering(("thought", "hm"), ("text", "Let me "),
-                                          ("call", "c1", "bash", pieces), ("call", "c2", "a.b", ["{}"]),
-                                          finish="tool_calls")
+        parts = (("thought", "hm"), ("text", "Let me "), ("call", "c1", "bash", pieces),
+                 ("call", "c2", "a.b", ["{}"]))
+        self.upstream.respond = answering(*parts, finish="tool_calls")
         calls = [{"id": "c1", "type": "function",
                   "function": {"name": "bash", "arguments": "".join(pieces)}},
                  {"id": "c2", "type": "function", "function": {"name": "a.b", "arguments": "{}"}}]
@@ -2887,19 +2616,6 @@ class RealTest(RealCase):
             self.assertEqual(answer["usage"]["total_tokens"], 31, name)
             self.assertEqual([key] if key else [], [k for k in self.exchange().body if "stop" in k])
 
-    def test_choices(self):
-        def respond(exchange):
-            number = self.upstream.exchanges.index(exchange)
-            answering(("text", f"answer {number}"))(exchange)
-
-        self.upstream.respond = respond
-        _, answer = self.proxy.chat(n=3)
-        texts = {choice["message"]["content"] for choice in answer["choices"]}
-        self.assertEqual(texts, {"answer 0", "answer 1", "answer 2"})
-        self.assertEqual([choice["index"] for choice in answer["choices"]], [0, 1, 2])
-        self.assertEqual((answer["usage"]["prompt_tokens"], answer["usage"]["total_tokens"]), (33, 93))
-        self.assertEqual([exchange.body.get("n") for exchange in self.upstream.exchanges], [None] * 3)
-
     def test_a_foreign_format(self):
         """What the proxy does not parse, opencode reads: text, reasoning, parameters, refusals."""
         def respond(exchange):
@@ -2909,7 +2625,8 @@ class RealTest(RealCase):
             for part, more in (({"text": "hm", "thought": True}, {}), ({"text": "Hel"}, {}),
                                ({"text": "lo"}, {"finishReason": "MAX_TOKENS"})):
                 content = {"role": "model", "parts": [part]}
-                exchange.send({"candidates": [{"content": content, **more}], "usageMetadata": usage})
+                candidates = [{"content": content, **more}]
+                exchange.send({"candidates": candidates, "usageMetadata": usage})
 
         self.upstream.respond = respond
         messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}]
@@ -2923,8 +2640,8 @@ class RealTest(RealCase):
             self.assertEqual(answer["usage"], USAGE)
             sent = self.exchange().body
             self.assertEqual(sent["contents"], [{"role": "user", "parts": [{"text": "a"}]}])
-            self.assertEqual((sent["systemInstruction"], sent["generationConfig"]["maxOutputTokens"]),
-                             ({"parts": [{"text": "S"}]}, 50))
+            self.assertEqual(sent["systemInstruction"], {"parts": [{"text": "S"}]})
+            self.assertEqual(sent["generationConfig"]["maxOutputTokens"], 50)
         self.upstream.respond = failing(429, {"error": {"message": "slow down"}})
         self.upstream.exchanges.clear()
         status, answer = self.proxy.chat(model="other/m")
@@ -2946,16 +2663,6 @@ class RealTest(RealCase):
             self.assertEqual(self.proxy.content([picture], model=model), HELLO)
             self.assertIn(payload.encode(), self.exchange().raw)
 
-    def test_requests_at_once_do_not_mix(self):
-        def respond(exchange):
-            word = exchange.body["messages"][-1]["content"]
-            answering(*[("text", word + " ")] * 10)(exchange)
-
-        self.upstream.respond = respond
-        words = [f"word{number}" for number in range(12)]
-        self.assertEqual(at_once(self.proxy.content, words), [(word + " ") * 10 for word in words])
-        self.assertEqual(len(self.upstream.exchanges), 12)
-
     def test_models(self):
         for name in ("github-copilot/no-such", "anthropic/claude", "opencode/big-pickle"):
             status, answer = self.proxy.chat(model=name)
@@ -2973,7 +2680,7 @@ class RealTest(RealCase):
         bodies = {
             "/v1/responses": (RESPONSES, {"input": [{"role": "user", "content": "w\u00f6 1.0"}],
                                           "reasoning": {"effort": "low"}, "metadata": {"a": "b"}}),
-            "/v1/messages": (MESSAGES, {"max_tokens": 7, "temperature": 1.0, "stop_sequences": ["x"],
+            "/v1/messages": (MESSAGES, {"max_tokens": 7, "temperature": 1.0,
                                         "messages": [{"role": "user", "content": "w\u00f6"}]})}
         answer = b'event: a\r\ndata: {"text": "w\xc3\xb6r"}\r\n\r\n: odd\n\ndata: [DONE]\n\n'
 
@@ -3002,16 +2709,14 @@ class RealTest(RealCase):
             status, _, data = self.proxy.request("POST", path, {**body, "model": "gpt-5-mini"})
             error = json.loads(data)["error"]
             self.assertEqual((status, error["code"]), (400, "wrong_endpoint"))
-            self.assertTrue(part_of(error["message"], "gpt-5-mini", "/v1/chat/completions"))
+            self.assertRegex(error["message"], "gpt-5-mini .*/chat/completions")
             status, _, data = self.proxy.request("POST", path, {**body, "model": "gpt-none"})
             self.assertEqual(status, 404)
             self.assertEqual("type" in json.loads(data), path == "/v1/messages")
             self.assertEqual(self.upstream.exchanges, [])
 
-
 class RealFaultTest(RealCase):
     """Every fault reaches the client at once, once, and with one POST."""
-
     changes = {"requests_per_process": 40, "timeout": 3.0}
     PART = chat_chunk({"content": "part"})
 
@@ -3077,22 +2782,8 @@ class RealFaultTest(RealCase):
             self.assertEqual(self.proxy.content(), "part")
         self.assertTrue(self.exchange().closed_by_client.wait(DEADLINE))
 
-
-class RealPatienceTest(RealCase):
-    """opencode's own time-outs for a provider's headers and chunks cut nothing."""
-
-    TIMES = {"headerTimeout": 1000, "chunkTimeout": 1000}
-    config = {"provider": {"github-copilot": {"options": TIMES}}}
-
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        path = cls.folder / ".config/opencode/opencode.json"
-        config = json.loads(path.read_text())
-        config["provider"]["github-copilot"]["options"]["baseURL"] = cls.upstream.url
-        path.write_text(json.dumps(config))
-
     def test_slow_answers(self):
+        """opencode's own time-outs, a second in Upstream.login, cut nothing."""
         def respond(exchange):
             time.sleep(2)
             exchange.begin()
@@ -3104,10 +2795,8 @@ class RealPatienceTest(RealCase):
         self.assertEqual(self.proxy.content(), "ab")
         self.exchange()
 
-
 class RealFilesTest(unittest.TestCase):
     """The user's files, and the program as a user runs it."""
-
     def setUp(self):
         self.path = real_opencode()
         self.stack = contextlib.ExitStack()
@@ -3180,7 +2869,7 @@ class RealFilesTest(unittest.TestCase):
         (self.folder / "AGENTS.md").write_text("Answer like a pirate.")
         running = self.start({"spares": 0}, instructions=[str(self.folder / "AGENTS.md")],
                              username="somebody")
-        known = {path for path in self.folder.rglob("*")}
+        known = set(self.folder.rglob("*"))
         self.assertEqual(running.content("a private prompt", tools=[]), HELLO)
         (exchange,) = self.upstream.exchanges
         self.assertIsNone(SYSTEM_PROMPT.search(exchange.raw))
@@ -3204,6 +2893,15 @@ class RealFilesTest(unittest.TestCase):
                 connection.request("GET", "/config")
                 self.assertEqual(connection.getresponse().status, 401)
 
+    @staticmethod
+    def living_in(folder):
+        """Return the processes that work in a folder below this one."""
+        found = []
+        for path in pathlib.Path("/proc").glob("[0-9]*/cwd"):
+            with contextlib.suppress(OSError):
+                found += [path] if os.readlink(path).startswith(str(folder)) else []
+        return found
+
     def test_the_program_and_its_end(self):
         """Killed, it leaves no opencode behind, and the next one removes what it left on disk."""
         variables = {**clean_environment(), **make_home(self.folder, self.upstream)}
@@ -3222,23 +2920,19 @@ class RealFilesTest(unittest.TestCase):
             while "base URL" not in program.stderr.readline():
                 self.assertIsNone(program.poll())
             self.assertEqual(Client(port).content(), HELLO)
-            pids = opencode_pids(program.pid)
-            self.assertTrue(pids)
+            self.assertTrue(self.living_in(temporary))
             program.send_signal(end)
             self.assertEqual(program.wait(DEADLINE), code)
-            alive = lambda: [pid for pid in pids if os.path.exists(f"/proc/{pid}/fd/0")]  # noqa: E731
-            eventually(lambda: not alive())
-            self.assertEqual(alive(), [])
+            self.assertTrue(eventually(lambda: not self.living_in(temporary)))
         self.assertEqual(list(temporary.glob("opencode-proxy-*")), [])
-
 
 class RealLoginTest(RealCase):
     """With a login as it really is: GPT over /responses, Claude over /messages, ChatGPT."""
-
     provider = Services
 
     def test_live_models_choose_their_formats(self):
-        names = [model["id"] for model in json.loads(self.proxy.request("GET", "/v1/models")[2])["data"]]
+        listed = json.loads(self.proxy.request("GET", "/v1/models")[2])["data"]
+        names = [model["id"] for model in listed]
         live = {name for name in names if name.startswith("github-copilot/")}
         self.assertEqual(live, {"github-copilot/" + row[0] for row in OFFERS})
         for name, model in LIVE.items():
@@ -3265,17 +2959,15 @@ class RealLoginTest(RealCase):
             self.assertEqual(self.exchange().body["max_tokens"], most)
 
     def test_efforts_and_sampling(self):
-        self.assertEqual(self.proxy.content(model=CHAT, reasoning_effort="low", temperature=0.5), HELLO)
+        fields = {"reasoning_effort": "low", "temperature": 0.5}
+        self.assertEqual(self.proxy.content(model=CHAT, **fields), HELLO)
         body = self.exchange().body
         self.assertEqual((body["reasoning"]["effort"], "temperature" in body), ("low", False))
         self.assertNotIn("prompt_cache_key", body)
 
-
 # ------------------------------------------------------------------------------------- real clients
-
 class RealOpenAITest(RealCase):
     """The `openai` library, unchanged, on all wire formats."""
-
     HELLO = [{"role": "user", "content": "hi"}]
 
     @classmethod
@@ -3304,7 +2996,8 @@ class RealOpenAITest(RealCase):
 
         for model in FORMATS.values():
             answer = self.create(model=model, messages=self.HELLO)
-            self.assertEqual((answer.choices[0].message.content, answer.usage.total_tokens), (HELLO, 31))
+            text = answer.choices[0].message.content
+            self.assertEqual((text, answer.usage.total_tokens), (HELLO, 31))
             with self.create(model=model, messages=self.HELLO, stream=True,
                              stream_options={"include_usage": True}) as stream:
                 *chunks, last = list(stream)
@@ -3350,25 +3043,12 @@ class RealOpenAITest(RealCase):
             self.assertEqual(answer.choices[0].message.parsed, City(name="Paris"))
             self.assertIn(b'"json_schema"', self.upstream.exchanges[-1].raw)
 
-    def test_errors(self):
-        for status, error, posts in ((400, self.openai.BadRequestError, 1),
-                                     (401, self.openai.AuthenticationError, 1),
-                                     (429, self.openai.RateLimitError, 2),
-                                     (500, self.openai.InternalServerError, 2)):
-            self.upstream.exchanges.clear()
-            body = {"error": {"message": "the words", "code": "c"}}
-            self.upstream.respond = failing(status, body, Retry_After="0")
-            with self.assertRaisesRegex(error, "the words"):
-                self.create(model=CHAT, messages=self.HELLO)
-            self.assertEqual(len(self.upstream.exchanges), posts)
-
     def test_responses(self):
         stream = self.client.responses.create(model="gpt-5.4-mini", input="hi", stream=True)
         events = list(stream)
         text = "".join(event.delta for event in events
                        if event.type == "response.output_text.delta")
         self.assertEqual((text, events[-1].response.usage.total_tokens), (HELLO, 31))
-
 
 NPM = os.environ.get("OPENCODE_PROXY_TEST_NPM")
 AI_SDK = r"""
@@ -3391,10 +3071,8 @@ out.object = (await generateObject({ model, prompt: "object", schema })).object
 console.log(JSON.stringify(out))
 """
 
-
 class RealAISDKTest(RealCase):
     """The `ai` SDK, unchanged, on all wire formats."""
-
     def test_text_stream_tools_and_object(self):
         if not NPM or not shutil.which("node"):
             missing("the npm packages ai and @ai-sdk/openai-compatible")
@@ -3420,7 +3098,6 @@ class RealAISDKTest(RealCase):
             self.assertEqual(json.loads(run.stdout.splitlines()[-1]), {
                 "text": "Hello", "tokens": 31, "pieces": ["Hel", "lo"], "tools": "It is sunny",
                 "object": {"name": "Paris"}})
-
 
 if __name__ == "__main__":
     unittest.main()
