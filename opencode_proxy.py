@@ -4,14 +4,14 @@
     python3 opencode_proxy.py --port 4141        serve; apps use http://localhost:4141/v1
     python3 -m unittest -v                       run the tests (in the folder that holds them)
 
-One request, which is also the order of this file (an event is None where nothing has happened):
+One request, which is also the order of this file (`_await` looks around four times a second):
 
     request = parse_chat_request(self._read_body())                       # request: checks bytes
     model = self._await(self.server.pool.ready()).resolve(request.model)  # opencode: knows models
     answer = Answer(request, model)                                       # answer: makes chunks
-    with contextlib.closing(self.server.pool.run(request, model)) as events:
-        for event in events:                     # pool: a place, a process, a turn of it
-            self._write(answer.take(*event))     # http: the client's socket
+    self._await(self.server.pool.run(request, model),   # pool: a place, a process, a turn of it
+                lambda event: self._write(answer.take(*event)))     # http: the client's socket
+    self._write(answer.tail(), is_last=True)
 
 A turn of an `opencode acp` process (JSON-RPC 2.0, a line a message) answers it. When opencode is
 about to send its request to the provider, a plugin inside asks for the body to send instead: a
@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import dataclasses
 import functools
 import hmac
 import http.client
@@ -61,6 +60,7 @@ DEFAULT_MODEL = "github-copilot/gpt-4.1"
 SUCCESSORS = ("github-copilot/gpt-5-mini", "github-copilot/gpt-5.4-mini", "github-copilot/gpt-5.5")
 MIN_OPENCODE = (1, 17, 0)  # older ones send no session header or keep sessions on disk
 LOOK_SECONDS = 0.25  # the longest wait of any kind: then somebody looks whether to go on waiting
+
 # requests and connections: threads, open files, memory, and one client's share of the processes
 MAX_CHOICES, MAX_STOP_SEQUENCES = 8, 64  # each is a turn; each is looked for in every delta
 MAX_CONNECTIONS, RESERVED_FILES = 2000, 200  # files: of those allowed, for the processes' pipes
@@ -71,6 +71,7 @@ IDLE_SECONDS, BODY_SECONDS = 60.0, 120.0  # without a complete head of a request
 WRITE_SECONDS = 60.0  # in which a client takes nothing of its answer
 SEND_BUFFER_BYTES = 256 << 10  # of an answer that a client has not taken yet
 PING_SECONDS = 15.0  # of silence in a stream: middleboxes close what is silent
+
 # opencode: a process that runs away, hangs or grows
 MAX_LINE_BYTES = MAX_EVENT_BYTES = 16 << 20  # of its output; one event of a provider's stream
 MAX_STDERR_BYTES, MAX_ERROR_CHARACTERS = 4 << 10, 64 << 10  # errors: an answer that is no stream
@@ -89,8 +90,8 @@ TAKEN_CHARACTERS = 256 << 10  # of an answer, told to the plugin: it relays 1 Mi
 QUEUE_RETRY_SECONDS = 5  # told to clients that are refused for want of room
 
 # ------------------------------------------------------------------------------------------- errors
-# In which words a failure is told. An APIError passes from anywhere to the handler, which writes
-# it to the client; the other exceptions are for the section that catches them.
+# An APIError passes from anywhere to the handler, which writes it to the client.
+
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 class APIError(Exception):
@@ -100,19 +101,21 @@ class APIError(Exception):
         super().__init__(message)
         usual_type = "invalid_request_error" if status < 500 else "server_error"
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.type = type or ERROR_TYPES.get(status, usual_type)
-        self.headers = dict(headers or {})  # of the HTTP response, besides the usual ones
+        self.type, self.headers = type or ERROR_TYPES.get(status, usual_type), dict(headers or {})
 
     def body(self) -> Json:
+        """Return OpenAI's error object."""
         return {"error": {name: vars(self)[name] for name in ("message", "type", "param", "code")}}
 
 class ClientDisconnected(Exception):
     """The client hung up: nobody is left to answer."""
+
 class StartError(Exception):
     """The proxy cannot start; the text tells a person what to do."""
 
 class ProcessFailed(Exception):
     """An opencode process ended, broke its protocol or was too slow; the text says which."""
+
 def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
     """Return the error for a request that is wrong in its field `param`."""
     return APIError(400, message, param=param, code=code)
@@ -137,18 +140,17 @@ def upstream_error(status: int, headers: Mapping[str, str], body: str) -> APIErr
 
 def turn_error(error: Json) -> APIError:
     """Return the error for a turn that failed without a refusal by the provider."""
-    # the latter is what opencode's JavaScript runtime adds for programmers
     useless = r"(?s)Internal error: |(For more information, pass `verbose|Was there a typo in).*"
     text = re.sub(useless, "", str(error.get("message") or "opencode gave no reason")).rstrip()
+    what, code = "The connection to the model's provider failed", "upstream_unreachable"
     if error.get("network") is None:
-        return APIError(502, f"The answer failed: {text}", code="upstream_failed")
-    text = "The connection to the model's provider failed: " + text
-    return APIError(502, text, code="upstream_unreachable")
+        what, code = "The answer failed", "upstream_failed"
+    return APIError(502, f"{what}: {text}", code=code)
 
 # ------------------------------------------------------------------------------------------ request
 # From the bytes of a body to a ChatRequest, or to an APIError 400 whose `param` names the field.
-# Checked is what the wire formats rely on and what would change an answer's meaning; the rest is
-# the provider's to judge. Nothing is started or sent from here.
+# Checked is what the wire formats rely on, and what would change an answer's meaning.
+
 MAX_DIGITS = 4300  # of a number: reading it takes quadratic time on some Pythons
 MAX_TOKENS = (1 << 31) - 1  # what every provider's integer holds
 LIMITS = {"n": MAX_CHOICES, "max_tokens": MAX_TOKENS, "max_completion_tokens": MAX_TOKENS}
@@ -158,8 +160,7 @@ KINDS = {bool: "a boolean", int: "an integer", float: "a number", str: "a string
 FIELDS_OF_KINDS: dict[tuple[type, ...], str] = {
     (str,): "model user reasoning_effort verbosity service_tier prompt_cache_key safety_identifier",
     (dict,): "stream_options response_format logit_bias metadata prediction audio"
-             " web_search_options",
-    (bool,): "stream logprobs parallel_tool_calls store",
+             " web_search_options", (bool,): "stream logprobs parallel_tool_calls store",
     (list,): "messages tools functions modalities", (str, list): "stop",
     (int,): "n max_tokens max_completion_tokens seed top_logprobs",
     (float,): "temperature top_p presence_penalty frequency_penalty",
@@ -168,18 +169,17 @@ FIELDS = {name: kinds for kinds, names in FIELDS_OF_KINDS.items() for name in na
 
 class Words(dict[str, Any]):
     """The words for a field, the usual one first, and the schema that each means for its object."""
+
 # A schema is a kind; (a, b), either of two; [a], an array; {"name": a}, an object with such a
 # field, or {"name?": a} perhaps with one; Words; or the pattern of a URL.
 SCHEMA_KINDS: dict[type, type] = {list: list, dict: dict, Words: str, re.Pattern: str}
-CALL = {"name": str, "arguments": str}
+CALL, AUDIO = {"name": str, "arguments": str}, {"data": str, "format": str}
 CALLS = Words(function={"function": CALL}, custom={"custom": {"name": str, "input": str}})
 FUNCTION = {"name": str, "parameters?": dict, "format?": dict}
 TOOLS = Words(function={"function": FUNCTION}, custom={"custom": FUNCTION})
 ALLOWED = {"mode": Words(auto={}, required={}), "tools": [{"type?": TOOLS}]}
 CHOICES = Words(**TOOLS, allowed_tools={"allowed_tools": ALLOWED})
-MODES = Words(none={}, auto={}, required={})
 IMAGE = {"url": re.compile(r"(?i)(https?://|data:[^,]*,)"), "detail?": str}
-AUDIO = {"data": str, "format": str}
 FILE = {"file_data?": str, "file_id?": str, "filename?": str}
 CONTENT = (str, [{"type": Words(
     text={"text": str}, refusal={"refusal": str}, image_url={"image_url": IMAGE},
@@ -187,6 +187,7 @@ CONTENT = (str, [{"type": Words(
 SAID = {"content": CONTENT}
 ROLES = Words(system=SAID, developer=SAID, user=SAID, assistant={"content?": CONTENT},
               tool={"tool_call_id": str, **SAID}, function={"name": str, **SAID})
+MODES = Words(none={}, auto={}, required={})
 MESSAGE = {"role": ROLES, "tool_calls?": [{"id": str, "type?": CALLS}], "function_call?": CALL}
 FORMATS = Words(text={}, json_object={}, json_schema={"json_schema": dict})
 SCHEMAS: Json = {
@@ -194,8 +195,7 @@ SCHEMAS: Json = {
     "tools": [{"type": str}], "tool_choice": (MODES, {"type?": CHOICES}),
     "functions": [FUNCTION], "function_call": (MODES, FUNCTION)}
 
-@dataclasses.dataclass(frozen=True)
-class ChatRequest:
+class ChatRequest(NamedTuple):
     """A validated request body; `body` is what the client sent, less the fields that were null."""
     body: Json
     messages: list[Json]
@@ -205,6 +205,7 @@ class ChatRequest:
     choices: int
     stop: tuple[str, ...]
     max_tokens: int | None
+    legacy_functions: bool  # the client calls tools functions, and so must the answer
 
 def parse_chat_request(data: bytes) -> ChatRequest:
     """Return the request that `data`, a JSON body, holds; raise APIError 400 where it is wrong."""
@@ -220,20 +221,21 @@ def parse_chat_request(data: bytes) -> ChatRequest:
     for tool, param in items(body.get("tools", []), "tools"):
         if tool["type"] in TOOLS:  # others are some provider's own
             check(tool, param, {"type": TOOLS})
-    stop = body.get("stop", [])
-    stop = [stop] if isinstance(stop, str) else stop
+    stop = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop", [])
     if len(stop) > MAX_STOP_SEQUENCES:
         raise invalid(f"stop may have at most {MAX_STOP_SEQUENCES} sequences", "stop")
+    legacy_functions = "functions" in body and "tools" not in body
+    modernize(body)
     return ChatRequest(
         body, body["messages"], body.get("model") or None, body.get("stream", False),
         body.get("stream_options", {}).get("include_usage") is True, body.get("n", 1),
-        tuple(filter(None, stop)), body.get("max_completion_tokens", body.get("max_tokens")))
+        tuple(filter(None, stop)), body.get("max_completion_tokens", body.get("max_tokens")),
+        legacy_functions)
 
 def parse_json_object(data: bytes) -> Json:
     """Return the JSON object in `data`, UTF-8 (RFC 8259); raise APIError 400 for anything else."""
     try:
-        body = json.loads(data.decode("utf-8-sig"), parse_int=read_number,
-                          parse_float=read_number, parse_constant=read_number)
+        body = read_json(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise invalid(f"The body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
@@ -255,11 +257,6 @@ def require(value: Any, param: str, *kinds: type) -> None:
     if found not in kinds and not (found is int and float in kinds):
         raise invalid(f"{param} must be {' or '.join(KINDS[kind] for kind in kinds)}", param)
 
-def require_one_of(value: Any, param: str, *words: str) -> None:
-    """Raise APIError 400 unless `value` is one of `words`."""
-    if value not in words:
-        raise invalid(f"{param} must be one of {', '.join(words)}", param)
-
 def items(value: Any, param: str) -> Iterator[tuple[Any, str]]:
     """Yield each item of an array with the param that names it; raise APIError 400 for no array."""
     require(value, param, list)
@@ -270,12 +267,14 @@ def check(value: Any, param: str, schema: Any) -> None:
     """Raise APIError 400 unless `value` is as `schema` says."""
     schemas = schema if isinstance(schema, tuple) else (schema,)
     by_kind: dict[Any, Any] = {SCHEMA_KINDS.get(type(each), each): each for each in schemas}
-    require(value, param, *by_kind)
-    schema = by_kind.get(type(value))
+    if not isinstance(schema, Words):
+        require(value, param, *by_kind)
+    schema = by_kind.get(type(value), schema)
     if isinstance(schema, re.Pattern) and not schema.match(value):
         raise invalid(f"{param} must be an http, https or data URL", param)
     if isinstance(schema, Words):
-        require_one_of(value, param, *schema)
+        if value not in tuple(schema):
+            raise invalid(f"{param} must be one of {', '.join(schema)}", param)
     elif isinstance(schema, list):
         for item, where in items(value, param):
             check(item, where, schema[0])
@@ -283,18 +282,34 @@ def check(value: Any, param: str, schema: Any) -> None:
         for key, inner in schema.items():
             name = key.rstrip("?")
             held = value.get(name)
-            if isinstance(inner, Words):
-                if name != key:
-                    held = held or next(iter(inner))
-                require_one_of(held, f"{param}.{name}", *inner)
-                check(value, param, inner[held])
-            elif held is not None or name == key:
+            if isinstance(inner, Words) and name != key:
+                held = held or next(iter(inner))
+            if held is not None or name == key:
                 check(held, f"{param}.{name}", inner)
+            if isinstance(inner, Words):
+                check(value, param, inner[held])
+
+def modernize(body: Json) -> None:
+    """Say the deprecated functions, function_call and role "function" in `body` as tools."""
+    functions, choice = body.pop("functions", None), body.pop("function_call", None)
+    if functions is not None and "tools" not in body:
+        body["tools"] = [{"type": "function", "function": function} for function in functions]
+        if choice is not None:
+            named = {"type": "function", "function": choice}
+            body["tool_choice"] = named if isinstance(choice, dict) else choice
+    for index, message in enumerate(body["messages"]):
+        call = message.pop("function_call", None)
+        if call is not None:
+            message["tool_calls"] = [{"id": f"call_{index}", "type": "function", "function": call}]
+        if message["role"] == "function":  # answers the call in the message before it
+            message.update(role="tool", tool_call_id=f"call_{index - 1}")
+            del message["name"]
 
 # ------------------------------------------------------------------------------------- wire formats
 # What passes between Python and a provider, each format in both directions; no socket, process or
 # clock. For other formats what a client says is first put in /responses' words; what a format has
 # no place for is a 400, here or from the provider.
+
 MAX_CLAUDE_TOKENS = 32000  # asked of /messages where the client sets no limit, as opencode does
 MIN_RESPONSES_TOKENS = 16  # /responses refuses less; apps try their connection with 1 or 5
 INSTRUCTIONS = "Answer the user."  # chatgpt.com insists on some
@@ -348,6 +363,7 @@ class SSEReader:
         return ["\n".join(lines) for lines in found if any(lines)]
 
     def end(self) -> list[str]:
+        """Return what the last event holds: some providers forget its blank line."""
         return self.feed("\n\n")
 
 def compact_json(value: Any) -> str:
@@ -381,8 +397,6 @@ def convert_messages(request: ChatRequest) -> Iterator[tuple[str, list[Json], st
     """Yield each message's role, what it says as parts and items of /responses, and its param."""
     kinds: dict[Any, str] = {}  # of calls, by id
     for message, where in items(request.messages, "messages"):
-        if message["role"] == "function" or "functions" in request.body:
-            raise invalid("This model takes no functions: say them as tools", "functions")
         role, call_id, found = message["role"], message.get("tool_call_id"), []
         for part in parts_of(message):
             kind, held = part["type"], part[part["type"]]
@@ -483,6 +497,7 @@ class WireFormat:
                           "completion_tokens_details": {"reasoning_tokens": reasoning}}
 
     def _call(self, place: Any, told: Json) -> Event:
+        """Return a piece of a call under an index of ours: some providers give all the same."""
         kind = "custom" if told.get("custom") else "function"
         inner, call_id = drop_empty(told.get(kind) or {}), told.get("id")
         call, index = {**told, "index": None, "id": None, "type": None}, self._calls.get(place)
@@ -730,28 +745,8 @@ def stub_conversation(is_agent: bool, has_image: bool) -> list[Json]:
     return [user, {"role": "assistant", "parts": [call]}] if is_agent else [user]
 
 # ----------------------------------------------------------------------------------------- exchange
-# What one choice says to the provider and understands of its answer: a ChatExchange in whatever
-# wire format the request turns out to have, a NativeExchange in the client's own, unchanged. The
-# pool's turns call them with what the plugin reports; they never see a process.
-
-class StopFilter:
-    """Cuts text before the first of some sequences: not every wire format does it itself."""
-    def __init__(self, sequences: Sequence[str]) -> None:
-        self._stops = sequences
-        self.held = ""  # may be the beginning of a sequence; is shown where no more comes
-        self.hit = False
-
-    def feed(self, text: str) -> str:
-        """Return what of `text`, and of text held back before, may be shown."""
-        text = self.held + text
-        found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self._stops
-                 if stop in text]
-        sizes = [size for stop in self._stops for size in range(1, len(stop))
-                 if text.endswith(stop[:size])]
-        self.hit = bool(found)
-        shown = min(found)[1] if found else len(text) - max(sizes, default=0)
-        self.held = "" if found else text[shown:]
-        return text[:shown]
+# What one choice says to the provider and understands of its answer, as the plugin reports it: a
+# ChatExchange in the wire format that opencode uses, a NativeExchange in the client's own.
 
 class ChatExchange:
     """A chat completion, in the wire format that opencode uses for the model."""
@@ -760,8 +755,9 @@ class ChatExchange:
     def __init__(self, request: ChatRequest, model: Model) -> None:
         self._request, self._model = request, model
         self._format = WireFormat(request, model, "")
-        self._sse, self._stop = SSEReader(), StopFilter(request.stop)
-        self._beginning = ""  # of the answer: it may be no stream
+        self._sse, self._beginning = SSEReader(), ""  # of the answer: it may be no stream
+        self._held = ""  # what may be the beginning of a stop sequence
+        self._cut = False  # at one: not every wire format does it itself
 
     def needs(self, foreign: bool) -> Json:
         """Return what the plugin tells opencode of the conversation; raise APIError 400."""
@@ -774,47 +770,61 @@ class ChatExchange:
         return self._format.body(theirs) if known else None
 
     def begin(self, status: int, headers: Json) -> Iterator[Event]:
+        """Yield what the head of the provider's answer means: nothing yet."""
         return iter(())
 
     def feed(self, text: str) -> Iterator[Event]:
+        """Yield the events in a piece of the answer."""
         if len(self._beginning) < MAX_ERROR_CHARACTERS:
             self._beginning += text
-        for datum in self._sse.feed(text):
-            yield from self._shown(self._format.events(datum))
+        return self._shown(map(self._format.events, self._sse.feed(text)))
 
     def report(self, params: Json) -> Iterator[Event]:
-        return self._shown(self._format.report(params))
+        """Yield the events in a report of the plugin on an answer that opencode reads."""
+        return self._shown([self._format.report(params)])
 
     def end(self) -> Iterator[Event]:
         """Yield the last events, at the end of the provider's answer or of the patience with it."""
         is_stream = not self._beginning.lstrip().startswith("{")  # but an error, or a whole answer
-        for datum in self._sse.end() if is_stream else [self._beginning]:
-            yield from self._shown(self._format.events(datum))
-        if self._stop.hit:
+        data = self._sse.end() if is_stream else [self._beginning]
+        yield from self._shown(map(self._format.events, data))
+        if self._cut:
             self._format.finish_reason = "stop"  # the provider may not have come to say it
-        yield from self._shown(iter([self._format.end()]))
+        yield from self._shown([iter([self._format.end()])])
 
     def refused(self, status: int, headers: Json, body: str) -> Iterator[Event]:
+        """Raise APIError for what the provider refuses."""
         raise upstream_error(status, headers, body)
 
     @property
     def patience(self) -> float | None:
         """The seconds that the rest of a finished answer is worth, None before it is finished."""
-        if self._stop.hit:
+        if self._cut:
             return CUT_SECONDS if self._request.include_usage or not self._request.stream else 0.0
         return FINISH_SECONDS if self._format.finish_reason else None
 
-    def _shown(self, events: Iterator[Event]) -> Iterator[Event]:
-        for event in events:
+    def _shown(self, steps: Iterable[Iterator[Event]]) -> Iterator[Event]:
+        for event in itertools.chain.from_iterable(steps):
             text = event.delta.get("content")
             if event.finish_reason is not None:
-                if self._stop.held:
-                    yield Event({"content": self._stop.held})
-                yield event._replace(finish_reason="stop") if self._stop.hit else event
-            elif self._request.stop and isinstance(text, str) and not self._stop.hit:
-                yield event._replace(delta={**event.delta, "content": self._stop.feed(text)})
-            elif not self._stop.hit:
+                if self._held:
+                    yield Event({"content": self._held})
+                yield event._replace(finish_reason="stop") if self._cut else event
+            elif not self._cut:
+                if self._request.stop and isinstance(text, str):
+                    event = event._replace(delta={**event.delta, "content": self._before(text)})
                 yield event
+
+    def _before(self, text: str) -> str:
+        """Return what of `text`, and of text held back, is before any of the stop sequences."""
+        text, stops = self._held + text, self._request.stop
+        found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+        sizes = [size for stop in stops for size in range(1, len(stop))
+                 if text.endswith(stop[:size])]
+        self._cut = bool(found)
+        shown = min(found)[1] if found else len(text) - max(sizes, default=0)
+        self._held = "" if found else text[shown:]
+        return text[:shown]
 
 class NativeRequest(NamedTuple):
     """A request in a wire format's own words, to be passed through; `headers` go with it."""
@@ -823,6 +833,13 @@ class NativeRequest(NamedTuple):
     model: str
     headers: Json
     choices: int = 1
+
+class Piece(NamedTuple):
+    """A piece of an answer that is passed through: the first is its head, the last says "stop"."""
+    text: str = ""
+    status: int = 0
+    headers: Any = None
+    finish_reason: str | None = None
 
 def parse_native_request(data: bytes, form: type[WireFormat], headers: Json) -> NativeRequest:
     """Return the request in `data`; raise APIError 400 for what needs a store, or no model."""
@@ -833,12 +850,12 @@ def parse_native_request(data: bytes, form: type[WireFormat], headers: Json) -> 
             raise invalid(f"{name} needs a store of responses, and there is none here", name)
     return NativeRequest(body, form, body["model"], headers)
 
-class Piece(NamedTuple):
-    """A piece of an answer that is passed through: its head has a status, its end a reason."""
-    text: str
-    finish_reason: str | None = None
-    status: int = 0
-    headers: Any = None
+def native_json(value: Any) -> str:
+    """Return a part of a native body as JSON; raise APIError 400 where it is too deep for that."""
+    try:
+        return compact_json(value)
+    except RecursionError:
+        raise invalid("The body is too deeply nested") from None
 
 class NativeExchange:
     """A request and its answer in the client's own wire format; its methods are ChatExchange's."""
@@ -848,11 +865,12 @@ class NativeExchange:
         self._request, self._model, self.headers = request, model, request.headers
 
     def needs(self, foreign: bool) -> Json:
-        messages = self._request.body.get("input") or self._request.body.get("messages")
-        last: Any = messages[-1] if isinstance(messages, list) and messages else {"role": "user"}
-        is_agent = isinstance(last, dict) and last.get("role") != "user"
-        is_agent = is_agent or '"tool_result"' in json.dumps(last)
-        has_image = re.search('"(input_)?image"', json.dumps(messages)) is not None
+        """Return the least from which opencode derives the request's headers."""
+        said = self._request.body.get("input") or self._request.body.get("messages")
+        last = said[-1] if isinstance(said, list) and said else None
+        role = last.get("role") if isinstance(last, dict) else "user"
+        is_agent = role != "user" or '"tool_result"' in native_json(last)
+        has_image = re.search('"(input_)?image"', native_json(said)) is not None
         conversation = stub_conversation(is_agent, has_image)
         return {"system": [], "params": {}, "effort": None, "conversation": conversation}
 
@@ -865,21 +883,21 @@ class NativeExchange:
                           " which serves every model", "model", "wrong_endpoint")
         own: Json = {name: theirs[name] for name in ("model", "store") if name in theirs}
         body = {**self._request.body, **own}
-        return compact_json(for_chatgpt(body) if "//chatgpt.com/" in url else body)
+        return native_json(for_chatgpt(body) if "//chatgpt.com/" in url else body)
 
     def begin(self, status: int, headers: Json) -> Iterator[Piece]:
         kept = ("content-type", "retry-after", "retry-after-ms")
-        yield Piece("", None, status, {name: headers[name] for name in kept if name in headers})
+        yield Piece("", status, {name: headers[name] for name in kept if name in headers})
 
     def feed(self, text: str) -> Iterator[Piece]:
         yield Piece(text)
 
     def end(self) -> Iterator[Piece]:
-        yield Piece("", "stop")
+        yield Piece(finish_reason="stop")
 
-    def refused(self, status: int, headers: Json, body: str) -> Iterator[Any]:
+    def refused(self, status: int, headers: Json, body: str) -> Iterator[Piece]:
         yield from self.begin(status, headers)
-        yield Piece(body, "stop")
+        yield Piece(body, finish_reason="stop")
 
 # ------------------------------------------------------------------------------------------- plugin
 # JavaScript that every opencode process loads. It reports the request that opencode wants to send,
@@ -1041,6 +1059,7 @@ class Catalog(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Return the models' names, the default first."""
         return tuple(sorted(self.models, key=lambda name: (name != self.default, name)))
 
     def resolve(self, name: str | None, exact: bool = False) -> Model:
@@ -1058,6 +1077,7 @@ class Catalog(NamedTuple):
         raise model_not_found(wanted)
 
 def provider_of(name: str) -> str:
+    """Return the provider's part of a model's full name."""
     return name.partition("/")[0]
 
 def model_not_found(name: str) -> APIError:
@@ -1138,6 +1158,7 @@ class Opencode:
         self._engine = {"BUN_JSC_useFTLJIT": "0", "BUN_JSC_useGC": f"{memory < MIN_MEMORY_BYTES:d}"}
 
     def logins(self) -> Json:
+        """Return the user's auth.json: a login for each provider."""
         with contextlib.suppress(OSError, TypeError, ValueError):
             return dict(json.loads(self._auth.read_text(encoding="utf-8")))
         return {}
@@ -1156,6 +1177,7 @@ class Opencode:
         return logins, files
 
     def use_catalog(self, catalog: Catalog) -> None:
+        """Make `catalog` the one that later processes start with."""
         new = self._models.with_suffix(".new")  # processes may be reading the old one
         new.write_text(json.dumps(catalog.trimmed), encoding="utf-8")
         os.replace(new, self._models)
@@ -1224,6 +1246,7 @@ SESSION_UPDATE = b'{"jsonrpc":"2.0","method":"session/update"'
 PROMPT = [{"type": "text", "text": "-"}]  # on stdin; what matters goes over the FIFO
 WARM_UP = json.dumps({"warmup": True, "system": [], "params": {},
                       "conversation": [{"role": "user", "parts": PROMPT}]})
+Trace = Callable[[str, Json, int], None]  # takes an arrow, a JSON-RPC message, its size in bytes
 
 class Child:
     """A program in a process group of its own, with a FIFO beside its pipes.
@@ -1315,6 +1338,7 @@ class Child:
                 os.killpg(self.pid, number)
 
     def close(self) -> None:
+        """End the program and what it started, give back what it had."""
         if self.pid:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._popen.wait(STOP_SECONDS)
@@ -1324,6 +1348,7 @@ class Child:
         self.returncode = self._popen.returncode if self.pid else 0
 
     def failed(self, text: str) -> ProcessFailed:
+        """Return the error `text`, with what the program said last, without colours."""
         said = (self._stderr.strip() or self.printed).decode("utf-8", "replace")
         said = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", said).split())[-500:]
         return ProcessFailed(f"{text}: {said}" if said else text)
@@ -1348,13 +1373,13 @@ class OpencodeProcess(Child):
     the pool's account of it, under the pool's lock. `listeners` tells whose a session's reports,
     and the reply to a request's number, are; it changes by single steps that need no lock.
     """
-    def __init__(self, opencode: Opencode, verbose: bool = False) -> None:
+    def __init__(self, opencode: Opencode, trace: Trace | None = None) -> None:
         super().__init__(opencode)
         self.state, self.served, self.size, self.catalog = STARTING, 0, 0, opencode.catalog
         self.turns: set[Turn] = set()
         self.born = self.idle_since = time.monotonic()
         self.listeners: dict[Any, Turn | None] = {}
-        self._verbose = verbose  # it logs its messages, but not what is in them
+        self._trace = trace or (lambda *_: None)
         self._seen: set[str] = set()  # the plugin's reports while it starts
         self._messages, self._numbers = map(self._parsed, self.lines()), itertools.count(1)
 
@@ -1379,6 +1404,7 @@ class OpencodeProcess(Child):
         return models_of(session)[0]
 
     def serve(self) -> None:
+        """Pass messages on until the process ends."""
         for message in filter(None, self._messages):
             turn = None
             if "method" not in message:
@@ -1424,10 +1450,6 @@ class OpencodeProcess(Child):
         if turn.running:
             with contextlib.suppress(ProcessFailed):
                 self._write({"method": "session/cancel", "params": {"sessionId": turn.session_id}})
-
-    def _trace(self, arrow: str, message: Json, size: int) -> None:
-        if self._verbose:
-            log(f"{arrow} {message.get('method', 'reply')} {size} bytes")
 
     def _write(self, message: Json) -> None:
         line = json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n"
@@ -1479,12 +1501,14 @@ class Turn:
         self.begin_again()
 
     def begin_again(self) -> None:
+        """Forget how far a process came that is no longer used."""
         self.handed_over = self.running = False  # running: to be cancelled if the turn leaves
         self.session_id, self.number = "", 0  # number: of the last request to opencode
         self.script, self._exchange = self._talk(), self._new_exchange()
         self._heard_at = math.inf  # the last message before the answer was finished
 
     def receive(self, sender: Any, message: Json) -> Iterator[Event | None]:
+        """Yield what follows from a message; raise APIError, or ProcessFailed."""
         params, kind = message.get("params") or {}, message.get("method", "reply")
         session_id = params.get("sessionId", self.session_id)
         is_late = session_id != self.session_id or message.get("id", self.number) != self.number
@@ -1502,6 +1526,7 @@ class Turn:
             self._heard_at = time.monotonic()
 
     def tick(self) -> Iterator[Event | None]:
+        """Yield what follows from the time that has passed; raise APIError, or ProcessFailed."""
         silence, patience = time.monotonic() - self._heard_at, self._exchange.patience
         if not self.handed_over and silence > START_SECONDS:
             raise ProcessFailed(f"opencode did not go on within {START_SECONDS:.0f} s")
@@ -1512,12 +1537,14 @@ class Turn:
             yield from self._told(self._exchange.end())
 
     def _told(self, steps: Iterator[Any], step: Any = None) -> Iterator[Event | None]:
+        """Yield `step` and those behind it, until a message is wanted or the answer is over."""
         while step is not WAIT and not self.over:
             self.over = step is not None and step.finish_reason is not None
             yield step
             step = next(steps, WAIT)
 
     def _talk(self) -> Steps:
+        """Bring opencode to where it would send its request, hand over the body, then relay."""
         process, name, foreign = self.process, self._model.name, self.process.opencode.foreign
         session = yield from self._ask("session/new", process.new_session)
         offered, current = models_of(session)
@@ -1578,8 +1605,8 @@ class Pool:
     `_turns` (those that have a process), and what is known of failed starts; nothing slow happens
     under it. `_signature` is of the files that the catalog was made from, None until it is proven.
     """
-    def __init__(self, opencode: Opencode, settings: Any) -> None:
-        self.opencode, self._settings = opencode, settings
+    def __init__(self, opencode: Opencode, settings: Any, trace: Trace | None = None) -> None:
+        self.opencode, self._settings, self._trace = opencode, settings, trace
         self.closing, self._wake = threading.Event(), threading.Event()  # _wake: look at once
         self.last_error, self._failures = "", 0  # failures of starts, one after the other
         self._spares = 1  # until it is proven that there can be any
@@ -1650,6 +1677,7 @@ class Pool:
             self._leave(turn)
 
     def _leave(self, turn: Turn) -> None:
+        """Take a turn out of the queue, or away from its process; safe to call twice."""
         process = turn.process
         turn.script.close()
         if process is not None:
@@ -1701,8 +1729,7 @@ class Pool:
             process.served += 1
             is_worn = process.state == WORN or process.served >= self._settings.requests_per_process
             process.state = WORN if is_worn else USED
-        started = [OpencodeProcess(self.opencode, self._settings.verbose)
-                   for _ in range(self._missing())]
+        started = [OpencodeProcess(self.opencode, self._trace) for _ in range(self._missing())]
         self._processes.update(started)
         ended = [*filter(self._has_served, self._processes)]
         for process in ended:
@@ -1794,6 +1821,7 @@ class Pool:
             raise StartError(f"opencode cannot be used: {told}") from None
 
     def _tend(self) -> None:
+        """Look at the user's files and at the processes, from time to time and when woken."""
         while not self.closing.is_set():
             self._wake.wait(TEND_SECONDS)
             self._wake.clear()
@@ -1810,6 +1838,7 @@ class Pool:
                 self.last_error = repr(error)
 
     def _renew(self, signature: Any) -> None:
+        """Read the catalog again, and replace all processes; the old ones stay where that fails."""
         self._renew_at, self._retry_at = time.monotonic() + MAX_RETRY_SECONDS, math.inf
         try:
             self.opencode.use_catalog(self._read_catalog())
@@ -1843,6 +1872,7 @@ class Pool:
             return output.read().decode("utf-8", "replace")
 
     def health(self) -> Json:
+        """Return what /health tells of opencode and its processes."""
         catalog, reason = self.opencode.catalog, None
         with self._lock:
             running, waiting, spares = len(self._turns), len(self._waiting), len(self._in(FRESH))
@@ -1858,6 +1888,7 @@ class Pool:
                 "last_error": self.last_error or None}
 
     def close(self) -> None:
+        """End every process and wait for that, but not for ever."""
         with self._changing():
             self.closing.set()
         self._wake.set()
@@ -1877,7 +1908,6 @@ def reap_orphans(own: set[int]) -> None:
 
 # ------------------------------------------------------------------------------------------- answer
 # Frames the events of all choices of a request as OpenAI does: chunks of a stream, or one object.
-# It returns bytes and objects; the handler sends them.
 
 SSE_DONE, SSE_PING = b"data: [DONE]\n\n", b": keep-alive\n\n"
 SSE_JSON = json.JSONEncoder(separators=(",", ":")).encode  # made once, not for every event
@@ -1891,39 +1921,40 @@ class Answer:
     """One answer: what its chunks, or the whole of it, have in common, and what it adds up to."""
     def __init__(self, request: ChatRequest, model: Model) -> None:
         self._request = request
-        known_as = (model.name, model.name.partition("/")[2])
+        is_known = request.model in (model.name, model.name.partition("/")[2])
+        name = request.model if is_known else model.name
         self._frame: Json = {
             "id": "chatcmpl-" + uuid.uuid4().hex, "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": request.model if request.model in known_as else model.name,
-            "system_fingerprint": "fp_opencode", "choices": []}
+            "created": int(time.time()), "model": name, "system_fingerprint": "fp_opencode",
+            "choices": []}
         self._pieces: list[list[Json]] = [[] for _ in range(request.choices)]  # of the whole
         self._characters = [0] * request.choices
         self.usage: Json = {}  # of the choices that have ended
-        # the part of a chunk before its choice does not change, nor does the part behind it
-        self._chunk_head = "data: " + SSE_JSON(self._frame)[:-2]
+        self._chunk_head = "data: " + SSE_JSON(self._frame)[:-2]  # what is the same in all chunks
         self._chunk_tail = '],"usage":null}\n\n' if request.include_usage else "]}\n\n"
 
     def take(self, index: int, event: Event) -> bytes:
         """Return the chunks that an event of a choice means; nothing where the whole is wanted."""
         delta, finish_reason = event.delta, event.finish_reason
+        if self._request.legacy_functions:
+            first = next((call["function"] for call in delta.get("tool_calls", ())
+                          if call["index"] == 0), None)  # there is room for no other
+            delta = drop_empty({**delta, "tool_calls": None, "function_call": first})
+            finish_reason = "function_call" if finish_reason == "tool_calls" else finish_reason
         self._characters[index] += sum(len(str(value)) for value in delta.values())
         if finish_reason is not None:
-            usage = self._count(event.usage or {}, self._characters[index])
-            self.usage = merge([self.usage, usage])
+            self.usage = merge([self.usage, self._count(event.usage or {}, index)])
         if not self._request.stream:
-            self._pieces[index].append({"message": delta, "logprobs": event.logprobs,
-                                        "finish_reason": finish_reason})
+            piece = {"message": delta, "logprobs": event.logprobs, "finish_reason": finish_reason}
+            self._pieces[index].append(piece)
             return b""
-        chunks = self._chunk(index, delta, event.logprobs, None) if delta else b""
-        if finish_reason is not None:
-            chunks += self._chunk(index, {}, None, finish_reason)
-        return chunks
+        chunk = self._chunk(index, delta, event.logprobs, None) if delta else b""
+        return chunk + (self._chunk(index, {}, None, finish_reason) if finish_reason else b"")
 
-    def _count(self, told: Json, characters: int) -> Json:
+    def _count(self, told: Json, index: int) -> Json:
         asked = sum(len(text_of(message.get("content"))) for message in self._request.messages)
         usage = {"prompt_tokens": 1 + asked // CHARACTERS_PER_TOKEN,
-                 "completion_tokens": 1 + characters // CHARACTERS_PER_TOKEN,
+                 "completion_tokens": 1 + self._characters[index] // CHARACTERS_PER_TOKEN,
                  **{name: count for name, count in told.items() if count is not None}}
         total = usage["prompt_tokens"] + usage["completion_tokens"]
         return {**usage, "total_tokens": usage.get("total_tokens") or total}
@@ -1933,20 +1964,22 @@ class Answer:
         return (self._chunk_head + SSE_JSON(choice) + self._chunk_tail).encode()
 
     def head(self) -> bytes:
+        """Return the chunks that name the role, the first ones of a stream."""
         role = {"role": "assistant", "content": ""}
         return b"".join(self._chunk(index, role, None, None) for index in range(len(self._pieces)))
 
     def tail(self) -> bytes:
-        usage = {**self._frame, "usage": self.usage}
-        return sse_data(usage) + SSE_DONE if self._request.include_usage else SSE_DONE
+        """Return the last events of a stream: the usage where it was asked for, and the end."""
+        usage = sse_data({**self._frame, "usage": self.usage})
+        return usage + SSE_DONE if self._request.include_usage else SSE_DONE
 
     def whole(self) -> Json:
-        choices = []
-        for index, pieces in enumerate(self._pieces):
-            choice = {"index": index, "message": {}, "logprobs": None, **merge(pieces)}
+        """Return the chat.completion."""
+        choices: list[Json] = [{"index": index, "message": {}, "logprobs": None, **merge(pieces)}
+                               for index, pieces in enumerate(self._pieces)]
+        for choice in choices:
             said = choice["message"] or {"content": ""}
             choice["message"] = {"role": "assistant", "content": None, "refusal": None, **said}
-            choices.append(choice)
         return {**self._frame, "object": "chat.completion", "choices": choices, "usage": self.usage}
 
 def merge(deltas: list[Json]) -> Json:
@@ -1975,18 +2008,14 @@ def join(key: str, values: list[Any]) -> Any:
 
 # --------------------------------------------------------------------------------------------- http
 # From sockets to requests and back. A connection has one thread, which alone uses its socket.
-# http.server parses a request's head from the lines that ClientConnection lets pass; what _dispatch
-# does not refuse goes to a route. All waiting for opencode is in the pool's generators: whenever
-# they yield None, _look_around sees to what happens outside. A request ends by an exception of its
-# own thread, which closes the generator; handle_one_request answers and logs it.
-
+# http.server parses a head from the lines that ClientConnection lets pass; what _dispatch does not
+# refuse goes to a route. All waiting for opencode is in the pool's generators, driven by _await. A
+# request ends by an exception of its own thread; handle_one_request answers and logs it.
 # What can be read in two ways is refused. In a head, LF alone ends a line too (RFC 9112, 2.2).
-LINE_FORMS = {
-    "request line": re.compile(rb"[^\r\n\0]*\r?\n"),
-    "header line": re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*)?\r?\n"),
-    "chunk size": re.compile(rb"[0-9A-Fa-f]{1,16}[ \t]*(;[^\r\n\0]*)?\r\n"),
-    "chunk end": re.compile(rb"\r\n"),
-    "trailer": re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*)?\r\n")}
+FIELD = rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*)?"
+LINE_FORMS = {"request line": rb"[^\r\n\0]*\r?\n", "header line": FIELD + rb"\r?\n",
+              "chunk size": rb"[0-9A-Fa-f]{1,16}[ \t]*(;[^\r\n\0]*)?\r\n",
+              "chunk end": rb"\r\n", "trailer": FIELD + rb"\r\n"}
 # Web pages on this machine, and what is no web page; names that nobody can have on the internet.
 FREE_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
                          r"|(app|tauri|vscode-webview|vscode-file)://[!-~]*")
@@ -2002,29 +2031,27 @@ ROUTES: dict[str, tuple[Any, ...]] = {
 class ClientConnection(io.RawIOBase):
     """A client's socket, as http.server's `rfile` and `wfile`."""
     def __init__(self, connection: socket.socket) -> None:
-        self.deadline = 0.0  # for reading, however slowly the bytes drip
-        self.next_line = ""  # of a head: "request line" or "header line"
-        self._socket = connection
-        self._read_ahead = bytearray()  # has arrived and not been asked for
+        self.deadline, self.next_line = 0.0, "request line"  # or "header line"
+        self.late: Exception = ClientDisconnected("the request did not arrive")
+        self._socket, self._read_ahead = connection, bytearray()
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
-    def _receive(self, waiting: bool = True) -> bool:
+    def is_open(self, waiting: bool = False) -> bool:
+        """Keep what the client sends; tell whether it is there and, if `waiting`, in time."""
+        room = MAX_READ_AHEAD_BYTES - len(self._read_ahead)
         try:
             self._socket.settimeout(self.deadline - time.monotonic() if waiting else 0.0)
-            data = self._socket.recv(MAX_READ_AHEAD_BYTES)
+            data = self._socket.recv(room)
         except (OSError, ValueError) as error:  # ValueError: the deadline was over before
             return isinstance(error, BlockingIOError)
         self._read_ahead += data
-        return bool(data)
-
-    def is_open(self) -> bool:
-        """Tell without waiting whether the client is there, as far as can be seen."""
-        return len(self._read_ahead) >= MAX_READ_AHEAD_BYTES or self._receive(waiting=False)
+        return bool(data) or room == 0
 
     def read_some(self, most: int) -> bytes:
-        if not self._read_ahead and not self._receive():
-            raise ClientDisconnected("the request did not arrive")
+        """Return from 1 to `most` bytes."""
+        if not self._read_ahead and not self.is_open(waiting=True):
+            raise self.late
         data = bytes(self._read_ahead[:most])
         del self._read_ahead[:most]
         return data
@@ -2035,10 +2062,10 @@ class ClientConnection(io.RawIOBase):
         while b"\n" not in self._read_ahead[:MAX_READ_AHEAD_BYTES]:
             if len(self._read_ahead) >= MAX_READ_AHEAD_BYTES:
                 raise APIError(414 if form == "request line" else 431, f"The {form} is too long")
-            if not self._receive():
-                raise ClientDisconnected("the request did not arrive")
+            if not self.is_open(waiting=True):
+                raise self.late
         line = self.read_some(self._read_ahead.index(b"\n") + 1)
-        if not LINE_FORMS[form].fullmatch(line):
+        if not re.fullmatch(LINE_FORMS[form], line):
             raise invalid(f"Bad request: a {form} is malformed")
         self.next_line = "header line"
         return line
@@ -2064,12 +2091,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self._started = self._last_write = time.monotonic()
-        self._client.deadline = self._started + IDLE_SECONDS
-        self._client.next_line = "request line"
+        self._client.deadline, self._client.next_line = self._started + IDLE_SECONDS, "request line"
+        self._client.late = ClientDisconnected("the request did not arrive")
         self.command = self.path = self._route = "-"
-        self._request_id = uuid.uuid4().hex
+        self._request_id, self._origin = uuid.uuid4().hex, ""  # the page that asks, if it may
         self._body_left: int | None = None  # bytes to read of it; None: its end is not known
-        self._origin = ""  # of the web page that asks, once it is known that it may
         self._stream: Answer | None = None  # that is sent in pieces
         self._status = 0  # of the response, once its head is sent
         self._facts: Json = {}  # for the log
@@ -2086,15 +2112,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self._send_error(APIError(500, "internal error", code="internal_error"),
                              f"internal error: {error!r}")
         if self._status:  # otherwise an idle connection has ended
-            self._facts.update(seconds=time.monotonic() - self._started, id=self._request_id)
-            facts = [f"{name}={value:.3f}" if isinstance(value, float) else f"{name}={value}"
-                     for name, value in self._facts.items()]
             asked = printable(f"{self.command or '-'} {self.path}")
-            log(" ".join([self.client_address[0], asked, str(self._status), *facts]))
+            facts = "".join(f" {name}={value}" for name, value in self._facts.items())
+            end = f"seconds={time.monotonic() - self._started:.3f} id={self._request_id}"
+            log(f"{self.client_address[0]} {asked} {self._status}{facts} {end}")
 
     def handle_expect_100(self) -> bool:
-        """Leave the interim answer to `_read_body`: a refusal comes instead of it."""
-        return True
+        return True  # _read_body sends the interim answer: a refusal comes instead of it
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         raise APIError(int(code), printable(message or http.client.responses[code]))
@@ -2106,15 +2130,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self._request_id = self.headers["X-Request-Id"]
         path = re.sub("//+", "/", re.sub(r"^[A-Za-z]+://[^/?]*", "", self.path).partition("?")[0])
         self._route = re.sub(r"^/v1(?=/|$)", "", path).rstrip("/") or "/"
-        self._check_framing()
-        self._check_page()
+        self._check_head()
         route = "/models" if self._route.startswith("/models/") else self._route
         if route not in ROUTES:
-            asked, url = printable(self.path.partition("?")[0]), self.server.base_url()
+            asked, url = printable(self.path.partition("?")[0]), self.server.base_url
             hint = f"this serves chat only, at {url}/chat/completions, /responses or /messages"
             if re.search("/v1/|/models/", route + "/") or route.endswith(tuple(ROUTES)):
-                base = url[:-len("/v1")] if route.endswith("/messages") else url
-                hint = f"the base URL to use is {base}"
+                hint = f"the base URL to use is {url[:-3] if route.endswith('/messages') else url}"
             raise APIError(404, f"There is nothing at {asked}: {hint}", code="unknown_url")
         methods, name, *arguments = ROUTES[route]
         if self.command != "OPTIONS" and route not in ("/", "/health"):
@@ -2132,11 +2154,20 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _dispatch
 
-    def _check_page(self) -> None:
+    def _check_head(self) -> None:
+        """Refuse what has no clear end (RFC 9112, 6), and what a strange web page may be behind."""
+        coding = ",".join(self.headers.get_all("Transfer-Encoding", [])).strip(" \t").lower()
+        sizes = ",".join(self.headers.get_all("Content-Length", ["0"]))
+        size = re.fullmatch(r"[ \t]*([0-9]{1,18})[ \t]*(,[ \t]*\1[ \t]*)*", sizes)
+        is_old = self.request_version == "HTTP/1.0"
+        if (size is None or coding not in ("", "chunked")
+                or (coding and (is_old or "Content-Length" in self.headers))
+                or (len(self.headers.get_all("Host", [])) != 1 and not is_old)):
+            raise invalid("Bad request: Host, Content-Length or Transfer-Encoding is not clear")
+        self._body_left = None if coding else int(size[1])
         settings, origin = self.server.settings, self.headers.get("Origin")
-        allowed = settings.cors_origin
-        if not (origin is None or origin in allowed or FREE_ORIGIN.fullmatch(origin)
-                or ("*" in allowed and origin != "null")):
+        if not (origin is None or origin in settings.cors_origin or FREE_ORIGIN.fullmatch(origin)
+                or ("*" in settings.cors_origin and origin != "null")):
             origin = printable(origin)
             raise APIError(403, f"Web pages of {origin} may not use the proxy; the option "
                            f"--cors-origin {origin} allows them", code="origin_not_allowed")
@@ -2149,70 +2180,53 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                            "or --api-key, allows it", code="host_not_allowed")
 
     def _check_key(self) -> None:
-        bearer = re.sub("(?i)^bearer +", "", self.headers.get("Authorization", "")).strip()
-        given = [bearer, self.headers.get("X-Api-Key", ""), self.headers.get("Api-Key", "")]
-        # http.server has decoded the header's bytes as Latin-1
+        given = [re.sub("(?i)^bearer +", "", self.headers.get("Authorization", "")).strip(),
+                 self.headers.get("X-Api-Key", ""), self.headers.get("Api-Key", "")]
         matches = [hmac.compare_digest(text.encode("latin-1", "replace"), key.encode())
                    for text in given for key in self.server.settings.api_key]
         if matches and not any(matches):
             raise APIError(401, "The API key is missing or wrong", code="invalid_api_key",
                            headers={"WWW-Authenticate": "Bearer"})
 
-    def _check_framing(self) -> None:
-        """Learn where the body ends (RFC 9112, 6); refuse what can be read in two ways."""
-        coding = ",".join(self.headers.get_all("Transfer-Encoding", [])).strip(" \t").lower()
-        sizes = ",".join(self.headers.get_all("Content-Length", ["0"])).split(",")
-        size, *more = {size.strip(" \t") for size in sizes}
-        is_old = self.request_version == "HTTP/1.0"
-        if (more or not re.fullmatch("[0-9]{1,18}", size) or coding not in ("", "chunked")
-                or (coding and (is_old or "Content-Length" in self.headers))
-                or (len(self.headers.get_all("Host", [])) != 1 and not is_old)):
-            raise invalid("Bad request: Host, Content-Length or Transfer-Encoding is not clear")
-        self._body_left = None if coding else int(size)
-
     def _read_body(self) -> bytes:
-        body, limit = bytearray(), self.server.settings.max_body_size
-        chunked, end = self._body_left is None, self._body_left or 0
-        if "Expect" in self.headers and (chunked or 0 < end <= limit):
+        body, limit, left = bytearray(), self.server.settings.max_body_size, self._body_left
+        if "Expect" in self.headers and (left is None or 0 < left <= limit):
             self._client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._client.deadline = time.monotonic() + BODY_SECONDS
-        while chunked or len(body) < end:
-            if len(body) == end:
-                size = int(self._client.readline(form="chunk size").partition(b";")[0], 16)
-                chunked = size > 0  # the last one is empty
-                end += size
+        self._client.late = APIError(408, "The body did not arrive", code="body_timeout")
+        sizes: Iterable[int] = [left] if left is not None else iter(
+            lambda: int(self._client.readline(form="chunk size").partition(b";")[0], 16), 0)
+        for size in sizes:
+            end = len(body) + size
             if end > limit:
                 raise APIError(413, f"--max-body-size is {limit} bytes", code="body_too_large")
-            if len(body) < end:
+            while len(body) < end:
                 data = self._client.read_some(end - len(body))
                 self.server.hold(self.request, len(data))
                 body += data
-            form = "chunk end" if chunked else "trailer"
-            while self._body_left is None and len(body) == end:
-                if self._client.readline(form=form) == b"\r\n":
-                    break
+            if left is None:
+                self._client.readline(form="chunk end")
+        while left is None and self._client.readline(form="trailer") != b"\r\n":
+            pass
         self._body_left = 0
         return bytes(body)
 
     def _send(self, status: int, headers: Mapping[str, str], body: Json | bytes | None) -> None:
         """Send a response, or its head alone where `body` is None: HTTP chunks follow."""
-        self._status = status
-        is_old = self.request_version == "HTTP/1.0"
+        self._status, is_old = status, self.request_version == "HTTP/1.0"
         self.close_connection |= self._body_left != 0 or self.server.stopping or is_old
         if isinstance(body, dict):
             headers = {**headers, "Content-Type": "application/json"}
             body = json.dumps(body).encode() + b"\n"
         head = {"Server": "opencode_proxy/" + __version__, "Date": self.date_time_string(),
-                "X-Request-Id": self._request_id, "Vary": "Origin",
+                "X-Request-Id": self._request_id, "Access-Control-Allow-Origin": self._origin,
                 "Access-Control-Expose-Headers": "X-Request-Id, Retry-After",
-                "Access-Control-Allow-Origin": self._origin,
-                "Connection": "close" if self.close_connection else "",
+                "Vary": "Origin", "Connection": "close" if self.close_connection else "",
                 "Content-Length": str(len(body)) if body is not None and status != 204 else "",
                 "Transfer-Encoding": "chunked" if body is None and not is_old else "", **headers}
         self.send_response_only(status)
-        for name, value in head.items():
-            if value:
-                self.send_header(name, re.sub(r"[^\x20-\x7e]", "", value))
+        for name, value in filter(all, head.items()):
+            self.send_header(name, re.sub(r"[^\x20-\x7e]", "", value))
         self.end_headers()
         if body and self.command != "HEAD":
             self._client.write(body)
@@ -2222,8 +2236,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self._facts["error"] = json.dumps(printable(cause))
         if error.status >= 500 and "model" in self._facts:
             self.server.pool.last_error = error.message
-        is_anthropic = "/messages" in self._route
-        body = {"type": "error", **error.body()} if is_anthropic else error.body()
+        body = {"type": "error", **error.body()} if "/messages" in self._route else error.body()
         try:
             if not self._status:
                 self._send(error.status, error.headers, body)
@@ -2232,12 +2245,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             else:  # passed through: it must not look complete
                 self.close_connection = True
             if self._body_left != 0:  # closing at once would reset the refusal away
-                self._client.deadline = time.monotonic() + DRAIN_SECONDS
+                self._client.deadline, left = time.monotonic() + DRAIN_SECONDS, MAX_DRAIN_BYTES
                 self.request.shutdown(socket.SHUT_WR)
-                left = MAX_DRAIN_BYTES
                 while left > 0:
                     left -= len(self._client.read_some(left))
-        except (ClientDisconnected, OSError):
+        except (APIError, ClientDisconnected, OSError):
             self.close_connection = True
 
     def _write(self, data: bytes, is_last: bool = False) -> None:
@@ -2275,13 +2287,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self._facts["asked"] = printable(request.model).replace(" ", "?")
         answer = Answer(request, model)
         self._stream = answer if request.stream else None
-        with contextlib.closing(self.server.pool.run(request, model)) as events:
-            for event in events:
-                if event is None:
-                    self._look_around()
-                else:
-                    self._facts.setdefault("first", time.monotonic() - self._started)
-                    self._write(answer.take(*event))
+        self._await(self.server.pool.run(request, model),
+                    lambda event: self._write(answer.take(*event)))
         self._facts.update({"in": answer.usage["prompt_tokens"],
                             "out": answer.usage["completion_tokens"]})
         if self._stream is None:
@@ -2295,40 +2302,37 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         request = parse_native_request(self._read_body(), wire_format, headers)
         model = self._await(self.server.pool.ready()).resolve(request.model, exact=True)
         self._facts["model"] = model.name
-        steps: Any = self.server.pool.run(request, model, NativeExchange)
-        with contextlib.closing(steps) as events:
-            for event in events:
-                if event is None:
-                    self._look_around()
-                elif event[1].status:
-                    self._send(event[1].status, event[1].headers, None)
-                    if event[1].status >= 400:
-                        self._facts["error"] = '"refused by the provider"'
-                else:
-                    self._facts.setdefault("first", time.monotonic() - self._started)
-                    self._write(event[1].text.encode("utf-8", "surrogatepass"))
+
+        def relay(event: Any) -> None:
+            if event[1].status:
+                self._send(event[1].status, event[1].headers, None)
+                if event[1].status >= 400:
+                    self._facts["error"] = '"refused by the provider"'
+            else:
+                self._write(event[1].text.encode("utf-8", "surrogatepass"))
+
+        self._await(self.server.pool.run(request, model, NativeExchange), relay)
         self._write(b"", is_last=True)
 
-    def _await(self, steps: Generator[None, None, Any]) -> Any:
+    def _await(self, steps: Generator[Any, None, Any], take: Any = None) -> Any:
+        """Drive `steps` to what they return, while somebody waits for it; `take` their events."""
         with contextlib.closing(steps):
-            try:
-                while True:
-                    next(steps)
-                    self._look_around()
-            except StopIteration as end:
-                return end.value
-
-    def _look_around(self) -> None:
-        """Raise where nobody waits for the answer any more; keep a silent stream alive."""
-        if not self._client.is_open():
-            raise ClientDisconnected("the client hung up")
-        if self.server.pool.closing.is_set():
-            raise shutting_down()
-        if self._stream is not None and time.monotonic() - self._last_write >= PING_SECONDS:
-            self._write(SSE_PING)
+            while True:
+                try:
+                    event = next(steps)
+                except StopIteration as end:
+                    return end.value
+                if event is not None:
+                    self._facts.setdefault("first", f"{time.monotonic() - self._started:.3f}")
+                    take(event)
+                elif not self._client.is_open():
+                    raise ClientDisconnected("the client hung up")
+                elif self.server.pool.closing.is_set():
+                    raise shutting_down()
+                elif self._stream and time.monotonic() - self._last_write >= PING_SECONDS:
+                    self._write(SSE_PING)
 
 def printable(text: str) -> str:
-    """Return `text` on one line of at most 200 printable ASCII characters."""
     return re.sub(r"[^\x20-\x7e]", "?", text)[:200]
 
 def log(text: str) -> None:
@@ -2343,11 +2347,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     server_bind = socketserver.TCPServer.server_bind  # HTTPServer's looks the host's name up
 
     def __init__(self, settings: argparse.Namespace, pool: Pool) -> None:
-        self.settings, self.pool = settings, pool
-        self.created = int(time.time())
-        self.stopping = False  # a connection ends with its answer
-        self._lock = threading.Lock()  # protects _held
-        # of each connection the bytes of its request, None while it is idle, longest idle first
+        self.settings, self.pool, self.created = settings, pool, int(time.time())
+        self._lock, self.stopping = threading.Lock(), False
+        # Under the lock: the bytes of each connection's request; None: idle, the longest idle first
         self._held: dict[socket.socket, int | None] = {}
         files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         files = max(files, min(hard, 10240))  # as many as macOS allows
@@ -2357,10 +2359,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         super().__init__((settings.host, settings.port), ProxyHandler)
         self.server_port = self.server_address[1]
         self.on_loopback = re.match(r"127\.|::1$", str(self.server_address[0])) is not None
-
-    def base_url(self) -> str:
-        host = "localhost" if self.settings.host in ("0.0.0.0", "::", "") else self.settings.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/v1"
+        host = "localhost" if settings.host in ("0.0.0.0", "::", "") else settings.host
+        self.base_url = f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/v1"
 
     def hold(self, connection: socket.socket, size: int | None) -> None:
         """Count bytes of a request; None: there is none, the connection may be ended."""
@@ -2373,7 +2373,6 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                                code="too_busy", headers={"Retry-After": str(QUEUE_RETRY_SECONDS)})
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Take a new connection, where all are taken in the place of an idle one."""
         if len(self._held) >= self._most and not self._end_idle(1):
             return False
         self.hold(request, None)
@@ -2385,6 +2384,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def _end_idle(self, most: int) -> int:
+        """End connections, the longest idle first; return how many."""
         with self._lock:
             idle = [connection for connection, held in self._held.items() if held is None][:most]
             for connection in idle:
@@ -2432,7 +2432,6 @@ OPTIONS: list[tuple[str, Any, Sequence[float], str, str]] = [
     ("grace", 10.0, (0, 86400), "SECONDS", "time for running answers when stopping")]
 
 def variable(name: str) -> str | None:
-    """Return what the environment says about an option, None where it is not set."""
     return os.environ.get("OPENCODE_PROXY_" + name.upper().replace("-", "_"))
 
 def build_parser() -> argparse.ArgumentParser:
@@ -2458,14 +2457,13 @@ def read_settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the settings of the command line and the environment; end with code 2 if wrong."""
     parser = build_parser()
     settings = parser.parse_args(argv)
-    values = vars(settings)
     for name, default, bounds, *_ in OPTIONS:
-        value = values[name.replace("-", "_")]
+        value = getattr(settings, name.replace("-", "_"))
         if bounds and not bounds[0] <= value <= bounds[1]:  # also where it is not a number
             parser.error(f"argument --{name}: {value} is not from {bounds[0]:g} to {bounds[1]:g}")
         if value is None and isinstance(default, list):
             text = variable(name)
-            values[name.replace("-", "_")] = [] if text is None else text.split() or [""]
+            vars(settings)[name.replace("-", "_")] = [] if text is None else text.split() or [""]
     if settings.model and not all(settings.model.partition("/")):
         parser.error(f"argument --model: {settings.model} is not of the form provider/model")
     path = variable("api-key-file") if settings.api_key_file is None else settings.api_key_file
@@ -2488,28 +2486,25 @@ SYSTEM_SERVICE = """PrivateTmp=yes PrivateDevices=yes ProtectSystem=strict Prote
     ProtectKernelModules=yes ProtectKernelTunables=yes ProtectProc=invisible RestrictNamespaces=yes
     CapabilityBoundingSet= SystemCallFilter=@system-service SystemCallErrorNumber=EPERM"""
 
-def unit_word(text: str) -> str:
-    """Return `text` as one word of a systemd unit (systemd.syntax(7))."""
-    text = text.replace("%", "%%")
-    return text if re.fullmatch(r"[\w@%$/.:+,=-]+", text) else json.dumps(text, ensure_ascii=False)
-
 def systemd_unit(kind: str, opencode: str) -> str:
     """Return a systemd unit, `kind` "user" or "system", for this copy of the program."""
-    # Only in arguments a $ means a variable (systemd.service(5)).
-    words = [os.path.abspath(__file__), "--opencode", opencode]
+    def quoted(text: str) -> str:  # systemd.syntax(7)
+        is_plain = re.fullmatch(r"[\w@%$/.:+,=-]+", text)
+        return (text if is_plain else json.dumps(text, ensure_ascii=False)).replace("%", "%%")
+
+    words = [os.path.abspath(__file__), "--opencode", opencode]  # in these a $ means a variable
     words = [sys.executable, *(word.replace("$", "$$") for word in words)]
     unit = ["Description=OpenAI's chat completions API for the models of opencode"]
     service, folder, target = SERVICE.split(), "%h/.config", "default.target"
     if kind == "system":
         unit += ["After=network-online.target", "Wants=network-online.target"]
-        user = os.environ.get("USER") or os.environ.get("LOGNAME") or "root"
-        home = unit_word("HOME=" + os.path.expanduser("~"))
-        data = unit_word(f"-{user_folder('XDG_DATA_HOME', '~/.local/share')}")
-        service += [f"User={user}", f"Environment={home}", f"ReadWritePaths={data}"]
-        service += SYSTEM_SERVICE.split()
         folder, target = "/etc", "multi-user.target"
+        user = os.environ.get("USER") or os.environ.get("LOGNAME") or "root"
+        data = f"-{user_folder('XDG_DATA_HOME', '~/.local/share')}"
+        service += [f"User={user}", "Environment=" + quoted("HOME=" + os.path.expanduser("~")),
+                    "ReadWritePaths=" + quoted(data), *SYSTEM_SERVICE.split()]
     service += ["RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK",
-                "ExecStart=" + " ".join(map(unit_word, words)),
+                "ExecStart=" + " ".join(map(quoted, words)),
                 "# settings, and the key as OPENCODE_PROXY_API_KEY=...; for its owner's eyes only",
                 f"EnvironmentFile=-{folder}/opencode_proxy.env"]
     return "\n".join(["[Unit]", *unit, "", "[Service]", *service, "",
@@ -2522,26 +2517,36 @@ def notify(state: str) -> None:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
             out.sendto(state.encode(), path)
 
-def announce(server: ProxyServer) -> None:
-    """Tell the log what runs and what is worth a warning, and systemd that it does."""
-    settings, health = server.settings, server.pool.health()
-    version, model = health["opencode"] or "(not logged in)", health["model"]
-    log(f"opencode_proxy {__version__} with opencode {version}, model {model}")
-    log(f"base URL for apps: {server.base_url()}")
-    if not settings.model and model != DEFAULT_MODEL:
-        instead = f"{model} answers instead; choose with --model"
-        log(f"warning: {DEFAULT_MODEL} is not offered, {instead}")
-    if health["reason"]:
-        log(f"warning: {health['reason']}")
-    if not settings.api_key and not server.on_loopback:
-        log("warning: whoever reaches this port can use your models; "
-            "set --api-key or --host 127.0.0.1")
-    notify("READY=1")
+def prove(server: ProxyServer, waker: socket.socket, failures: list[Exception]) -> None:
+    """Prove that opencode works; tell the log what runs and what is worth a warning."""
+    try:
+        server.pool.prove()
+        if server.stopping:
+            return
+        health = server.pool.health()
+        version, model = health["opencode"] or "(not logged in)", health["model"]
+        log(f"opencode_proxy {__version__} with opencode {version}, model {model}")
+        log(f"base URL for apps: {server.base_url}")
+        if not server.settings.model and model != DEFAULT_MODEL:
+            log(f"warning: {DEFAULT_MODEL} is not offered, "
+                f"{model} answers instead; choose with --model")
+        if health["reason"]:
+            log(f"warning: {health['reason']}")
+        if not server.settings.api_key and not server.on_loopback:
+            log("warning: whoever reaches this port can use your models; "
+                "set --api-key or --host 127.0.0.1")
+        notify("READY=1")
+    except Exception as error:  # also a defect: a proxy that never gets ready helps nobody
+        failures.append(error)
+        waker.send(b"!")
 
 def serve(settings: argparse.Namespace) -> None:
     """Run the server until a signal tells it to stop; raise StartError where it cannot start."""
+    def trace(arrow: str, message: Json, size: int) -> None:  # contents are nobody's business
+        log(f"{arrow} {message.get('method', 'reply')} {size} bytes")
+
     opencode = Opencode(find_opencode(settings.opencode), settings.model)
-    pool = Pool(opencode, settings)
+    pool = Pool(opencode, settings, trace if settings.verbose else None)
     try:
         server = ProxyServer(settings, pool)
     except (OSError, UnicodeError) as error:
@@ -2550,19 +2555,15 @@ def serve(settings: argparse.Namespace) -> None:
         raise StartError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from None
     failures: list[Exception] = []
     waker, wakened = socket.socketpair()
-
-    def prove() -> None:
-        try:
-            pool.prove()
-            if not server.stopping:
-                announce(server)
-        except Exception as error:  # also a defect: a proxy that never gets ready helps nobody
-            failures.append(error)
-            waker.send(b"!")
-
     with waker, wakened:
-        catch_signals(waker)
-        threads = [threading.Thread(target=target) for target in (server.serve_forever, prove)]
+        # The interpreter writes to it: a handler could want a lock that what it interrupts holds.
+        waker.setblocking(False)
+        signal.set_wakeup_fd(waker.fileno())
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # for nohup
+                signal.signal(number, lambda *_: None)
+        threads = [threading.Thread(target=server.serve_forever),
+                   threading.Thread(target=prove, args=(server, waker, failures))]
         for thread in threads:
             thread.start()
         failed = wakened.recv(1) == b"!"
@@ -2574,17 +2575,8 @@ def serve(settings: argparse.Namespace) -> None:
     if failed:
         raise failures[0]
 
-def catch_signals(waker: socket.socket) -> None:
-    """Let each signal to stop write a byte to `waker`, and none end the process."""
-    # The interpreter writes it: a handler could want a lock that the code it interrupts holds.
-    waker.setblocking(False)
-    signal.set_wakeup_fd(waker.fileno())
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
-            signal.signal(number, lambda *_: None)
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and serve; return the exit code."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and serve; end with code 1 where that cannot start."""
     settings = read_settings(argv)
     try:
         if settings.systemd_unit:
@@ -2592,9 +2584,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             serve(settings)
     except StartError as error:
-        print(f"opencode_proxy: {error}", file=sys.stderr)
-        return 1
-    return 0
+        raise SystemExit(f"opencode_proxy: {error}") from None
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

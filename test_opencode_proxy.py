@@ -1,16 +1,12 @@
 """Tests of opencode_proxy, in the program's order. Run with `python3 -m unittest` in this folder.
 
-Tables test pure functions. FakeCase has a fake opencode: faults and load. RealCase has the real one
-and a model's provider on loopback, Upstream, or Services: a login as it really is, with TLS,
-GitHub's live list of models, ChatGPT, and what they refuse. Where the real opencode or a client's
+Tables test pure functions. FakeCase has a fake opencode, RealCase the real one, and on loopback a
+provider, Upstream, or Services: a login as it really is. Where the real opencode or a client's
 library is missing, tests are skipped, or fail with OPENCODE_PROXY_TEST_ALL=1.
 """
-from __future__ import annotations
-
 import asyncio
 import concurrent.futures
 import contextlib
-import http.client
 import http.server
 import json
 import os
@@ -27,7 +23,6 @@ import tempfile
 import threading
 import time
 import tracemalloc
-import unittest
 import unittest.mock
 
 import opencode_proxy as proxy
@@ -35,16 +30,13 @@ import opencode_proxy as proxy
 HERE = pathlib.Path(__file__).resolve().parent
 DEADLINE = 120.0  # for what must happen; long, because machines are slow when they are busy
 SOON = 30.0  # the same where a time-out of the program would end it too, later
-ALL = os.environ.get("OPENCODE_PROXY_TEST_ALL") == "1"
 
 def eventually(condition, seconds=DEADLINE):
     """Return the first true value of `condition()`, or its last one after `seconds`."""
     deadline = time.monotonic() + seconds
-    while True:
-        value = condition()
-        if value or time.monotonic() > deadline:
-            return value
+    while not (value := condition()) and time.monotonic() < deadline:
         time.sleep(0.02)
+    return value
 
 def at_once(call, items):
     """Return [call(item) for item in items], called at the same time."""
@@ -53,14 +45,12 @@ def at_once(call, items):
 
 def missing(what):
     """Skip a test for want of `what`, or fail it where everything must be there."""
-    if ALL:
-        raise AssertionError(what + " is missing, and OPENCODE_PROXY_TEST_ALL=1")
-    raise unittest.SkipTest(what + " is missing")
+    everything = os.environ.get("OPENCODE_PROXY_TEST_ALL") == "1"
+    raise (AssertionError if everything else unittest.SkipTest)(what + " is missing")
 
 # ------------------------------------------------------------------------- a provider on loopback
-CHAT = "github-copilot/gpt-5-mini"
-RESPONSES = "github-copilot/gpt-5.4-mini"
-MESSAGES = "github-copilot/claude-sonnet-4.6"
+CHAT, RESPONSES, MESSAGES = (
+    "github-copilot/" + name for name in ("gpt-5-mini", "gpt-5.4-mini", "claude-sonnet-4.6"))
 FORMATS = {"chat/completions": CHAT, "responses": RESPONSES, "messages": MESSAGES}
 OAUTH = {"type": "oauth", "refresh": "gho_x", "access": "gho_x", "expires": 0}
 
@@ -69,26 +59,23 @@ class Upstream(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, handler=None):
-        self.exchanges = []
-        self.respond = answer_text
-        super().__init__(("127.0.0.1", 0), handler or Exchange)
+    def __init__(self):
+        self.exchanges, self.respond = [], answer_text
+        self.handle_error = lambda *arguments: None
+        super().__init__(("127.0.0.1", 0), Exchange)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.thread = threading.Thread(target=self.serve_forever, args=(0.05,))
         self.thread.start()
 
     def login(self):
         """Return what leads to this provider: auth.json, opencode.json, environment variables."""
-        claude = {"provider": {"npm": "@ai-sdk/anthropic"}}
-        copilot = {"options": {"baseURL": self.url},
-                   "models": {"claude-sonnet-4.6": claude, "claude-3-5-sonnet": claude}}
+        claude = {"claude-sonnet-4.6": {"provider": {"npm": "@ai-sdk/anthropic"}}}
+        copilot = {"models": claude, "options": {
+            "baseURL": self.url, "headerTimeout": 1000, "chunkTimeout": 1000}}
         own = {"options": {"baseURL": self.url + "/v1", "apiKey": "k"}, "models": {"m": {}}}
         providers = {"github-copilot": copilot, "other": {"npm": "@ai-sdk/google", **own},
                      "local": {"npm": "@ai-sdk/openai-compatible", **own}}
         return {"github-copilot": OAUTH}, {"provider": providers}, {}
-
-    def handle_error(self, request, client_address):
-        pass
 
     def close(self):
         self.shutdown()
@@ -96,44 +83,50 @@ class Upstream(http.server.ThreadingHTTPServer):
         self.server_close()
 
 class Exchange(http.server.BaseHTTPRequestHandler):
-    """One request to the provider: `host`, `path`, `headers`, `raw`, `body`, `format`."""
+    """One request, over TLS to a `host` or not: its `path`, `headers`, `raw`, `body`, `format`."""
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    host = ""
+    host, log_message = "", unittest.mock.Mock()
 
     def finish(self):
         if not self.wfile.closed:
             super().finish()
+        self.request.close()
+
+    def do_CONNECT(self):
+        self.host = self.path.partition(":")[0]
+        self.server.hosts.append(self.host)
+        known = self.host in (COPILOT, CHATGPT)
+        self.send_response(200 if known else 502)
+        self.end_headers()
+        if known:
+            self.request = self.server.context.wrap_socket(self.request, server_side=True)
+            self.setup()
+
+    def do_GET(self):  # opencode looks for a list of models at some providers
+        listed = (self.host, self.path) == (COPILOT, "/models")
+        failing(*((200, {"data": [*map(offer, OFFERS)]}) if listed else (404, "")))(self)
 
     def do_POST(self):
         self.raw = self.rfile.read(int(self.headers["Content-Length"]))
         self.body = json.loads(self.raw)
-        path = self.path.partition("?")[0]
-        self.format = next((name for name in FORMATS if path.endswith("/" + name)), path)
+        self.format = next((name for name in FORMATS if f"/{name}?" in self.path + "?"), self.path)
         self.closed_by_client = threading.Event()
         self.server.exchanges.append(self)
-        self.answer()
-
-    def answer(self):
-        self.server.respond(self)
-
-    def do_GET(self):  # opencode looks for a list of models at some providers
-        self.send_error(404)
-
-    def log_message(self, *args):
-        pass
+        service = {COPILOT: self.format, CHATGPT: CHATGPT}.get(self.host)
+        broken = [text for asked, breaks, text in RULES if asked == service and breaks(self.body)]
+        respond = failing(400, {"error": {"message": broken[0]}}) if broken else self.server.respond
+        respond(self)
 
     def begin(self, status=200, content_type="text/event-stream", **headers):
         self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        for name, value in {**headers, "Connection": "close"}.items():
+        for name, value in {"Content-Type": content_type, "Connection": "close", **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
 
     def send(self, *events):
         for event in events:
-            named = isinstance(event, dict) and "type" in event
-            name = f"event: {event['type']}\n" if named else ""
+            name = f"event: {event['type']}\n" if "type" in event else ""
             data = event if isinstance(event, str) else json.dumps(event)
             self.wfile.write(f"{name}data: {data}\n\n".encode())
 
@@ -157,70 +150,58 @@ USAGE = {"prompt_tokens": 11, "completion_tokens": 20, "total_tokens": 31,
 
 def chat_chunk(delta, finish=None, **more):
     choice = {"index": 0, "delta": delta, "finish_reason": finish}
-    return {"id": "up", "object": "chat.completion.chunk", "created": 1, "model": "m",
-            "choices": [choice], **more}
+    return {"id": "up", "object": "chat.completion.chunk", "choices": [choice], **more}
 
 # An answer as events of each wire format: `parts` are ("text", text), ("thought", text) or
 # ("call", id, name, pieces of the arguments).
 
 def chat_stream(parts, finish="stop"):
-    deltas = [{"role": "assistant", "content": ""}]
-    calls = 0
+    deltas, calls = [{"role": "assistant", "content": ""}], 0
     for kind, text, *call in parts:
-        if kind == "call":
-            function = {"name": call[0], "arguments": ""}
+        if call:
+            first = {"id": text, "type": "function", "function": {"name": call[0], "arguments": ""}}
+            more = [{"function": {"arguments": piece}} for piece in call[1]]
+            deltas += [{"tool_calls": [{"index": calls, **delta}]} for delta in (first, *more)]
             calls += 1
-            first = {"index": calls - 1, "id": text, "type": "function", "function": function}
-            more = [{"index": calls - 1, "function": {"arguments": piece}} for piece in call[1]]
-            deltas += [{"tool_calls": [delta]} for delta in (first, *more)]
         else:
             deltas.append({"content" if kind == "text" else "reasoning_content": text})
     chunks = [chat_chunk(delta) for delta in deltas]
     return [*chunks, chat_chunk({}, finish), chat_chunk({}, choices=[], usage=USAGE), "[DONE]"]
 
 def responses_stream(parts, finish="stop"):
-    events = [("created", {"response": {"id": "r", "created_at": 1, "model": "m"}})]
+    kinds = {"text": ({"type": "message", "role": "assistant", "content": []}, "output_text"),
+             "thought": ({"type": "reasoning", "summary": []}, "reasoning_summary_text"),
+             "call": ({"type": "function_call", "arguments": ""}, "function_call_arguments")}
+    steps = [("created", {"response": {"id": "r", "created_at": 1, "model": "m"}})]
     for index, (kind, text, *call) in enumerate(parts):
-        item, done = {"type": "message", "role": "assistant", "content": []}, {}
-        steps = [("output_text.delta", {"content_index": 0, "delta": text})]
-        if kind == "thought":
-            item = {"type": "reasoning", "summary": []}
-            steps = [("reasoning_summary_part.added", {"summary_index": 0}),
-                     ("reasoning_summary_text.delta", {"summary_index": 0, "delta": text})]
-        elif kind == "call":
-            item = {"type": "function_call", "call_id": text, "name": call[0], "arguments": ""}
-            steps = [("function_call_arguments.delta", {"delta": piece}) for piece in call[1]]
-            done = {"arguments": "".join(call[1]), "status": "completed"}
-        item["id"] = f"i{index}"
-        steps = [("output_item.added", {"item": item}), *steps,
-                 ("output_item.done", {"item": {**item, **done}})]
-        place = {"output_index": index, "item_id": item["id"]}
-        events += [(step, {**place, **more}) for step, more in steps]
+        item, name = {"id": f"i{index}", **kinds[kind][0]}, kinds[kind][1]
+        item.update({"call_id": text, "name": call[0]} if call else {})
+        done = {**item, "arguments": "".join(call[1])} if call else item
+        pieces = [(name + ".delta", {"delta": piece}) for piece in (call[1] if call else [text])]
+        steps += [(step, {"output_index": index, "item_id": item["id"], **more}) for step, more in (
+            ("output_item.added", {"item": item}), *pieces, ("output_item.done", {"item": done}))]
     response = {"id": "r", "usage": {
         "input_tokens": 11, "input_tokens_details": {"cached_tokens": 4}, "output_tokens": 20,
         "output_tokens_details": {"reasoning_tokens": 7}, "total_tokens": 31}}
     reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(finish)
-    if reason:
-        response["incomplete_details"] = {"reason": reason}
-    events.append(("incomplete" if reason else "completed", {"response": response}))
-    return [{"type": "response." + step, **more} for step, more in events]
+    response.update({"incomplete_details": {"reason": reason}} if reason else {})
+    steps.append(("incomplete" if reason else "completed", {"response": response}))
+    return [{"type": "response." + step, **more} for step, more in steps]
 
 def messages_stream(parts, finish="stop"):
+    kinds = {"text": ({"type": "text", "text": ""}, "text_delta", "text"),
+             "thought": ({"type": "thinking", "thinking": ""}, "thinking_delta", "thinking"),
+             "call": ({"type": "tool_use", "input": {}}, "input_json_delta", "partial_json")}
     message = {"id": "m", "type": "message", "role": "assistant", "model": "m", "content": [],
                "usage": {"input_tokens": 7, "cache_read_input_tokens": 4, "output_tokens": 1}}
     events = [{"type": "message_start", "message": message}]
     for index, (kind, text, *call) in enumerate(parts):
-        block, delta, pieces = {"type": "text", "text": ""}, ("text_delta", "text"), [text]
-        if kind == "thought":
-            block, delta = {"type": "thinking", "thinking": ""}, ("thinking_delta", "thinking")
-        elif kind == "call":
-            block = {"type": "tool_use", "id": text, "name": call[0], "input": {}}
-            delta, pieces = ("input_json_delta", "partial_json"), call[1]
-        steps = [{"type": "start", "content_block": block}, *[
-            {"type": "delta", "delta": {"type": delta[0], delta[1]: piece}} for piece in pieces],
-            {"type": "stop"}]
-        events += [{**step, "type": "content_block_" + step["type"], "index": index}
-                   for step in steps]
+        block, name, key = kinds[kind]
+        block = {**block, "id": text, "name": call[0]} if call else block
+        deltas = [{"type": name, key: piece} for piece in (call[1] if call else [text])]
+        events += [{"type": "content_block_" + step, "index": index, **more} for step, more in (
+            ("start", {"content_block": block}), *[("delta", {"delta": delta}) for delta in deltas],
+            ("stop", {}))]
     reason = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use",
               "content_filter": "refusal"}[finish]
     return [*events, {"type": "message_delta", "delta": {"stop_reason": reason},
@@ -230,10 +211,7 @@ STREAMS = {"chat/completions": chat_stream, "responses": responses_stream,
            "messages": messages_stream}
 
 def answering(*parts, finish="stop"):
-    """Return a `respond` that streams an answer of `parts` in the format that it is asked in.
-
-    On /chat/completions it tells the usage only where it is asked to, as providers do.
-    """
+    """Return a `respond` that streams `parts`, in the format asked in, with usage if asked for."""
     def respond(exchange):
         events = STREAMS[exchange.format](parts, finish)
         asked = (exchange.body.get("stream_options") or {}).get("include_usage")
@@ -275,92 +253,43 @@ OFFERS = (("gpt-5-mini", "/chat/completions /responses", 64000, "low medium high
           ("gemini-2.5-pro", "/chat/completions", 64000, ""))
 LIVE = {"chat/completions": "github-copilot/gemini-2.5-pro", "responses": CHAT,
         "messages": MESSAGES, "chatgpt": "openai/gpt-5.4"}
+LIMITS = {name: limit for name, _, limit, _ in OFFERS}
+CHATGPT_REFUSES = {"max_output_tokens", "temperature", "top_p", "user", "metadata"}
+# What the services refuse: ChatGPT or a format of GitHub's, whether it does, what it says then.
+RULES = ((CHATGPT, lambda body: not body.get("instructions"), "Instructions are required"),
+         (CHATGPT, lambda body: body.get("store") is not False, "Store must be set to false"),
+         (CHATGPT, lambda body: CHATGPT_REFUSES & body.keys(), "Unsupported parameter"),
+         ("responses", lambda body: body.get("max_output_tokens", 16) < 16, "max: below 16"),
+         ("messages", lambda body: body["max_tokens"] > LIMITS[body["model"]], "max_tokens"),
+         ("messages", lambda body: {"temperature", "top_p"} <= body.keys(), "not both"))
 
-class Services(Upstream):
-    """A CONNECT proxy that answers, over TLS, as the services that a login leads to.
-
-    `hosts` are the names that were asked for, those that it refuses included. `respond` answers
-    what the real services would not refuse.
-    """
-    def __init__(self):
-        self.hosts = []
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        with tempfile.NamedTemporaryFile("w") as file:
-            file.write(KEY_PAIR)
-            file.flush()
-            self.context.load_cert_chain(file.name)
-        super().__init__(Tunnel)
-
-    def login(self):
-        chatgpt = {**OAUTH, "access": "a.b.c", "expires": 99999999999999, "accountId": "account"}
-        return {"github-copilot": OAUTH, "openai": chatgpt}, {}, {
-            "HTTPS_PROXY": self.url, "NO_PROXY": "127.0.0.1,localhost",
-            "NODE_TLS_REJECT_UNAUTHORIZED": "0"}
-
-class Tunnel(Exchange):
-    """A connection to one of the services."""
-    def do_CONNECT(self):
-        self.host = self.path.partition(":")[0]
-        self.server.hosts.append(self.host)
-        if self.host not in (COPILOT, CHATGPT):
-            self.send_error(502)
-            return
-        self.send_response(200)
-        self.end_headers()
-        self.request = self.server.context.wrap_socket(self.request, server_side=True)
-        self.setup()
-
-    def finish(self):
-        super().finish()
-        self.request.close()
-
-    def do_GET(self):
-        if (self.host, self.path) == (COPILOT, "/models"):
-            failing(200, {"data": [offer(*row) for row in OFFERS]})(self)
-        else:
-            self.send_error(404)
-
-    def answer(self):
-        reasons = [text for refused, text in self.rules() if refused]
-        if not reasons:
-            super().answer()
-        elif self.host == CHATGPT:
-            failing(400, {"detail": reasons[0]})(self)
-        else:
-            failing(400, {"error": {"message": reasons[0], "code": "invalid_request_body"}})(self)
-
-    def rules(self):
-        """Yield whether the request breaks a rule of the service, and what is said then."""
-        body = self.body
-        if self.host == CHATGPT:
-            yield not body.get("instructions"), "Instructions are required"
-            yield body.get("store") is not False, "Store must be set to false"
-            for name in ("max_output_tokens", "temperature", "top_p", "user", "metadata",
-                         "safety_identifier"):
-                yield name in body, "Unsupported parameter: " + name
-        elif self.format == "responses":
-            yield body.get("max_output_tokens", 16) < 16, "max_output_tokens: below 16"
-        elif self.format == "messages":
-            limits = {name: limit for name, _, limit, _ in OFFERS}
-            yield body["max_tokens"] > limits[body["model"]], "max_tokens: too many"
-            yield "temperature" in body and "top_p" in body, "not both temperature and top_p"
-            blank = [stop for stop in body.get("stop_sequences", ()) if not stop.strip()]
-            yield blank, "stop_sequences: white space alone"
-        else:
-            newer = body["model"].startswith("gpt-5")
-            yield newer and "max_tokens" in body, "max_tokens: use max_completion_tokens"
-
-def offer(name, endpoints, limit, efforts):
+def offer(row):
     """Return a model as GitHub lists it."""
-    supports = {"streaming": True, "tool_calls": True, "vision": True, "parallel_tool_calls": True}
-    if efforts:
-        supports["reasoning_effort"] = efforts.split()
+    name, endpoints, limit, efforts = row
+    supports = {"streaming": True, "tool_calls": True, "vision": True, "parallel_tool_calls": True,
+                **({"reasoning_effort": efforts.split()} if efforts else {})}
     limits = {"max_context_window_tokens": 200000, "max_prompt_tokens": 128000,
               "max_output_tokens": limit}
     return {"id": name, "name": name, "version": name, "object": "model", "vendor": "any",
             "model_picker_enabled": True, "policy": {"state": "enabled"},
             "supported_endpoints": endpoints.split(), "capabilities": {
                 "type": "chat", "family": name, "limits": limits, "supports": supports}}
+
+class Services(Upstream):
+    """A CONNECT proxy to the services that a login leads to; `hosts` are what was asked for."""
+    def __init__(self):
+        self.hosts, self.context = [], ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        with tempfile.NamedTemporaryFile("w") as file:
+            file.write(KEY_PAIR)
+            file.flush()
+            self.context.load_cert_chain(file.name)
+        super().__init__()
+
+    def login(self):
+        chatgpt = {**OAUTH, "access": "a.b.c", "expires": 99999999999999, "accountId": "account"}
+        return {"github-copilot": OAUTH, "openai": chatgpt}, {}, {
+            "HTTPS_PROXY": self.url, "NO_PROXY": "127.0.0.1,localhost",
+            "NODE_TLS_REJECT_UNAUTHORIZED": "0"}
 
 # ---------------------------------------------------------------------------------------- proxies
 def settings(**changes):
@@ -370,7 +299,6 @@ def settings(**changes):
     return values
 
 def chat_body(content="hi", **fields):
-    """Return a chat request's JSON."""
     return json.dumps({"messages": [{"role": "user", "content": content}], **fields}).encode()
 
 class Client:
@@ -382,8 +310,8 @@ class Client:
         """Return (status, headers, body) of one request on a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE)
         with contextlib.closing(connection):
-            data = json.dumps(body) if isinstance(body, (dict, list)) else body
-            connection.request(method, path, data, headers or {})
+            body = json.dumps(body) if isinstance(body, (dict, list)) else body
+            connection.request(method, path, body, headers or {})
             response = connection.getresponse()
             return response.status, response.headers, response.read()
 
@@ -424,13 +352,10 @@ class Client:
 
 class Running(Client):
     """A proxy in this process, proven."""
-    closed = False
-
     def __init__(self, opencode_path, **changes):
-        self.settings = settings(**changes)
-        opencode = proxy.Opencode(opencode_path, self.settings.model)
-        self.pool = proxy.Pool(opencode, self.settings)
-        self.server = proxy.ProxyServer(self.settings, self.pool)
+        values = settings(**changes)
+        self.pool = proxy.Pool(proxy.Opencode(opencode_path, values.model), values, None)
+        self.server = proxy.ProxyServer(values, self.pool)
         super().__init__(self.server.server_port)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
         self.thread.start()
@@ -440,10 +365,9 @@ class Running(Client):
             self.close()
             raise
 
-    def close(self, grace=0.0):
-        if not self.closed:
-            self.closed = True
-            self.server.stop(grace, time.sleep)
+    def close(self):
+        if self.thread.is_alive():
+            self.server.stop(0, time.sleep)
             self.thread.join()
 
 def sse_events(data):
@@ -458,17 +382,16 @@ def sse_events(data):
 
 def deltas_of(events):
     """Return the deltas of the chunks among `events`."""
-    chunks = [event for event in events if event != "[DONE]"]
-    return [choice["delta"] for chunk in chunks for choice in chunk.get("choices", ())]
+    return [choice["delta"] for event in events if event != "[DONE]"
+            for choice in event.get("choices", ())]
 
 def children(parent=None):
     """Return [pid, state, command] of each descendant of this process, or of `parent`."""
     command = ["ps", "-eo", "pid=,ppid=,stat=,args="]
     output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.decode()
     rows = [line.split(None, 3) for line in output.splitlines()]
-    family, size = {str(parent or os.getpid())}, 0
-    while size != len(family):
-        size = len(family)
+    family = {str(parent or os.getpid())}
+    for _ in range(9):  # generations
         family.update(row[0] for row in rows if row[1] in family)
     return [[int(pid), state, args] for pid, above, state, args in rows
             if above in family and args != " ".join(command)]
@@ -483,7 +406,6 @@ def clean_environment():
     foreign = re.compile(r"XDG_.*_HOME|OPENCODE.*|FAKE_MODE|.*_API_KEY|(?i:.*_proxy)")
     return {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
 
-# ------------------------------------------------------------------------------ the real opencode
 def real_opencode():
     try:
         return proxy.find_opencode(os.environ.get("OPENCODE_PROXY_TEST_OPENCODE"))
@@ -502,7 +424,6 @@ def make_home(folder, upstream, **config):
 class RealCase(unittest.TestCase):
     """A proxy with the real opencode and a provider, shared by the tests of a class."""
     provider = Upstream
-    config = {}  # more of opencode.json
     changes = {"requests_per_process": 40, "timeout": 30.0}
 
     @classmethod
@@ -512,11 +433,9 @@ class RealCase(unittest.TestCase):
             cls.folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
             cls.upstream = cls.provider()
             stack.callback(cls.upstream.close)
-            home = make_home(cls.folder, cls.upstream, **cls.config)
-            variables = {**clean_environment(), **home}
+            variables = {**clean_environment(), **make_home(cls.folder, cls.upstream)}
             stack.enter_context(unittest.mock.patch.dict(os.environ, variables, clear=True))
-            cls.logged = []
-            stack.enter_context(unittest.mock.patch.object(proxy, "log", cls.logged.append))
+            stack.enter_context(unittest.mock.patch.object(proxy, "log", lambda text: None))
             cls.proxy = Running(path, **cls.changes)
             stack.callback(cls.proxy.close)
             cls.addClassCleanup(stack.pop_all().close)
@@ -541,61 +460,44 @@ ACP = sys.argv[1] == "acp"  # otherwise it lists the models
 NAMES, VERSION = ["github-copilot/gpt-5-mini", "local/m"], "1.18.33"
 LOADS = WARMS = True
 DEAF = DIES = False  # when it has got the first line of a request
-ABLE = {"text": True, "audio": False, "image": False, "video": False, "pdf": False}
-ENTRY = {"name": "any", "api": {"id": "any", "url": "", "npm": "x"}, "limit": {"output": 0},
-         "cost": {"input": 0, "output": 0, "cache": {"read": 0, "write": 0}}, "capabilities": {
-             "temperature": True, "reasoning": False, "attachment": False, "toolcall": True,
-             "input": ABLE, "output": ABLE}}
+ABLE = dict.fromkeys(("temperature", "reasoning", "attachment", "toolcall"), True)
+ENTRY = {"api": {"id": "any", "url": "", "npm": "x"}, "limit": {"output": 0},
+         "capabilities": {**ABLE, "input": {}, "output": {}}}
 HERE = os.path.dirname(os.path.abspath(__file__))
 OUT, SESSIONS = threading.Lock(), {}
 
 def note(*words):
     with open(HERE + "/journal", "a") as journal:
         journal.write(" ".join(map(str, words)) + "\n")
-
 def write(text, descriptor=1):
     with OUT:
         os.write(descriptor, text.encode())
-
 def out(**message):
     write(json.dumps({"jsonrpc": "2.0", **message}, separators=(",", ":")) + "\n")
-
 def chunk(delta, finish=None, **more):
     choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
     return "data: " + json.dumps({"id": "x", "choices": choices, **more}) + "\n\n"
-
 class Session:
+    ahead, text, begun = 0, "", False
     def __init__(self, name, model):
-        self.name, self.model, self.ahead, self.text = name, model, 0, ""
-        self.lines, self.cancelled, self.begun = queue.Queue(), threading.Event(), False
-
-    def obey(self, kind, payload):
-        if kind == "taken":
-            self.ahead -= int(payload)
-        elif kind in ("turn", "body"):
-            self.lines.put(json.loads(payload))
-
+        self.name, self.model, self.lines = name, model, queue.Queue()
+        self.cancelled = threading.Event()
     def cancel(self):
         note("cancelled", os.getpid(), self.text[:60])
         self.cancelled.set()
         self.lines.put(None)
-
     def rest(self, seconds):
         if self.cancelled.wait(seconds):
             raise InterruptedError
-
     def hold(self):  # until the test lets go
         while not os.path.exists(HERE + "/go"):
             self.rest(0.02)
-
     def line(self):
         line = self.lines.get()
         self.rest(0)
         return line
-
     def tell(self, kind, **params):
         out(method="proxy/" + kind, params={"sessionId": self.name, **params})
-
     def data(self, text):
         if not self.begun:
             self.begun = True
@@ -608,10 +510,8 @@ class Session:
                 self.rest(0.02)
             self.ahead += len(piece)
             self.tell("data", text=piece, size=len(piece))
-
     def say(self, text):
         self.data(chunk({"content": text}))
-
     def run(self, number):
         try:
             self.turn()
@@ -619,7 +519,6 @@ class Session:
         except InterruptedError:
             out(id=number, result={"stopReason": "cancelled"})
         del SESSIONS[self.name]
-
     def turn(self):
         if self.line().get("warmup"):
             return WARMS and self.tell("warm")
@@ -629,58 +528,56 @@ class Session:
         self.tell("outgoing", url="http://127.0.0.1/chat/completions", body=theirs)
         text = self.text = self.line()["messages"][-1]["content"]
         note("post", os.getpid(), text[:60])
-        if text.startswith("do "):
-            own = {"data": self.data, "say": self.say, "rest": self.rest, "hold": self.hold}
-            exec(text[3:], {**globals(), **own})
-        else:
-            self.say(text)
-        usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
-        self.data(chunk({}, "stop") + chunk({}, usage=usage) + "data: [DONE]\n\n")
+        own = {"data": self.data, "say": self.say, "rest": self.rest, "hold": self.hold}
+        code = text[3:] if text.startswith("do ") else "say(%r)" % text
+        exec(code, {**globals(), **own})
+        usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), 1)
+        self.data(chunk({}, "stop", usage=usage) + "data: [DONE]\n\n")
         self.tell("end")
-
 def listen():
     for line in FIFO:
         try:
             kind, name, payload = line.decode().rstrip("\n").split(" ", 2)
-            SESSIONS[name].obey(kind, payload)
+            session, payload = SESSIONS[name], json.loads(payload)
         except (ValueError, KeyError):
             continue  # broken off, or of a session that is over
+        if kind == "taken":
+            session.ahead -= payload
+        elif kind != "headers":
+            session.lines.put(payload)
         if DEAF and kind == "turn" and "warmup" not in payload:
             return note("deaf", os.getpid())
-
 def serve(number, method, params):
-    session = SESSIONS.get(params.get("sessionId"))
+    session, result = SESSIONS.get(params.get("sessionId")), {}
     if method == "initialize":
-        if LOADS:
-            out(method="proxy/loaded", params={})
-        out(id=number, result={"agentInfo": {"version": VERSION}})
+        LOADS and out(method="proxy/loaded", params={})
+        result = {"agentInfo": {"version": VERSION}}
     elif method == "session/new":
+        name = "ses_%d_%d" % (os.getpid(), number)
         model = json.loads(os.environ["OPENCODE_CONFIG_CONTENT"])["model"]
-        session = Session("ses_%d_%d" % (os.getpid(), number), model)
-        SESSIONS[session.name] = session
-        offered = [{"value": name} for name in NAMES]
-        out(id=number, result={"sessionId": session.name, "configOptions": [
-            {"id": "model", "currentValue": model, "options": offered}]})
+        SESSIONS[name] = Session(name, model)
+        options = [{"value": name} for name in NAMES]
+        offer = {"id": "model", "currentValue": model, "options": options}
+        result = {"sessionId": name, "configOptions": [offer]}
     elif method == "session/set_model":
         session.model = params["modelId"]
-        out(id=number, result={})
-    elif method == "session/prompt":
-        threading.Thread(target=session.run, args=(number,), daemon=True).start()
-    elif method == "session/cancel" and session:
-        session.cancel()
+    elif method == "session/cancel":
+        return session and session.cancel()
+    else:
+        return threading.Thread(target=session.run, args=(number,), daemon=True).start()
+    out(id=number, result=result)
 
 if ACP:
     note("start", os.getpid())
 exec(os.environ.get("FAKE_MODE", ""))
 if not ACP:
-    for name in NAMES:
-        provider, _, model = name.partition("/")
-        print(name, json.dumps({**ENTRY, "id": model, "providerID": provider}), sep="\n")
+    for provider, model in (name.split("/") for name in NAMES):
+        entry = {**ENTRY, "id": model, "providerID": provider}
+        print(provider + "/" + model, json.dumps(entry), sep="\n")
     sys.exit()
 FIFO = open(os.environ["OPENCODE_PROXY_FIFO"], "rb")
 threading.Thread(target=listen, daemon=True).start()
-for line in sys.stdin.buffer:
-    message = json.loads(line)
+for message in map(json.loads, sys.stdin.buffer):
     if "method" in message:
         serve(message.get("id"), message["method"], message["params"])
     else:
@@ -692,7 +589,7 @@ PID = "do say(str(os.getpid()))"
 DIE = "do say('a'); write('last words\\n', 2); os._exit(3)"
 SILENT = "do rest(600)"
 PAUSE = "do say('a'); rest(600)"
-SLOWLY = "do for n in range(20): say('%d ' % n); rest(0.05)"
+SLOWLY = "do for n in range(2000): say('%d ' % n); rest(0.05)"
 
 class FakeCase(unittest.TestCase):
     """A proxy with the fake opencode, new for every test, of which nothing may be left."""
@@ -701,18 +598,18 @@ class FakeCase(unittest.TestCase):
         self.addCleanup(self.stack.close)
         self.stack.callback(self.assert_nothing_left, threading.enumerate())
         self.folder = pathlib.Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
-        self.tmp = self.folder / "tmp"
+        self.mode = lambda words: os.environ.update(FAKE_MODE=words)  # of fakes that start then
+        self.let_go = (self.folder / "go").touch  # lets the answers go on that hold()
+        self.tmp, self.fake = self.folder / "tmp", self.folder / "opencode"
         self.auth = self.folder / ".local/share/opencode/auth.json"
         self.auth.parent.mkdir(parents=True)
         self.auth.write_text("{}")
         self.tmp.mkdir()
         self.patch(tempfile, tempdir=str(self.tmp))
-        self.fake = self.folder / "opencode"
         self.fake.write_text(f"#!{sys.executable} -IS\n{FAKE}")
         self.fake.chmod(0o700)
-        self.variables = {**clean_environment(), "HOME": str(self.folder)}
-        variables = unittest.mock.patch.dict(os.environ, self.variables, clear=True)
-        self.stack.enter_context(variables)
+        variables = {**clean_environment(), "HOME": str(self.folder)}
+        self.stack.enter_context(unittest.mock.patch.dict(os.environ, variables, clear=True))
         self.logged = []
         self.patch(proxy, log=self.logged.append)
         self.background = self.stack.enter_context(concurrent.futures.ThreadPoolExecutor(64))
@@ -720,10 +617,6 @@ class FakeCase(unittest.TestCase):
     def patch(self, target, **values):
         """Give attributes of `target` other values until the test ends."""
         self.stack.enter_context(unittest.mock.patch.multiple(target, **values))
-
-    def mode(self, words):
-        """Set the mode of the fakes that start from now on."""
-        os.environ["FAKE_MODE"] = words
 
     def start(self, **changes):
         """Return a running proxy, without spares where `changes` want none."""
@@ -735,23 +628,17 @@ class FakeCase(unittest.TestCase):
         """Return what the fakes noted with `text`: start, post, cancelled, reply, deaf or waits."""
         journal = self.folder / "journal"
         lines = journal.read_text().splitlines() if journal.exists() else []
-        notes = [line.partition(" ")[2] for line in lines if line.startswith(kind + " ")]
-        return [note for note in notes if text in note]
-
-    def let_go(self):
-        """Let the answers go on that hold()."""
-        (self.folder / "go").touch()
+        return [line[len(kind) + 1:] for line in lines if line.startswith(kind) and text in line]
 
     def assert_nothing_left(self, before):
         def left():
-            threads = [thread for thread in threading.enumerate() if thread not in before]
-            return threads + children() + (list(self.tmp.iterdir()) if self.tmp.exists() else [])
+            threads = set(threading.enumerate()).difference(before)
+            return [*threads, *children(), *self.tmp.glob("*")]
 
-        eventually(lambda: not left(), SOON)
-        self.assertEqual(left(), [])
+        self.assertTrue(eventually(lambda: not left(), SOON), left())
+
 # ------------------------------------------------------------------------------------------- errors
 class ErrorTest(unittest.TestCase):
-
     def seen(self, status, body, headers=()):
         error = proxy.upstream_error(status, dict(headers), body)
         return error.status, error.message, error.type, error.param, error.code, error.headers
@@ -767,6 +654,7 @@ class ErrorTest(unittest.TestCase):
                 (400, '{"error":{"message":"no","code":17}}', (400, "no", bad, None, None)),
                 (401, anthropic, (401, "key", "authentication_error", None, None, {})),
                 (403, '{"error":"forbidden"}', (403, "forbidden", "permission_error")),
+                (429, '{"message":"slow"}', (429, "slow", "rate_limit_error")),
                 (422, '{"detail":"wrong"}', (422, "wrong", bad)),
                 (404, '[{"error":{"message":"gone","code":404}}]', (404, "gone", bad)),
                 (400, '{"message":"no","n":' + "9" * 9999 + "}", (400, "no", bad)),
@@ -774,9 +662,8 @@ class ErrorTest(unittest.TestCase):
                 (500, "", (500, answered + "500 Internal Server Error", "server_error")),
                 (599, '{"error":null}', (599, answered + '599 error: {"error":null}')),
                 (302, "[1]", (502, answered + "302 Found: [1]", "server_error", None, None))):
-            with self.subTest(status=status, body=body[:60]):
-                headers = {"retry-after": "7"} if status == 429 else {}
-                self.assertEqual(self.seen(status, body, headers)[:len(expected)], expected)
+            headers = {"retry-after": "7"} if status == 429 else {}
+            self.assertEqual(self.seen(status, body, headers)[:len(expected)], expected)
 
     def test_hostile_bodies_take_linear_time(self):
         cut_off = ("<html><style>" + "p{}" * 9000 + "</style><p>Unicorn!"
@@ -788,20 +675,18 @@ class ErrorTest(unittest.TestCase):
                 started = time.process_time()
                 self.assertEqual(self.seen(500, piece * count)[0], 500)
                 return time.process_time() - started
-            with self.subTest(piece):  # in quadratic time it would be 256 times as long
-                few = min(seconds(4000) for _ in range(3))
-                self.assertLess(min(seconds(64000) for _ in range(3)), 100 * few + 0.02)
+            few = min(seconds(4000) for _ in range(3))  # quadratic: 256 times as long
+            self.assertLess(min(seconds(64000) for _ in range(3)), 100 * few + 0.02, piece)
 
     def test_turn_error(self):
+        closed, advice = "The socket was closed.", " For more information, pass `verbose: true` in"
         for error, message, code in (
                 ({"message": "Internal error: x"}, "The answer failed: x", "upstream_failed"),
                 ({}, "The answer failed: opencode gave no reason", "upstream_failed"),
-                ({"network": "ECONNRESET", "message": "The socket connection was closed "
-                  "unexpectedly. For more information, pass `verbose: true` in the second "
-                  "argument to fetch()"}, "The connection to the model's provider failed: "
-                 "The socket connection was closed unexpectedly.", "upstream_unreachable"),
                 ({"message": "No. Was there a typo in the url or port?"},
-                 "The answer failed: No.", "upstream_failed")):
+                 "The answer failed: No.", "upstream_failed"),
+                ({"network": "ECONNRESET", "message": closed + advice}, "The connection to the "
+                 "model's provider failed: " + closed, "upstream_unreachable")):
             found = proxy.turn_error(error)
             self.assertEqual((found.status, found.message, found.code), (502, message, code))
 
@@ -817,6 +702,80 @@ def changed(part, **fields):
     """Return a content part with other fields below its type."""
     return {**part, part["type"]: {**part[part["type"]], **fields}}
 
+def allowed(*tools, mode="auto"):
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
+
+TOOL, CUSTOM_TOOL = ({"type": kind, kind: {"name": "f"}} for kind in ("function", "custom"))
+GOOD = {
+    "messages": [
+        {"role": "system", "content": "s"}, {"role": "developer", "content": [TEXT]},
+        {"role": "user", "content": ""}, {"role": "user", "content": [], "name": "n"},
+        {"role": "user", "content": [changed(IMAGE, url="HTTPS://x/y", detail="low")]},
+        {"role": "user", "content": [TEXT, IMAGE, changed(IMAGE, detail=None), AUDIO, FILE]},
+        {"role": "user", "content": [{"type": "file", "file": {"file_id": "f"}}], "unknown": [1]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL, CUSTOM_CALL]},
+        {"role": "assistant", "tool_calls": [{"id": "c", "function": CALL["function"]}]},
+        {"role": "assistant", "tool_calls": None, "function_call": None}, {"role": "assistant"},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+        {"role": "tool", "tool_call_id": "c", "content": []},
+        {"role": "tool", "tool_call_id": "c", "content": [TEXT, IMAGE]},
+        {"role": "assistant", "function_call": CALL["function"]},
+        {"role": "function", "name": "f", "content": "r"}],
+    "tools": [changed(TOOL, parameters={}), {"type": "web_search", "x": 1},
+              changed(TOOL, parameters=None), changed(CUSTOM_TOOL, format={"type": "text"})],
+    "tool_choice": allowed(TOOL, CUSTOM_TOOL, mode="required"), "functions": [{"name": "f"}],
+    "stop": ["x"] * proxy.MAX_STOP_SEQUENCES, "n": proxy.MAX_CHOICES, "max_tokens": (1 << 31) - 1,
+    "max_completion_tokens": (1 << 31) - 1, "stream_options": {"include_usage": True},
+    "response_format": {"type": "json_schema", "json_schema": {}}}
+# Values of a field, and where below it they are wrong.
+BAD = {
+    "messages": (("x", ""), ([], ""), ({}, ""), ({"a": 1}, ""), ([1], "[0]"),
+        ([{"role": "user"}], "[0].content"), ([{"content": "x"}], "[0].role"),
+        ([{"role": "user", "content": None}], "[0].content"),
+        ([{"role": ["user"], "content": "x"}], "[0].role"),
+        ([{"role": "tool", "content": "x"}], "[0].tool_call_id"),
+        ([{"role": "function", "content": "x"}], "[0].name"),
+        ([{"role": "assistant"}, {"role": "robot"}], "[1].role")),
+    "messages[0].content": ((1, ""), (["x"], "[0]"), ([TEXT, {"type": "video"}], "[1].type"),
+        ([{"type": ["text"]}], "[0].type"), ([{"type": "text"}], "[0].text"),
+        ([{"type": "image_url", "image_url": "x"}], "[0].image_url"),
+        ([changed(IMAGE, url="file:///etc/passwd")], "[0].image_url.url"),
+        ([changed(IMAGE, detail=1)], "[0].image_url.detail"), ([{"type": "file"}], "[0].file"),
+        ([changed(AUDIO, format=None)], "[0].input_audio.format"),
+        ([changed(FILE, file_data=[])], "[0].file.file_data")),
+    "messages[0].function_call": (({"name": "f"}, ".arguments"),),
+    "messages[0].tool_calls": (({}, ""), ("", ""), ([1], "[0]"), ([{}], "[0].id"),
+        ([CALL, {"id": 1}], "[1].id"), ([{"id": "c"}], "[0].function"),
+        ([{"id": "c", "type": "x"}], "[0].type"), ([{"id": "c", "type": ["custom"]}], "[0].type"),
+        ([changed(CALL, arguments=None)], "[0].function.arguments"),
+        ([changed(CALL, arguments={})], "[0].function.arguments"),
+        ([changed(CUSTOM_CALL, name=None)], "[0].custom.name"),
+        ([changed(CUSTOM_CALL, input=None)], "[0].custom.input")),
+    "n": ((0, ""), (proxy.MAX_CHOICES + 1, "")),
+    "max_tokens": ((0, ""), (-1, ""), (1 << 31, ""), (10 ** 30, "")),
+    "max_completion_tokens": ((0, ""), (-1, ""), (1 << 31, ""), (10 ** 30, "")),
+    "stop": ((["x"] * (proxy.MAX_STOP_SEQUENCES + 1), ""), (["a", 1], "[1]")),
+    "response_format": (({}, ".type"), ({"type": "yaml"}, ".type"), ({"type": ["text"]}, ".type"),
+        ({"type": "json_schema"}, ".json_schema")),
+    "tools": (([1], "[0]"), ([{}], "[0].type"), ([{"type": "function"}], "[0].function"),
+        ([changed(TOOL, name=None)], "[0].function.name"),
+        ([changed(TOOL, parameters=[])], "[0].function.parameters"),
+        ([{"type": "web_search"}, {"type": "custom"}], "[1].custom"),
+        ([changed(CUSTOM_TOOL, name=1)], "[0].custom.name")),
+    "functions": (([{}], "[0].name"), ([{"name": "f"}, 1], "[1]"),
+        ([{"name": "f", "parameters": "x"}], "[0].parameters")),
+    "tool_choice": (("maybe", ""), ("", ""), ({}, ".function"), ({"type": "mcp"}, ".type"),
+        ({"type": ["function"]}, ".type"), ({"type": "function", "name": "f"}, ".function"),
+        ({"type": "function", "function": "f"}, ".function"),
+        ({"function": {"name": 1}}, ".function.name"), ({"type": "custom"}, ".custom"),
+        (changed(CUSTOM_TOOL, name=None), ".custom.name"),
+        ({"type": "allowed_tools"}, ".allowed_tools"),
+        (allowed(TOOL, mode="any"), ".allowed_tools.mode"),
+        (changed(allowed(), tools=None), ".allowed_tools.tools"),
+        (allowed(TOOL, {}), ".allowed_tools.tools[1].function"),
+        (allowed({"type": "mcp"}), ".allowed_tools.tools[0].type")),
+    "function_call": (("maybe", ""), ({}, ".name"))}
+
 class RequestTest(unittest.TestCase):
     def parse(self, **fields):
         return proxy.parse_chat_request(chat_body(**fields))
@@ -830,103 +789,49 @@ class RequestTest(unittest.TestCase):
         self.assertIn(text, error.message)
         self.assertLess(len(error.message), 300)
 
-    def test_defaults(self):
-        request = self.parse()
-        messages = [{"role": "user", "content": "hi"}]
-        self.assertEqual(request, proxy.ChatRequest(
-            {"messages": messages}, messages, None, False, False, 1, (), None))
-
     def test_fields(self):
-        request = self.parse(
-            model="m", stream=True, stream_options={"include_usage": True}, n=2, stop="x",
-            temperature=None, top_p=1, max_tokens=5, anything={"goes": 1})
-        self.assertEqual((request.model, request.stream, request.include_usage, request.choices,
-                          request.stop, request.max_tokens), ("m", True, True, 2, ("x",), 5))
-        self.assertNotIn("temperature", request.body)
-        self.assertEqual(request.body["anything"], {"goes": 1})
+        messages = [{"role": "user", "content": "hi"}]
+        self.assertEqual(self.parse(temperature=None, model=""), proxy.ChatRequest(
+            {"messages": messages, "model": ""}, messages, None, False, False, 1, (), None, False))
+        body = {"messages": messages, "model": "m", "stream": True, "n": 2, "stop": "x",
+                "stream_options": {"include_usage": True}, "max_tokens": 5, "any": {"goes": 1}}
+        self.assertEqual(self.parse(**body), proxy.ChatRequest(
+            body, messages, "m", True, True, 2, ("x",), 5, False))
         self.assertEqual(self.parse(max_tokens=5, max_completion_tokens=7).max_tokens, 7)
         self.assertEqual(self.parse(stop=["a", "", "b"]).stop, ("a", "b"))
-        self.assertIsNone(self.parse(model="").model)
 
-    def test_good_messages(self):
-        for message in (
-                {"role": "system", "content": "s"}, {"role": "developer", "content": [TEXT]},
-                {"role": "user", "content": ""}, {"role": "user", "content": []},
-                {"role": "assistant", "content": None, "tool_calls": [CALL, CUSTOM_CALL]},
-                {"role": "assistant", "tool_calls": [{"id": "c", "function": CALL["function"]}]},
-                {"role": "assistant", "tool_calls": None, "function_call": None},
-                {"role": "assistant"}, {"role": "tool", "tool_call_id": "c", "content": []},
-                {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
-                {"role": "tool", "tool_call_id": "c", "content": [TEXT, IMAGE]},
-                {"role": "user", "content": [changed(IMAGE, url="HTTPS://x/y", detail="low")]},
-                {"role": "user", "content": [changed(IMAGE, detail=None), AUDIO, FILE]},
-                {"role": "user", "content": [{"type": "file", "file": {"file_id": "f"}}]},
-                {"role": "user", "content": "x", "name": "n", "unknown": [1]}):
-            with self.subTest(message):
-                self.parse(messages=[message])
+    def test_good_values(self):
+        body = self.parse(**GOOD).body
+        self.assertEqual({**body, "tools": GOOD["tools"], "stop": GOOD["stop"]}, body)
+        for choice in ("none", "auto", "required", TOOL, CUSTOM_TOOL, {"function": {"name": "f"}},
+                       allowed(CUSTOM_TOOL)):
+            self.assertEqual(self.parse(tool_choice=choice).body["tool_choice"], choice)
+        self.parse(response_format={"type": "json_object"})
 
-    def test_bad_messages(self):
-        for messages, param in (
-                ("x", ""), ([], ""), ({}, ""), ({"a": 1}, ""), ([1], "[0]"),
-                ([{"role": "user"}], "[0].content"),
-                ([{"role": "user", "content": None}], "[0].content"),
-                ([{"content": "x"}], "[0].role"),
-                ([{"role": ["user"], "content": "x"}], "[0].role"),
-                ([{"role": "tool", "content": "x"}], "[0].tool_call_id"),
-                ([{"role": "function", "content": "x"}], "[0].name"),
-                ([{"role": "assistant"}, {"role": "robot"}], "[1].role")):
-            with self.subTest(messages):
-                self.assert_invalid(chat_body(messages=messages), "messages" + param)
+    def test_bad_values(self):
+        for field, values in BAD.items():
+            for value, below in values:
+                fields = {field.rpartition(".")[2]: value}
+                if field.startswith("messages["):
+                    fields = {"messages": [{"role": "user", "content": "x", **fields}]}
+                self.assert_invalid(chat_body(**fields), field + below)
         self.assert_invalid(b'{"messages":null}', "messages", "messages is required")
-
-    def test_bad_content(self):
-        for content, param in (
-                (1, ""), (["x"], "[0]"), ([TEXT, {"type": "video"}], "[1].type"),
-                ([{"type": ["text"]}], "[0].type"), ([{"type": "text"}], "[0].text"),
-                ([{"type": "image_url", "image_url": "x"}], "[0].image_url"),
-                ([changed(IMAGE, url="file:///etc/passwd")], "[0].image_url.url"),
-                ([changed(IMAGE, detail=1)], "[0].image_url.detail"),
-                ([changed(AUDIO, format=None)], "[0].input_audio.format"),
-                ([{"type": "file"}], "[0].file"),
-                ([changed(FILE, file_data=[])], "[0].file.file_data")):
-            with self.subTest(content):
-                self.assert_invalid(chat_body(content), "messages[0].content" + param)
-
-    def test_bad_calls(self):
-        def call(kind, **fields):
-            return {"id": "c", "type": kind, kind: fields}
-        for calls, param in (
-                ({}, ""), ("", ""), ([1], "[0]"), ([{}], "[0].id"), ([CALL, {"id": 1}], "[1].id"),
-                ([{"id": "c"}], "[0].function"), ([{"id": "c", "type": "x"}], "[0].type"),
-                ([{"id": "c", "type": ["custom"]}], "[0].type"),
-                ([call("function", name="f")], "[0].function.arguments"),
-                ([call("function", name="f", arguments={})], "[0].function.arguments"),
-                ([call("custom", input="x")], "[0].custom.name"),
-                ([call("custom", name="f", arguments="x")], "[0].custom.input")):
-            with self.subTest(calls):
-                message = {"role": "assistant", "tool_calls": calls}
-                self.assert_invalid(chat_body(messages=[message]), "messages[0].tool_calls" + param)
-        message = {"role": "assistant", "function_call": {"name": "f"}}
-        self.assert_invalid(chat_body(messages=[message]), "messages[0].function_call.arguments")
+        self.assert_invalid(chat_body(max_tokens=0), "max_tokens", "from 1 to 2147483647")
 
     def test_not_json(self):
+        long = b"9" * (proxy.MAX_DIGITS + 1)
         for data, text in (
                 (b"", "JSON"), (b"{", "JSON"), (b"nul", "JSON"), (b"{}\0", "JSON"),
                 (b"[]", "object"), (b'"x"', "object"), (b"\xff{}", "utf-8"),
                 (b'{"a":"\xed\xa0\x80"}', "utf-8"), (b'{"a":NaN}', "NaN"),
                 (b'{"a":-Infinity}', "Infinity"), (b'{"a":1e999}', "1e999 is no number"),
-                (b"[" * 100000, "recursion"), (b'{"a":' * 100000, "recursion")):
-            with self.subTest(data[:20]):
-                self.assert_invalid(data, text=text)
+                (b"[" * 100000, "recursion"), (b'{"a":' * 100000, "recursion"),
+                (long, "too long"), (b"-" + long, "too long"), (b"9" * 9000000, "too long"),
+                (b'{"a":0.' + b"9" * 9000000, "too long")):
+            self.assert_invalid(data, text=text)
         self.assertEqual(proxy.parse_json_object(b'\xef\xbb\xbf{"a":-1.5e1}'), {"a": -15.0})
-
-    def test_long_numbers(self):
-        longest = int("9" * proxy.MAX_DIGITS)
-        self.assertEqual(self.parse(seed=-longest).body["seed"], -longest)
-        for digits in (b"9" * (proxy.MAX_DIGITS + 1), b"-" + b"9" * (proxy.MAX_DIGITS + 1),
-                       b"9" * 9000000, b"0." + b"9" * 9000000):
-            data = chat_body()[:-1] + b',"seed":' + digits + b"}"
-            self.assert_invalid(data, text="too long")
+        longest = -int(long[1:])
+        self.assertEqual(self.parse(seed=longest).body["seed"], longest)
 
     def test_bad_fields(self):
         for name, kinds in proxy.FIELDS.items():
@@ -936,81 +841,31 @@ class RequestTest(unittest.TestCase):
         self.assert_invalid(chat_body(top_p="1"), "top_p", "top_p must be a number")
         self.assert_invalid(chat_body(stop=1), "stop", "stop must be a string or an array")
 
-    def test_bad_values(self):
-        for fields, param in (
-                ({"n": 0}, "n"), ({"n": proxy.MAX_CHOICES + 1}, "n"),
-                ({"stop": ["x"] * (proxy.MAX_STOP_SEQUENCES + 1)}, "stop"),
-                ({"stop": ["a", 1]}, "stop[1]"), ({"response_format": {}}, "response_format.type"),
-                ({"response_format": {"type": "yaml"}}, "response_format.type"),
-                ({"response_format": {"type": ["text"]}}, "response_format.type"),
-                ({"response_format": {"type": "json_schema"}}, "response_format.json_schema")):
-            with self.subTest(fields):
-                self.assert_invalid(chat_body(**fields), param)
-        for name in ("max_tokens", "max_completion_tokens"):
-            for value in (0, -1, 1 << 31, 10 ** 30):
-                self.assert_invalid(chat_body(**{name: value}), name, "from 1 to 2147483647")
-            self.assertEqual(self.parse(**{name: (1 << 31) - 1}).max_tokens, (1 << 31) - 1)
-        self.parse(n=proxy.MAX_CHOICES, stop=["x"] * proxy.MAX_STOP_SEQUENCES,
-                   response_format={"type": "json_object"})
-
-    def test_tools(self):
-        function = {"name": "f", "parameters": {}}
-        for tools, param in (
-                ([1], "[0]"), ([{}], "[0].type"), ([{"type": "function"}], "[0].function"),
-                ([{"type": "function", "function": {}}], "[0].function.name"),
-                ([{"type": "function", "function": {"name": "f", "parameters": []}}],
-                 "[0].function.parameters"),
-                ([{"type": "web_search"}, {"type": "custom"}], "[1].custom"),
-                ([{"type": "custom", "custom": {"name": 1}}], "[0].custom.name")):
-            with self.subTest(tools):
-                self.assert_invalid(chat_body(tools=tools), "tools" + param)
-        for functions, param in (([{}], "[0].name"), ([function, 1], "[1]"),
-                                 ([{"name": "f", "parameters": "x"}], "[0].parameters")):
-            self.assert_invalid(chat_body(functions=functions), "functions" + param)
-        tools = [{"type": "function", "function": function}, {"type": "web_search", "x": 1},
-                 {"type": "function", "function": {"name": "g", "parameters": None}},
-                 {"type": "custom", "custom": {"name": "h", "format": {"type": "text"}}}]
-        self.assertEqual(self.parse(tools=tools).body["tools"], tools)
-
-    def test_tool_choice(self):
-        def allowed(*tools, mode="auto"):
-            return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
-        named, custom = ({"type": kind, kind: {"name": "f"}} for kind in ("function", "custom"))
-        for choice, param in (
-                ("maybe", ""), ("", ""), ({}, ".function"), ({"type": "mcp"}, ".type"),
-                ({"type": ["function"]}, ".type"), ({"type": "function", "name": "f"}, ".function"),
-                ({"type": "function", "function": "f"}, ".function"),
-                ({"function": {"name": 1}}, ".function.name"), ({"type": "custom"}, ".custom"),
-                ({"type": "custom", "custom": {}}, ".custom.name"),
-                ({"type": "allowed_tools"}, ".allowed_tools"),
-                (allowed(named, mode="any"), ".allowed_tools.mode"),
-                ({**allowed(), "allowed_tools": {"mode": "auto"}}, ".allowed_tools.tools"),
-                (allowed(named, {}), ".allowed_tools.tools[1].function"),
-                (allowed({"type": "mcp"}), ".allowed_tools.tools[0].type")):
-            with self.subTest(choice):
-                self.assert_invalid(chat_body(tool_choice=choice), "tool_choice" + param)
-        for choice in ("none", "auto", "required", named, custom, {"function": {"name": "f"}},
-                       allowed(custom, mode="required")):
-            self.assertEqual(self.parse(tool_choice=choice).body["tool_choice"], choice)
-        for choice, param in (("maybe", ""), ({}, ".name")):
-            self.assert_invalid(chat_body(function_call=choice), "function_call" + param)
+    def test_legacy_functions(self):
+        function, call = {"name": "f", "parameters": {}}, CALL["function"]
+        request = self.parse(functions=[function], function_call={"name": "f"}, messages=[
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "function_call": call},
+            {"role": "function", "name": "f", "content": "r"},
+            {"role": "assistant", "content": "x", "function_call": None}])
+        self.assertTrue(request.legacy_functions)
+        self.assertEqual(request.body, {
+            "tools": [{"type": "function", "function": function}],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+            "messages": [{"role": "user", "content": "q"},
+                         {"role": "assistant", "content": None,
+                          "tool_calls": [{**CALL, "id": "call_1"}]},
+                         {"role": "tool", "tool_call_id": "call_1", "content": "r"},
+                         {"role": "assistant", "content": "x"}]})
+        self.assertIs(request.messages, request.body["messages"])
+        self.assertEqual(self.parse(functions=[], function_call="none").body["tool_choice"], "none")
+        both = self.parse(functions=[function], function_call="none", tools=[])
+        self.assertEqual((both.legacy_functions, set(both.body)), (False, {"messages", "tools"}))
 
     def test_fuzz(self):
         """Whatever comes, it is a request that JavaScript can read, or a 400."""
         seeded = random.Random(4141)
-        named = {"type": "function", "function": {"name": "f"}}
-        good = chat_body(
-            messages=[{"role": "system", "content": "s"},
-                      {"role": "user", "content": [TEXT, IMAGE, AUDIO, FILE]},
-                      {"role": "assistant", "content": None, "tool_calls": [CALL, CUSTOM_CALL]},
-                      {"role": "tool", "tool_call_id": "c", "content": [TEXT, IMAGE]},
-                      {"role": "assistant", "function_call": CALL["function"]},
-                      {"role": "function", "name": "f", "content": "r"}],
-            tools=[named, {"type": "custom", "custom": {"name": "g"}}], stop=["a"], n=2,
-            tool_choice={"type": "allowed_tools",
-                         "allowed_tools": {"mode": "auto", "tools": [named]}},
-            stream_options={"include_usage": True}, functions=[{"name": "f"}],
-            response_format={"type": "json_schema", "json_schema": {}}, max_tokens=9)
+        good = chat_body(**GOOD)
         values = [None, True, 0, -1, 1.5, "", "x", "text", "function", "custom", [], {}, [None],
                   {"a": None}, [[]], "\ud800", 10 ** 30, "[NaN]", "1e999"]
         keys = ["text", "refusal", "type", "function", "name", "arguments", "content", "file",
@@ -1055,11 +910,10 @@ class SettingsTest(unittest.TestCase):
         self.assertIn(text, stderr.write.call_args.args[0])
 
     def test_defaults(self):
-        settings = self.settings()
-        self.assertEqual((settings.host, settings.port, settings.model, settings.api_key,
-                          settings.max_concurrency, settings.max_queue, settings.spares,
-                          settings.requests_per_process),
-                         ("0.0.0.0", 4141, None, [], 64, 64, 1, 1))
+        expected = {"host": "0.0.0.0", "port": 4141, "model": None, "api_key": [], "spares": 1,
+                    "max_concurrency": 64, "max_queue": 64, "requests_per_process": 1}
+        settings = vars(self.settings())
+        self.assertEqual({**settings, **expected}, settings)
 
     def test_bad_values(self):
         for arguments in (
@@ -1067,9 +921,13 @@ class SettingsTest(unittest.TestCase):
                 "--requests-per-process 0", "--model bare", "--model /m", "--spares -1",
                 "--api-key-file /no/such/file", "--api-key-file " + os.devnull,
                 "--api-key-file ", "--api-key ", "--nonsense", "--systemd-unit x"):
-            with self.subTest(arguments):
-                self.assert_refused("error: ", *arguments.split(" "))
+            self.assert_refused("error: ", *arguments.split(" "))
         self.assert_refused("argument --port: invalid int value: 'x'", OPENCODE_PROXY_PORT="x")
+        for key in ("", " ", "\n"):  # it would let everybody in
+            self.assert_refused("argument --api-key: empty", OPENCODE_PROXY_API_KEY=key)
+            self.assert_refused("argument --api-key: empty", "--api-key", key, "--api-key", "k")
+            self.assert_refused("argument --api-key-file: ", OPENCODE_PROXY_API_KEY_FILE=key)
+        self.assertEqual(self.settings("--api-key", "k", OPENCODE_PROXY_API_KEY="").api_key, ["k"])
 
     def test_environment_and_options(self):
         for name, value, expected in (
@@ -1087,13 +945,6 @@ class SettingsTest(unittest.TestCase):
             settings = self.settings("--api-key", "c", OPENCODE_PROXY_API_KEY_FILE=keys.name)
             self.assertEqual(settings.api_key, ["c", "one", "two"])
             self.assert_refused("empty", "--api-key-file", keys.name, OPENCODE_PROXY_API_KEY="")
-
-    def test_empty_key_lets_nobody_in(self):
-        for key in ("", " ", "\n"):
-            self.assert_refused("argument --api-key: empty", OPENCODE_PROXY_API_KEY=key)
-            self.assert_refused("argument --api-key: empty", "--api-key", key, "--api-key", "k")
-            self.assert_refused("argument --api-key-file: ", OPENCODE_PROXY_API_KEY_FILE=key)
-        self.assertEqual(self.settings("--api-key", "k", OPENCODE_PROXY_API_KEY="").api_key, ["k"])
 
 class SystemdTest(unittest.TestCase):
     def test_units(self):
@@ -1142,41 +993,6 @@ class SystemdTest(unittest.TestCase):
                     self.assertEqual(manager.recv(100), b"READY=1")
         proxy.notify("READY=1")
 
-class CatalogTest(unittest.TestCase):
-    ABLE = {"name": "any", "limit": {"output": 7}, "capabilities": {
-        "temperature": True, "reasoning": False, "attachment": False, "toolcall": True,
-        "input": {"text": True}, "output": {"text": True}}}
-
-    def catalog(self, *names, wanted=None, logins=("p",)):
-        models = []
-        for name in names:
-            provider, _, model = name.partition("/")
-            api = {"url": "", "npm": "x", "id": model.replace("-fast", "")}  # whose mode it is
-            models.append({**self.ABLE, "id": model, "providerID": provider, "api": api,
-                           "headers": {}, "options": {"serviceTier": "priority"}})
-        return proxy.make_catalog(models, logins, wanted)
-
-    def test_names(self):
-        copilot = "github-copilot/gpt-5-mini"
-        catalog = self.catalog(copilot, "p/m", "opencode/free")
-        self.assertEqual(catalog.names, (copilot, "p/m"))
-        for name, found in ((None, copilot), ("gpt-5-mini", copilot), ("p/m", "p/m"),
-                            ("unknown", copilot)):
-            self.assertEqual(catalog.resolve(name).name, found)
-        for name, status in (("p/none", 404), ("none", 404)):
-            with self.assertRaises(proxy.APIError) as caught:
-                catalog.resolve(name, exact=True)
-            self.assertEqual(caught.exception.status, status)
-        with self.assertRaisesRegex(proxy.APIError, "opencode auth login"):
-            self.catalog("p/m").resolve(None)
-        self.assertEqual(self.catalog("p/m", wanted="p/new").resolve(None).name, "p/new")
-
-    def test_modes_are_no_models_of_their_own(self):
-        models = self.catalog("p/m", "p/m-fast").trimmed["p"]["models"]
-        self.assertEqual(list(models), ["m"])
-        self.assertEqual(models["m"]["experimental"]["modes"]["fast"]["provider"]["body"],
-                         {"service_tier": "priority"})
-
 class ReadmeTest(unittest.TestCase):
     text = (HERE / "README.md").read_text(encoding="utf-8")
     VARIABLE = r"\bX\b|^opencode|0\.0\.0\.0:4141: Address.*|64|300 seconds|github-copilot|1\.17\.0"
@@ -1192,13 +1008,13 @@ class ReadmeTest(unittest.TestCase):
         pieces = [piece.strip() for text in quoted for piece in re.split(self.VARIABLE, text)]
         self.assertGreater(len(pieces), 10)
         self.assertEqual([piece for piece in pieces if piece not in program], [])
+
 # ------------------------------------------------------------------------------------- wire formats
 WIRE_PNG = "data:image/png;base64,QUJD"
 AT_CHAT, AT_RESPONSES, AT_MESSAGES = (
     "https://x.example/v1/" + path for path in ("chat/completions", "responses", "messages"))
 AT_CHATGPT = "https://chatgpt.com/backend-api/codex/responses"
-WARM = proxy.Model("p/m")
-COLD = proxy.Model("p/m", takes_temperature=False)
+WARM, COLD = proxy.Model("p/m"), proxy.Model("p/m", takes_temperature=False)
 FUNCTION = {"name": "f", "parameters": {"properties": {"2": {}, "1": {}}, "type": "object"}}
 TOOLS = [{"type": "function", "function": function} for function in (FUNCTION, {"name": "g"})]
 GRAMMAR = {"type": "grammar", "grammar": {"syntax": "lark"}}
@@ -1403,11 +1219,11 @@ def event(kind, index=0, item="message", **fields):
 def block(kind, index, piece=None):
     return {"type": "content_block_" + kind, "index": index, "delta": piece}
 
-LOGPROB = {"token": "a", "logprob": -0.5}
+ENTRY = {"token": "a", "logprob": -0.5}
 CHAT_STREAM = (
     chunk(role="assistant", content="", refusal=None),
     chunk(reasoning_text="r", reasoning_opaque="o"), chunk(reasoning="r"),
-    {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": [LOGPROB]}}]},
+    {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": [ENTRY]}}]},
     chunk(content=[{"type": "thinking", "thinking": []}, text("b")]),
     chunk(refusal="no", annotations=[1], audio={"id": "a"}),
     chunk(call={"index": 0, "id": "c1", "function": {"name": "f", "arguments": ""}, "more": 1}),
@@ -1419,7 +1235,7 @@ CHAT_STREAM = (
                               "x": 1, "prompt_tokens_details": {"cached_tokens": 2}}}, "[DONE]")
 RESPONSES_STREAM = (
     event("created", response={}), event("reasoning_summary_text.delta", delta="p"),
-    event("output_text.delta", delta="a", logprobs=[{**LOGPROB, "top_logprobs": [LOGPROB]}]),
+    event("output_text.delta", delta="a", logprobs=[{**ENTRY, "top_logprobs": [ENTRY]}]),
     event("refusal.delta", delta="no"), event("output_item.added", 1, "function_call"),
     event("function_call_arguments.delta", 1, delta="{}"),
     event("output_item.done", 1, "function_call", arguments="{}"),
@@ -1445,10 +1261,10 @@ MESSAGES_STREAM = (
 
 class EventTest(unittest.TestCase):
     def test_streams_that_have_everything(self):
-        entry = {"bytes": None, **LOGPROB, "top_logprobs": [{"bytes": None, **LOGPROB}]}
+        entry = {"bytes": None, **ENTRY, "top_logprobs": [{"bytes": None, **ENTRY}]}
         self.assertEqual(events(AT_CHAT, *CHAT_STREAM), ([
             {"reasoning_content": "r", "reasoning_opaque": "o"}, {"reasoning_content": "r"},
-            ({"content": "a"}, {"content": [LOGPROB]}), {"content": "b"},
+            ({"content": "a"}, {"content": [ENTRY]}), {"content": "b"},
             {"refusal": "no", "annotations": [1], "audio": {"id": "a"}},
             call_delta(0, "", "c1", more=1), call_delta(0, "{}"), call_delta(1, "1", "c2"),
             call_delta(2, "", "c3", "custom"), call_delta(2, "x", kind="custom")],
@@ -1516,6 +1332,7 @@ class EventTest(unittest.TestCase):
                     found += reader.feed(whole[start:start + size]) + reader.feed("")
                 self.assertEqual(found + reader.end(), ["a", "b\n c", "\u2028d", "e"])
         error(lambda: [reader.feed("data: " + "x" * 1000000) for _ in range(20)])
+
 # --------------------------------------------------------------------------------- exchange, answer
 def tell(exchange, *pieces):
     events = [event for piece in pieces for event in exchange.feed(piece)]
@@ -1543,16 +1360,16 @@ class ExchangeTest(unittest.TestCase):
             call(*arguments, **fields)
         self.assertEqual(caught.exception.status, status)
 
-    def test_stop_filter_at_every_split(self):
+    def test_stop_at_every_split(self):
         for stops, text, shown in (
                 (["END"], "some ENEND more", "some EN"), (["b", "abc"], "xabcx", "xa"),
                 (["abcd", "bc", "c"], "xabcd", "xa"), (["aab"], "aaaab", "aa"),
                 (["\n\n"], "a\nb\n\nc", "a\nb"), ([], "abc", "abc"), (["zz"], "abz", "abz")):
             for pieces in [(text[:at], text[at:]) for at in range(len(text) + 1)] + [tuple(text)]:
-                found, stop = "", proxy.StopFilter(stops)
-                for piece in pieces:
-                    found += "" if stop.hit else stop.feed(piece)
-                self.assertEqual((found + stop.held, stop.hit), (shown, shown != text), pieces)
+                *events, last = tell(self.exchange(stop=stops), *map(self.content, pieces),
+                                     self.content("", "length"))
+                self.assertEqual("".join(event.delta.get("content", "") for event in events), shown)
+                self.assertEqual(last.finish_reason, "length" if shown == text else "stop")
 
     def test_answers(self):
         usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
@@ -1603,10 +1420,10 @@ class AnswerTest(unittest.TestCase):
         self.assertRegex(start, '^data: {"id":"chatcmpl-[0-9a-f]{32}","object":"chat.completion.'
                          'chunk","created":[0-9]+,"model":"m","system_fingerprint":"fp_opencode",'
                          '"choices":[[]$')
+        deltas = {'{"role":"assistant","content":""}': "null", '{"content":"\\u00e9"}': "null",
+                  "{}": '"stop"'}
         expected = "".join(f'{start}{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":'
-                           f'{finish}}}],"usage":null}}\n\n' for delta, finish in (
-                               ('{"role":"assistant","content":""}', "null"),
-                               ('{"content":"\\u00e9"}', "null"), ("{}", '"stop"')))
+                           f'{finish}}}],"usage":null}}\n\n' for delta, finish in deltas.items())
         expected += start + '],"usage":{"prompt_tokens":3,"completion_tokens":1,"total_tokens":4}}'
         self.assertEqual((answer.head() + said + answer.tail()).decode(),
                          expected + "\n\ndata: [DONE]\n\n")
@@ -1631,6 +1448,9 @@ class AnswerTest(unittest.TestCase):
                                              "logprobs": logprobs, "message": message}])
         empty = self.answer((0, {}, None, "stop"))[0].whole()["choices"][0]["message"]
         self.assertEqual(empty, {"role": "assistant", "content": "", "refusal": None})
+        old = self.answer(*events, functions=[])[0].whole()["choices"][0]  # has room for one
+        self.assertEqual(old["message"].pop("function_call"), calls[0]["function"])
+        self.assertEqual(old["finish_reason"], "function_call")
 
     def test_usage(self):
         told = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12, "cost": 0.5,
@@ -1641,7 +1461,39 @@ class AnswerTest(unittest.TestCase):
                                  (1, {}, None, "stop", second), (0, {}, None, "stop", told), n=2)[0]
             expected = dict(zip(told, (*counts, {"cached_tokens": cached}, True)))
             self.assertEqual(answer.usage, expected)
-# ------------------------------------------------------------------- processes: faults of opencode
+
+# ------------------------------------------------------------------------------------- the catalog
+class CatalogTest(unittest.TestCase):
+    def catalog(self, *names, wanted=None):
+        able = dict.fromkeys(("temperature", "reasoning", "attachment", "toolcall"), True)
+        return proxy.make_catalog([{
+            "id": model, "providerID": provider, "api": {"id": model[:1], "npm": "n", "url": "u"},
+            "capabilities": {**able, "input": {}, "output": {}}, "limit": {"output": 9},
+            "options": {"serviceTier": "priority"}, "headers": {}}
+            for provider, _, model in (name.partition("/") for name in names)], ["login"], wanted)
+
+    def test_names(self):
+        own, newer = proxy.DEFAULT_MODEL, proxy.SUCCESSORS[0]
+        for names, wanted, asked, found in (
+                ((newer, own), None, None, own), ((newer,), None, None, newer),
+                (("a/m", own), "a/m", None, "a/m"), ((own, newer), None, newer, newer),
+                ((own, newer), None, newer.partition("/")[2], newer), ((own,), None, "gpt-x", own),
+                ((own,), None, "a/m", 404), (("a/m",), None, None, 503), ((), "a/m", None, 503)):
+            with self.subTest(names=names, wanted=wanted, asked=asked):
+                try:
+                    self.assertEqual(self.catalog(*names, wanted=wanted).resolve(asked).name, found)
+                except proxy.APIError as error:
+                    code = {404: "model_not_found", 503: "provider_not_logged_in"}[found]
+                    self.assertEqual((error.status, error.code), (found, code))
+        with self.assertRaisesRegex(proxy.APIError, "gpt-x"):
+            self.catalog(own).resolve("gpt-x", exact=True)
+
+    def test_trimmed(self):
+        trimmed = self.catalog("a/m-fast", "a/m", "opencode/free").trimmed
+        fast = {"provider": {"body": {"service_tier": "priority"}, "headers": {}}}
+        self.assertEqual(trimmed["a"]["models"]["m"]["experimental"], {"modes": {"fast": fast}})
+
+# --------------------------------------------------------------------------------------- processes
 class FaultTest(FakeCase):
     """A process that does what it should not; the next request is answered all the same."""
     def fails(self, running, content, status, text):
@@ -1651,16 +1503,16 @@ class FaultTest(FakeCase):
         self.assertEqual(running.content("well"), "well")
 
     def test_child_that_dies(self):
-        running = self.start()
+        """What was handed over is not sent twice."""
+        running = self.start(spares=1)
         self.fails(running, DIE, 502, "opencode ended: last words")
+        orphan = "do subprocess.Popen(['sleep', '5']%s); os._exit(0)"  # that holds the pipes
+        for text in ("do os._exit(3)", orphan % "", orphan % ", start_new_session=True"):
+            self.fails(running, text, 502, "opencode ended")
+        self.assertEqual(len(self.journal("post")), 8)
         events = running.stream(DIE)
         self.assertIn({"content": "a"}, deltas_of(events))
         self.assertEqual((events[-2]["error"]["code"], events[-1]), ("opencode_failed", "[DONE]"))
-
-    def test_what_was_handed_over_is_not_sent_twice(self):
-        running = self.start(spares=1)
-        self.fails(running, "do os._exit(3)", 502, "opencode ended")  # before any answer
-        self.assertEqual(len(self.journal("post")), 2)
 
     def test_what_was_not_handed_over_is_given_to_another_process(self):
         self.mode("DIES = True")
@@ -1668,28 +1520,22 @@ class FaultTest(FakeCase):
         self.mode("")
         self.assertEqual(running.content("well"), "well")
         self.assertEqual([len(self.journal(kind)) for kind in ("start", "post")], [2, 1])
-        running.close()
-        self.mode("DIES = True")
-        status, answer = self.start().chat()
-        self.assertEqual((status, answer["error"]["code"]), (502, "opencode_failed"))
-        self.assertEqual(len(self.journal("post")), 1)
 
-    def test_what_plugins_of_the_user_print(self):
-        """Anything, anywhere, also unfinished lines; where opencode ends, they may say why."""
+    def test_what_comes_over_the_pipes(self):
+        """Plugins print anything, anywhere; opencode asks, which is refused; lines have a bound."""
         noise = "write('Segmentation fault\\n\\n{}\\n[1]\\n{\"jsonrpc\"\\nhas printed this')"
         self.mode(f"ACP and {noise}")
         running = self.start()
-        text = f"do {noise}; say('well')"
-        self.assertEqual(running.content(text), "well")
+        self.assertEqual(running.content(f"do {noise}; say('well')"), "well")
         self.fails(running, f"do {noise}; os._exit(3)", 502, "opencode ended: has printed this")
-
-    def test_bounds(self):
-        running = self.start()
         self.fails(running, "do write('x' * (32 << 20))", 502, "of over 16777216 bytes")
+        ask = ("do out(id=9, method='fs/read_text_file', params={})\n"
+               "while 'reply refused' not in open(HERE + '/journal').read(): rest(0.02)")
+        self.assertEqual(running.content(ask), "")
         on_stderr = "do write(('e' * 100000 + '\\n') * 200, 2); say('well')"
         self.assertEqual(running.content(on_stderr), "well")
 
-    def test_child_that_ignores_sigterm(self):
+    def test_silent_child_that_ignores_sigterm(self):
         self.patch(proxy, STOP_SECONDS=0.3)
         self.mode("signal.signal(signal.SIGTERM, signal.SIG_IGN)")
         running = self.start(timeout=0.5, spares=1)
@@ -1697,35 +1543,16 @@ class FaultTest(FakeCase):
         first = int(self.journal("start")[0])
         self.assertTrue(eventually(lambda: first not in opencode_pids(), SOON))
 
-    def test_grandchildren_that_hold_the_pipes(self):
-        running = self.start()
-        for more in ("", ", start_new_session=True"):
-            orphan = f"do subprocess.Popen(['sleep', '5']{more}); os._exit(0)"
-            self.fails(running, orphan, 502, "opencode ended")
-
-    def test_requests_of_the_child_are_refused(self):
-        ask = "do out(id=9, method='fs/read_text_file', params={}); hold(); say('well')"
-        answer = self.background.submit(self.start().content, ask)
-        self.assertTrue(eventually(lambda: self.journal("reply") == ["refused"]))
-        self.let_go()
-        self.assertEqual(answer.result(), "well")
-
-    def test_silence(self):
-        running = self.start(timeout=0.5, spares=1, requests_per_process=100)
-        self.fails(running, SILENT, 504, "sent nothing for 0.5 seconds")
-        events = running.stream(PAUSE)
-        self.assertEqual((events[-2]["error"]["code"], events[-1]), ("timeout", "[DONE]"))
-        self.assertTrue(eventually(lambda: len(self.journal("cancelled", "rest(600)")) == 2))
-
     def test_pings(self):
         """In the queue, before the first token and between tokens; an error then is an event."""
-        self.patch(proxy, PING_SECONDS=0.2)
-        running = self.start(max_concurrency=1, timeout=1.2)
-        with running.send(PAUSE), running.send("well", stream=True) as waiting:
-            data = b""
-            while b": keep-alive\n\n" not in data:
-                data += waiting.recv(65536)
-        body = chat_body("do rest(0.8); say('one'); rest(0.8); say('two'); rest(600)", stream=True)
+        self.patch(proxy, PING_SECONDS=0.1)
+        running = self.start(max_concurrency=1, timeout=0.8)
+        with running.send(SLOWLY):
+            self.assertTrue(running.becomes(running=1))
+            with running.send("queued", stream=True) as waiting:
+                pieces = iter(lambda: waiting.recv(65536), b"")
+                self.assertTrue(any(b": keep-alive\n\n" in piece for piece in pieces))
+        body = chat_body("do rest(0.3); say('one'); rest(0.3); say('two'); rest(600)", stream=True)
         data = running.request("POST", "/v1/chat/completions", body)[2]
         self.assertTrue(data.startswith(b'data: {"id":"chatcmpl-'), data[:50])
         for piece in re.split(b"one|two", data):
@@ -1739,14 +1566,12 @@ class FaultTest(FakeCase):
         pipelined = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
         cases = ((b"", True), (b"", False), (b"\r\n", True), (pipelined, False))
         for number, (after, stream) in enumerate(cases, 1):
-            with self.subTest(after=after, stream=stream):
-                with running.send(PAUSE, after, stream=stream):
-                    self.assertTrue(eventually(lambda: len(self.journal("post", PAUSE)) == number))
-                self.assertTrue(running.becomes(SOON, running=0))
-                expected = [f"{pid} {PAUSE}"] * number
-                self.assertTrue(eventually(lambda: self.journal("cancelled", PAUSE) == expected))
+            with running.send(PAUSE, after, stream=stream):
+                self.assertTrue(eventually(lambda: len(self.journal("post", PAUSE)) == number))
+            self.assertTrue(running.becomes(SOON, running=0), after)
+            expected = [f"{pid} {PAUSE}"] * number
+            self.assertTrue(eventually(lambda: self.journal("cancelled", PAUSE) == expected))
         self.assertEqual(running.content(PID), pid)
-        self.assertEqual(len([line for line in self.logged if " 499 " in line]), 4)
 
     def test_children_that_do_not_read_their_prompt(self):
         """Clients that leave are noticed then, too; at last the request fails."""
@@ -1755,42 +1580,32 @@ class FaultTest(FakeCase):
         running = self.start(timeout=600.0)
         with running.send("x" * (5 << 20)):
             self.assertTrue(eventually(lambda: self.journal("deaf")))
-            time.sleep(0.5)
-            self.assertEqual(running.health()["running"], 1)
         self.assertTrue(running.becomes(SOON, running=0))
-        self.patch(proxy, FIFO_SECONDS=0.5)
-        status, answer = running.chat("x" * (5 << 20))
-        self.assertEqual((status, answer["error"]["code"]), (502, "opencode_failed"))
+        self.patch(proxy, FIFO_SECONDS=0.2)
+        self.assertEqual(running.chat("x" * (5 << 20))[0], 502)
         self.assertEqual(self.journal("post"), [])
 
-    def test_clients_that_read_nothing_do_not_fill_the_memory(self):
+    def test_clients_that_read_late_get_everything_and_fill_no_memory(self):
         running = self.start(timeout=600.0)
-        text = "do hold(); data(chunk({'content': 'tok '}) * 200000)"  # 17 MB
-        tracemalloc.start()
-        self.addCleanup(tracemalloc.stop)
-        with running.send(text, stream=True, n=4):
-            self.assertTrue(eventually(lambda: len(self.journal("post")) == 4))
+        text = "do hold(); data(chunk({'content': 'tok '}) * 40000)"  # 3.4 MB
+        with running.send(text, b"GET / HTTP/1.0\r\n\r\n", stream=True, n=2) as client:
+            self.assertTrue(eventually(lambda: len(self.journal("post")) == 2))
+            tracemalloc.start()
+            self.addCleanup(tracemalloc.stop)
             self.let_go()
-            self.assertTrue(eventually(lambda: len(set(self.journal("waits"))) == 4))
-            time.sleep(1)  # in which all of it would come
-            self.assertLess(tracemalloc.get_traced_memory()[1], 24 << 20)
-
-    def test_clients_that_read_late_get_everything(self):
-        running = self.start()
-        text = "do data(chunk({'content': 'tok '}) * 40000)"
-        with running.send(text, b"GET / HTTP/1.0\r\n\r\n", stream=True) as client:
-            self.assertTrue(eventually(lambda: self.journal("waits")))
+            self.assertTrue(eventually(lambda: len(set(self.journal("waits"))) == 2))
+            time.sleep(0.5)  # in which all of it would come
+            self.assertLess(tracemalloc.get_traced_memory()[1], 5 << 20)
+            tracemalloc.stop()
             data = b"".join(iter(lambda: client.recv(1 << 20), b""))
-        self.assertEqual(data.count(b'"content":"tok "'), 40000)
+        self.assertEqual(data.count(b'"content":"tok "'), 80000)
 
-# ------------------------------------------------------------------------- processes: their start
 class StartTest(FakeCase):
     def test_what_does_not_work_is_said(self):
         self.patch(proxy, START_SECONDS=0.7)
         invalid = "\\x1b[91mError: \\x1b[0mopencode.json is not valid JSON(C)"
         for mode, text in ((f"ACP or sys.exit('{invalid}')", "Error: opencode.json is not valid"),
                            ("ACP or sys.exit(print('a/b\\n{}'))", "opencode cannot be used: "),
-                           ("ACP or sys.exit(print('a/b\\n{b'))", "opencode cannot be used: "),
                            ("ACP and sys.exit('no memory')", "opencode ended: no memory"),
                            ("ACP and time.sleep(9)", "opencode did not answer initialize within"),
                            ("VERSION = '1.16.9'", "1.16.9 is too old: 1.17.0 or newer"),
@@ -1806,71 +1621,53 @@ class StartTest(FakeCase):
     def test_not_logged_in_and_then_logged_in(self):
         self.mode("NAMES = ['opencode/free']")
         running = self.start(spares=1)
-        status, answer = running.chat()
-        self.assertEqual((status, answer["error"]["code"]), (503, "provider_not_logged_in"))
-        health = running.health()
-        self.assertEqual((health["http"], health["status"]), (503, "unhealthy"))
-        self.assertIn("opencode auth login", health["reason"])
+        self.assertEqual(running.chat()[1]["error"]["code"], "provider_not_logged_in")
+        self.assertIn("opencode auth login", running.health()["reason"])
         self.mode("")
         self.auth.write_text('{"github-copilot":{}}')
         self.assertEqual(running.content("now"), "now")
-        self.assertEqual(running.health()["http"], 200)
 
     def test_models_that_a_session_does_not_offer(self):
         model = "github-copilot/gpt-4.1"  # of the command line: opencode is told of it
         status, answer = self.start(model=model).chat()
         self.assertEqual((status, answer["error"]["code"]), (404, "model_not_found"))
-        self.mode(f"ACP and NAMES.append('{model}')")
-        self.assertEqual(self.start(model=model).chat()[1]["model"], model)
         self.mode("ACP and 'OPENCODE_MODELS_PATH' in os.environ and NAMES.pop()")
         self.assertEqual(self.start().content("x", model="local/m"), "x")  # the catalog is at fault
 
     def test_early_requests_wait_for_the_proof(self):
-        values = settings(spares=1)
-        pool = proxy.Pool(proxy.Opencode(str(self.fake)), values)
-        server = proxy.ProxyServer(values, pool)
-        serving = self.background.submit(server.serve_forever)
-        client = Client(server.server_port)
-        early = [self.background.submit(client.request, "GET", "/v1/models"),
-                 self.background.submit(client.chat)]
-        self.assertEqual(client.health()["reason"], "starting")
-        self.assertFalse(any(request.done() for request in early))
-        pool.prove()
-        self.assertEqual([request.result()[0] for request in early], [200, 200])
-        server.stop(0, time.sleep)
-        serving.result()
+        with unittest.mock.patch.object(proxy.Pool, "prove"):
+            running = self.start(spares=1)
+        early = self.background.submit(running.content, "well")
+        self.assertEqual(running.health()["reason"], "starting")
+        self.assertFalse(early.done())
+        running.pool.prove()
+        self.assertEqual(early.result(), "well")
 
     def test_directories_that_killed_proxies_left(self):
-        """They go; what is somebody's, or only looks like one, stays."""
         dead = subprocess.Popen(["true"])
         dead.wait()
         for name in (f"{dead.pid}-x", "9" * 30, "x", "-1-", f"{os.getpid()}-mine"):
             (self.tmp / f"opencode-proxy-{name}").mkdir()
         self.start().close()
-        left = list(self.tmp.iterdir())
-        self.assertEqual([path for path in left if path.name.endswith(f"-{dead.pid}-x")], [])
-        self.assertEqual(len(left), 4)
-        for path in left:
-            path.rmdir()
+        self.assertEqual(len([*self.tmp.iterdir()]), 4)
+        self.assertEqual([*self.tmp.glob(f"*-{dead.pid}-x")], [])
+        shutil.rmtree(self.tmp)
 
     def test_opencode_that_stops_working_and_is_repaired(self):
         """/health tells it, whether there are spares or not."""
         self.patch(proxy, TEND_SECONDS=0.1, MAX_RETRY_SECONDS=0.1)
         for spares in (0, 1):
-            with self.subTest(spares=spares):
-                self.mode("")
-                running = self.start(spares=spares)
-                self.mode("ACP and sys.exit('no memory')")
-                for pid in opencode_pids():
-                    os.kill(pid, signal.SIGKILL)
-                self.assertTrue(eventually(lambda: running.chat()[0] == 502))
-                self.assertTrue(running.becomes(http=503, status="unhealthy"))
-                reason = "opencode does not start: opencode ended: no memory"
-                self.assertEqual(running.health()["reason"], reason)
-                self.mode("")
-                self.assertEqual(running.content("well"), "well")
-                self.assertTrue(running.becomes(http=200, status="healthy"))
-                running.close()
+            running = self.start(spares=spares)
+            self.mode("ACP and sys.exit('no memory')")
+            for pid in opencode_pids():
+                os.kill(pid, signal.SIGKILL)
+            self.assertTrue(eventually(lambda: running.chat()[0] == 502))
+            reason = "opencode does not start: opencode ended: no memory"
+            self.assertTrue(running.becomes(http=503, status="unhealthy", reason=reason))
+            self.mode("")
+            self.assertEqual(running.content("well"), "well")
+            self.assertTrue(running.becomes(http=200, status="healthy"))
+            running.close()
 
     def test_opencode_that_does_not_start_for_a_day(self):
         self.patch(proxy, TEND_SECONDS=0.05, MAX_RETRY_SECONDS=0.0)
@@ -1878,20 +1675,15 @@ class StartTest(FakeCase):
         os.kill(opencode_pids()[0], signal.SIGKILL)
         broken = BlockingIOError(11, "Resource temporarily unavailable")
         with unittest.mock.patch.object(subprocess, "Popen", side_effect=broken) as popen:
-            self.assertTrue(eventually(lambda: popen.call_count > 1100))
-            status, answer = running.chat()
-            self.assertEqual((status, answer["error"]["code"]), (502, "opencode_failed"))
+            self.assertTrue(eventually(lambda: popen.call_count > 1030))
+            self.assertEqual(running.chat()[1]["error"]["code"], "opencode_failed")
         self.assertEqual(running.content("well"), "well")
 
     def test_starts_that_stall_hold_nobody_up(self):
         running = self.start()
         disk, start = threading.Event(), subprocess.Popen
-
-        def stall(*arguments, **more):
-            disk.wait(DEADLINE)
-            return start(*arguments, **more)
-
-        with unittest.mock.patch.object(subprocess, "Popen", stall):
+        with unittest.mock.patch.object(subprocess, "Popen") as popen:
+            popen.side_effect = lambda *words, **more: disk.wait(DEADLINE) and start(*words, **more)
             asked = self.background.submit(running.content, "well")
             self.assertTrue(running.becomes(SOON, waiting=1))
             with running.send("x"):
@@ -1900,31 +1692,13 @@ class StartTest(FakeCase):
             disk.set()
             self.assertEqual(asked.result(), "well")
 
-    def test_as_the_first_process_of_a_container(self):
-        """Nobody else takes leave there of what ended processes leave behind."""
-        inside = ["unshare", "--user", "--map-root-user", "--pid", "--mount-proc", "--kill-child"]
-        if subprocess.run([*inside, "true"], stderr=subprocess.DEVNULL, check=False).returncode:
-            raise unittest.SkipTest("namespaces are not allowed")
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            client = Client(free.getsockname()[1])
-        code = "import opencode_proxy as p; p.TEND_SECONDS = 0.2; raise SystemExit(p.main())"
-        program = subprocess.Popen(
-            [*inside, sys.executable, "-c", code, "--host", "127.0.0.1", "--port",
-             str(client.port), "--opencode", str(self.fake), "--spares", "0"], cwd=HERE,
-            stderr=subprocess.DEVNULL, env={**self.variables, "TMPDIR": str(self.tmp)})
-        self.stack.callback(shutil.rmtree, self.tmp)
-        self.stack.callback(program.wait)
-        self.stack.callback(program.kill)
-        orphan = "do subprocess.Popen(['sleep', '1'], start_new_session=True); os._exit(0)"
+    def test_orphans_in_a_container_are_taken_leave_of(self):
+        orphan, here = subprocess.Popen(["true"]), os.getpid()
+        with unittest.mock.patch.object(os, "getpid", return_value=1):
+            gone = eventually(lambda: proxy.reap_orphans(set()) or not children(here), SOON)
+        self.assertTrue(gone)
+        orphan.wait()
 
-        def asked():
-            with contextlib.suppress(OSError):
-                return client.chat(orphan)[0]
-
-        self.assertEqual(eventually(asked), 502)
-        self.assertTrue(eventually(lambda: len(children()) == 2, SOON), children())
-
-# ------------------------------------------------------------------------- processes: many at once
 class LoadTest(FakeCase):
     """Who is answered by which process, and when one starts or ends."""
     def only(self, running, **expected):
@@ -1933,19 +1707,15 @@ class LoadTest(FakeCase):
         self.assertTrue(eventually(lambda: len(opencode_pids()) == 1))
         return opencode_pids()[0]
 
-    def test_each_request_has_a_process(self):
-        running = self.start(spares=1)
-        pids = [self.only(running, spares=1)]
-        for _ in range(3):
-            self.assertEqual(running.content(PID), str(pids[-1]))
-            pids.append(self.only(running, spares=1))
-        self.assertEqual(self.journal("start"), [str(pid) for pid in pids])
-
-    def test_without_spares_nothing_runs(self):
-        running = self.start(spares=0)
-        self.assertTrue(eventually(lambda: not opencode_pids()))
-        self.assertEqual(len({running.content(PID) for _ in range(2)}), 2)
-        self.assertTrue(eventually(lambda: not opencode_pids()))
+    def test_requests_per_process(self):
+        for most in (1, 3):
+            running = self.start(spares=1, requests_per_process=most)
+            pids = [self.only(running, spares=1)]
+            for _ in range(2):
+                self.assertEqual({running.content(PID) for _ in range(most)}, {str(pids[-1])})
+                pids.append(self.only(running, spares=1))
+            self.assertEqual(self.journal("start")[-3:], [str(pid) for pid in pids])
+            running.close()
 
     def test_requests_of_a_burst_share(self):
         """No process starts while answers wait for their first token."""
@@ -1959,40 +1729,8 @@ class LoadTest(FakeCase):
         self.assertEqual(answers.result(), [str(number) for number in range(16)])
         self.assertNotEqual(self.only(running, spares=1), used)
         self.assertEqual(len(self.journal("start")), 2)
-
-    def test_fresh_one_starts_when_the_only_answer_has_begun(self):
-        running = self.start(spares=1)
-        with running.send(PAUSE):
+        with running.send(PAUSE):  # one starts when the only answer has begun
             self.assertTrue(running.becomes(SOON, running=1, spares=1))
-
-    def test_death_of_a_shared_process(self):
-        running = self.start(spares=1)
-        answers = self.background.submit(at_once, running.chat, [SILENT] * 4)
-        self.assertTrue(eventually(lambda: len(self.journal("post")) == 4))
-        os.kill(opencode_pids()[0], signal.SIGKILL)
-        self.assertEqual([status for status, _ in answers.result()], [502] * 4)
-        self.assertEqual(running.content("well"), "well")
-        self.assertEqual(len(self.journal("post")), 5)
-
-    def test_several_requests_per_process(self):
-        running = self.start(spares=1, requests_per_process=3)
-        first = self.only(running, spares=1)
-        self.assertEqual(at_once(running.content, [PID + "; rest(0.5)"] * 3), [str(first)] * 3)
-        second = self.only(running, spares=1)
-        self.assertEqual([running.content(PID) for _ in range(3)], [str(second)] * 3)
-        self.assertNotIn(self.only(running, spares=1), (first, second))
-        self.assertEqual(len(self.journal("start")), 3)
-
-    def test_hundred_at_once(self):
-        self.patch(proxy, TEND_SECONDS=0.1, KEEP_WARM_SECONDS=0.5)
-        running = self.start(spares=1, max_queue=100, requests_per_process=1000)
-        texts = [f"do hold(); say('{number}')" for number in range(100)]
-        answers = self.background.submit(at_once, running.content, texts)
-        self.assertTrue(running.becomes(running=64, waiting=36))
-        self.let_go()
-        self.assertEqual(answers.result(), [str(number) for number in range(100)])
-        self.assertEqual(len(self.journal("start")), 2)  # 32 to a process
-        self.only(running)
 
     def test_queue(self):
         running = self.start(max_concurrency=1, max_queue=2)
@@ -2001,9 +1739,8 @@ class LoadTest(FakeCase):
             text = f"do hold(); say('{number}')"
             answers.append(self.background.submit(running.content, text))
             self.assertTrue(running.becomes(running=1, waiting=number))
-        status, headers, body = running.request("POST", "/v1/chat/completions", chat_body())
-        self.assertEqual((status, json.loads(body)["error"]["code"]), (503, "queue_full"))
-        self.assertEqual(headers["Retry-After"], "5")
+        status, answer = running.chat()
+        self.assertEqual((status, answer["error"]["code"]), (503, "queue_full"))
         self.let_go()
         self.assertEqual([answer.result() for answer in answers], ["0", "1", "2"])
         self.assertEqual([post[-3] for post in self.journal("post")], ["0", "1", "2"])
@@ -2021,41 +1758,28 @@ class LoadTest(FakeCase):
             for client in clients:
                 client.close()
             self.assertTrue(running.becomes(SOON, waiting=0))
-            left = eventually(lambda: tracemalloc.get_traced_memory()[0] < 10 << 20, SOON)
-            self.assertTrue(left)
+            self.assertTrue(eventually(lambda: tracemalloc.get_traced_memory()[0] < 10 << 20, SOON))
         self.assertEqual(running.content("well"), "well")
 
-    def test_choices_share_a_process_and_count_as_one_request(self):
-        running = self.start(max_concurrency=1, max_queue=0)
-        choices = running.chat(PID, n=5)[1]["choices"]
-        self.assertEqual([choice["index"] for choice in choices], [0, 1, 2, 3, 4])
-        self.assertEqual(len({choice["message"]["content"] for choice in choices}), 1)
-        texts = ["", ""]
-        for event in running.stream("do say('one '); say('two')", n=2)[:-1]:
-            for choice in event["choices"]:
-                texts[choice["index"]] += choice["delta"].get("content", "")
-        self.assertEqual(texts, ["one two", "one two"])
-        self.assertEqual(running.chat(DIE, n=3)[0], 502)
-
-    def test_stop_sequences_end_the_session_not_the_process(self):
-        running = self.start(spares=1, requests_per_process=100)
+    def test_choices_share_a_process_and_stop_without_it(self):
+        self.patch(proxy, CUT_SECONDS=0.2)
+        running = self.start(max_concurrency=1, max_queue=0, spares=1, requests_per_process=100)
         pid = running.content(PID)
-        text = SLOWLY.replace("20", "2000")
-        for choice in running.chat(text, n=2, stop=["5 6"])[1]["choices"]:
+        for index, choice in enumerate(running.chat(SLOWLY, n=2, stop=["5 6"])[1]["choices"]):
+            self.assertEqual((choice["index"], choice["finish_reason"]), (index, "stop"))
             self.assertEqual(choice["message"]["content"], "0 1 2 3 4 ")
-            self.assertEqual(choice["finish_reason"], "stop")
-        expected = [f"{pid} {text}"] * 2
-        self.assertTrue(eventually(lambda: self.journal("cancelled", text) == expected))
+        expected = [f"{pid} {SLOWLY}"] * 2
+        self.assertTrue(eventually(lambda: self.journal("cancelled", SLOWLY) == expected))
         self.assertEqual(running.content(PID), pid)
+        self.assertEqual(running.chat(DIE, n=3)[0], 502)
 
     def test_processes_that_died_or_grew_are_replaced(self):
         self.patch(proxy, TEND_SECONDS=0.1, MAX_RETRY_SECONDS=0.1)
         running = self.start(spares=1, requests_per_process=100)
         os.kill(self.only(running), signal.SIGKILL)
-        self.assertEqual(running.content("well"), "well")
-        for name, limit in (("WORN_SECONDS", 0.5), ("WORN_PROCESS_BYTES", 1 << 20),
-                            ("MAX_PROCESS_BYTES", 1 << 20)):
-            with self.subTest(name), unittest.mock.patch.object(proxy, name, limit):
+        self.assertTrue(eventually(lambda: len(self.journal("start")) == 2))
+        for limit in {"WORN_SECONDS": 0.5}, {"WORN_PROCESS_BYTES": 9}, {"MAX_PROCESS_BYTES": 9}:
+            with self.subTest(limit), unittest.mock.patch.multiple(proxy, **limit):
                 old = self.only(running)
                 self.assertEqual(running.content(PID), str(old))
                 self.assertTrue(eventually(lambda: old not in opencode_pids()))
@@ -2066,29 +1790,25 @@ class LoadTest(FakeCase):
         config = self.folder / ".config/opencode/opencode.json"
         config.parent.mkdir(parents=True)
         for path, text in ((self.auth, '{"local":{"type":"api","key":"k"}}'),
-                           (self.auth, '{"local":{"type":"api","key":"l"}}'),
                            (config, '{"provider":{"local":{}}}')):
-            with self.subTest(text):
-                old = self.only(running)
-                with running.send(PAUSE):
-                    self.assertTrue(running.becomes(running=1))
-                    path.write_text(text)
-                    self.assertNotEqual(running.content(PID), str(old))
-                    self.assertIn(old, opencode_pids())  # it finishes what it has begun
-                self.assertTrue(eventually(lambda: old not in opencode_pids()))
+            old = self.only(running)
+            with running.send(PAUSE):
+                self.assertTrue(running.becomes(running=1))
+                path.write_text(text)
+                self.assertNotEqual(running.content(PID), str(old))
+                self.assertIn(old, opencode_pids())  # it finishes what it has begun
+            self.assertTrue(eventually(lambda: old not in opencode_pids()), text)
 
     def test_catalog_that_could_not_be_read_is_read_again(self):
         self.patch(proxy, TEND_SECONDS=0.1, MAX_RETRY_SECONDS=0.1)
         running = self.start()
-        for name, output in (("one/model", "'no memory'"), ("two/model", "print('a/b\\n{}')")):
-            with self.subTest(output):
-                self.mode(f"ACP or note('models', 1) or sys.exit({output})")
-                self.auth.write_text(json.dumps({name: {}}))
-                self.assertTrue(eventually(lambda: self.journal("models")))
-                self.assertEqual(running.content("well"), "well")
-                self.mode(f"NAMES.append('{name}')")
-                self.assertTrue(eventually(lambda: running.chat(model=name)[0] == 200))
-                (self.folder / "journal").unlink()
+        self.mode("ACP or note('models', 1) or sys.exit('no memory')")
+        self.auth.write_text('{"one/model":{}}')
+        self.assertTrue(eventually(lambda: self.journal("models")))
+        self.assertEqual(running.content("well"), "well")
+        self.mode("NAMES.append('one/model')")
+        self.assertTrue(eventually(lambda: running.chat(model="one/model")[0] == 200))
+
 # --------------------------------------------------------------------------------------------- http
 COMPLETIONS = "/v1/chat/completions"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -2107,13 +1827,13 @@ class StubPool:
     content = (0, proxy.Event({"content": "yes"}))
     finish = (0, proxy.Event({}, finish_reason="stop", usage={
         "prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}))
-    last_error = ""
-    running = 0
+    last_error, running = "", 0
 
     def __init__(self, *names):
         self.closing = threading.Event()
-        self.catalog = proxy.Catalog(
-            {name: proxy.Model(name) for name in names}, names[0], frozenset("ab"))
+        self.close = self.closing.set
+        models = {name: proxy.Model(name) for name in names}
+        self.catalog = proxy.Catalog(models, names[0], frozenset("ab"))
         self.respond = lambda request: iter([self.content, self.finish])
 
     def ready(self):
@@ -2136,17 +1856,10 @@ class StubPool:
     def health(self):
         return {"status": "healthy", "reason": None, "opencode": "1.18.33", "last_error": None}
 
-    def close(self):
-        self.closing.set()
-
 class HTTPTest(unittest.TestCase):
     def setUp(self):
         self.logged = []
-        self.patch(log=self.logged.append)
-
-    def patch(self, **values):
-        """Give names of the program other values until the test ends."""
-        patch = unittest.mock.patch.multiple(proxy, **values)
+        patch = unittest.mock.patch.object(proxy, "log", self.logged.append)
         patch.start()
         self.addCleanup(patch.stop)
 
@@ -2193,16 +1906,17 @@ class HTTPTest(unittest.TestCase):
 
     def test_routes(self):
         self.start()
-        url = self.server.base_url()
         models = [{"id": name, "object": "model", "created": self.server.created,
                    "owned_by": name[0]} for name in self.pool.catalog.names]
-        self.assertEqual(self.request("GET", "/v1/models")[2], {"object": "list", "data": models})
-        for path in ("/v1/models/b/m", "/models/b%2Fm?x=1", "http://localhost/v1/models/b/m",
-                     "//v1/models/b/m", "/v1//models/b/m/"):
-            self.assertEqual(self.request("GET", path)[2], models[2], path)
-        self.assertEqual(self.request("GET", "/models/second")[2], models[1])
+        health = {**self.pool.health(), "version": proxy.__version__}
+        for path, expected in (
+                ("/v1/models", {"object": "list", "data": models}), ("/v1/models/b/m", models[2]),
+                ("/models/b%2Fm?x=1", models[2]), ("http://localhost/v1/models/b/m", models[2]),
+                ("//v1//models/b/m/", models[2]), ("/models/second", models[1]),
+                ("/health", health), ("/v1", health), ("/", health)):
+            self.assertEqual(self.request("GET", path)[::2], (200, expected), path)
         self.assertEqual(self.error("GET", "/v1/models/none")[:2], (404, "model_not_found"))
-        for path in ("/v1//chat/completions", "//v1/chat/completions", "/chat/completions?x"):
+        for path in ("//v1//chat/completions", "/chat/completions?x"):
             self.assertEqual(self.request("POST", path, chat_body())[0], 200, path)
         for method, path, allow in (("GET", COMPLETIONS, "OPTIONS, POST"),
                                     ("DELETE", "/v1/models", "GET, HEAD, OPTIONS")):
@@ -2211,13 +1925,10 @@ class HTTPTest(unittest.TestCase):
         status, headers, body = self.request("HEAD", "/v1/models")
         self.assertEqual((status, body), (200, b""))
         self.assertGreater(int(headers["Content-Length"]), 100)
-        health = {**self.pool.health(), "version": proxy.__version__}
-        for path in ("/health", "/v1", "/"):
-            self.assertEqual(self.request("GET", path)[2], health)
-        use, chat = f"the base URL to use is {url}", "this serves chat only, at "
-        for path, hint in (("/v1/v1/chat/completions", use), ("/v1/v1/models/x", use),
-                           ("/v1/chat/completions/chat/completions", use), ("/v1/v1", use),
-                           ("/v1/embeddings", chat), ("/v1/completions", chat), ("/v1x", chat)):
+        use, chat = "the base URL to use is " + self.server.base_url, "this serves chat only, at "
+        for path, hint in (("/v1/v1/models/x", use), ("/v1/v1", use), ("/v1x", chat),
+                           ("/v1/chat/completions/chat/completions", use),
+                           ("/v1/embeddings", chat), ("/v1/completions", chat)):
             status, code, message = self.error("POST", path + "?secret", b"{}")
             self.assertEqual((status, code), (404, "unknown_url"))
             self.assertTrue(message.startswith(f"There is nothing at {path}: {hint}"), message)
@@ -2234,7 +1945,7 @@ class HTTPTest(unittest.TestCase):
             self.assertEqual(self.answer(refused + last)[2], 1)
 
     def test_framing(self):
-        self.start()
+        self.start(max_body_size=5000)
         body = chat_body()
         size, length = len(body), f"Content-Length: {len(body)}"
         for expected, *headers in (
@@ -2242,13 +1953,13 @@ class HTTPTest(unittest.TestCase):
                 (200, length, "Content-Type: message/rfc822"), (413, "Content-Length: 99999999999"),
                 (415, length, "Content-Type: multipart/form-data; boundary=x"),
                 (400, "Content-Length: +5"), (400, "Content-Length: 1_0"), (400, "Content-Length:"),
-                (400, "Content-Length: -1"), (400, "Content-Length: \u0665"),
-                (400, "Content-Length: 5", "Content-Length: 6"), (400, "Content-Length : 5"),
+                (400, "Content-Length: \u0665"), (400, "Content-Length: 5", "Content-Length: 6"),
+                (400, "Content-Length: 5,55"), (400, "Content-Length : 5"), (400, "From x", length),
                 (400, "Content-Length: 99999999999999999999"), (400, "Transfer-Encoding: gzip"),
                 (400, length, "Transfer-Encoding: chunked"), (400, length, "Host: y"),
                 (400, "Transfer-Encoding: gzip, chunked"), (400, length, "no colon"),
                 (400, length, "X: a\rContent-Length: 3"), (400, length, "X: a\0b"),
-                (400, "From x", length), (400, length, " folded: 1"), (400, length, "X: a\r"),
+                (400, length, " folded: 1"), (400, length, "X: a\r"),
                 (431, length, "X: " + "y" * 70000), (431, length, *["X: y"] * 120)):
             with self.subTest(headers=str(headers)[:60]):
                 status, answer, count = self.answer(post(body, *headers, END))
@@ -2260,31 +1971,25 @@ class HTTPTest(unittest.TestCase):
                 (505, b"GET /health HTTP/2.0\r\n\r\n"), (400, b"\x16\x03\0\r\n\r\n"),
                 (414, b"GET / " + b"x" * 70000), (400, b"GET /\rX HTTP/1.1\r\n\r\n")):
             self.assertEqual(self.answer(data)[0], expected, data[:30])
-
-    def test_chunked_body(self):
-        self.start(max_body_size=5000)
-        body = chat_body()
-        chunks = [b"%x ;ext=1\r\n%b\r\n" % (len(body[n:n + 7]), body[n:n + 7])
-                  for n in range(0, len(body), 7)] + [b"0\r\n\r\n"]
-        chunked = post(b"".join(chunks), "Transfer-Encoding: Chunked")
-        self.assertEqual(self.answer(chunked + post_chat(END))[::2], (200, 2))
-        for expected, bad in (
-                (400, b"x\r\n"), (400, b"-1\r\n\r\n"), (400, b"2\r\nabc\r\n0\r\n\r\n"),
-                (400, b"2\n{}\r\n0\r\n\r\n"), (400, b"2\r\n{}\n0\r\n\r\n"), (400, b"0\r\n\n"),
-                (400, b"2\r\n{}\r\r\n0\r\n\r\n"), (400, b"2;a\rb\r\n{}\r\n0\r\n\r\n"),
-                (431, b"2;" + b"x" * 70000 + b"\r\n{}\r\n0\r\n\r\n"), (400, b"0\r\nX y\r\n\r\n"),
-                (400, b"ffffffffffffffffff\r\n"), (413, b"1389\r\n")):
-            data = post(bad, "Transfer-Encoding: chunked") + post_chat(END)
-            self.assertEqual(self.answer(data)[::2], (expected, 1), bad[:30])
+        chunks = b"".join(b"%x ;ext=1\r\n%b\r\n" % (len(body[n:n + 7]), body[n:n + 7])
+                          for n in range(0, size, 7))
+        for expected, count, chunked in (
+                (200, 2, chunks + b"0\r\nTrailer: 1\r\n\r\n"), (400, 1, b"x\r\n"),
+                (400, 1, b"-1\r\n\r\n"), (400, 1, b"2\r\nabc\r\n0\r\n\r\n"),
+                (400, 1, b"2\n{}\r\n0\r\n\r\n"), (400, 1, b"2\r\n{}\n0\r\n\r\n"),
+                (400, 1, b"0\r\n\n"), (400, 1, b"2;a\rb\r\n{}\r\n0\r\n\r\n"),
+                (431, 1, b"2;" + b"x" * 70000 + b"\r\n{}\r\n0\r\n\r\n"),
+                (400, 1, b"0\r\nX y\r\n\r\n"), (400, 1, b"f" * 18), (413, 1, b"1389\r\n")):
+            data = post(chunked, "Transfer-Encoding: Chunked") + post_chat(END)
+            self.assertEqual(self.answer(data)[::2], (expected, count), chunked[:30])
 
     def test_bodies_are_bounded(self):
         with unittest.mock.patch.object(proxy, "MAX_BODIES_BYTES", 3000):
             self.start(max_body_size=2000)
             page = {"Origin": "http://localhost:3000"}  # may read the refusal, as others can
-            for size in (2001, 5_000_000):
-                status, headers, body = self.request("POST", COMPLETIONS, b"x" * size, page)
-                self.assertEqual((status, body["error"]["code"]), (413, "body_too_large"))
-                self.assertEqual(headers["Access-Control-Allow-Origin"], page["Origin"])
+            status, headers, body = self.request("POST", COMPLETIONS, b"x" * 5_000_000, page)
+            self.assertEqual((status, body["error"]["code"]), (413, "body_too_large"))
+            self.assertEqual(headers["Access-Control-Allow-Origin"], page["Origin"])
             self.pool.respond = lambda request: self.pool.wait()
             big = {"user": "x" * 1800}
             announced = [self.connect(post(b"{", "Content-Length: 1999")) for _ in range(2)]
@@ -2299,15 +2004,15 @@ class HTTPTest(unittest.TestCase):
             held.close()
             self.pool.respond = lambda request: iter([self.pool.finish])
             self.assertTrue(eventually(lambda: self.pool.running == 0))
-            for _ in range(3):
-                self.assertEqual(self.request("POST", COMPLETIONS, chat_body(**big))[0], 200)
+            self.assertEqual(self.request("POST", COMPLETIONS, chat_body(**big))[0], 200)
 
     def test_slow_requests_end(self):
         with unittest.mock.patch.multiple(proxy, IDLE_SECONDS=0.5, BODY_SECONDS=0.5):
             self.start()
             for data in (b"", b"GET / HT"):
                 self.assertEqual(self.rest(self.connect(data)), b"")
-            self.assertEqual(self.rest(self.connect(post(b"{", "Content-Length: 10"))), b"")
+            connection = self.connect(post(b"{", "Content-Length: 10"))
+            self.assertIn(b"body_timeout", self.rest(connection))
             connection = self.connect()
             with self.assertRaises(OSError):  # a drip does not extend the deadline
                 for _ in range(100):
@@ -2345,7 +2050,7 @@ class HTTPTest(unittest.TestCase):
             self.start()
             idle = [self.connect(b"GET / HTTP/1.1\r\n" * (n % 2)) for n in range(60)]
             self.assertEqual(self.request("POST", COMPLETIONS, chat_body())[0], 200)
-            for connection in idle[:40]:
+            for connection in idle[:20]:
                 self.assertEqual(self.rest(connection), b"")
             busy = [self.connect(post(b"{", "Content-Length: 10", "Expect: 100-continue", END))
                     for _ in range(20)]
@@ -2356,11 +2061,40 @@ class HTTPTest(unittest.TestCase):
             busy[0].sendall(b" " * 9)
             self.assertIn(b"HTTP/1.1 400", self.rest(busy[0]))
             self.assertTrue(eventually(lambda: self.request("GET", "/health")[0] == 200))
+
+    def test_streams(self):
         self.start()
-        many = [self.connect() for _ in range(400)]
-        self.assertEqual(self.request("GET", "/health")[0], 200)  # they have been accepted
-        many[0].sendall(post_chat(END))
-        self.assertIn(b"HTTP/1.1 200", self.rest(many[0]))
+        got = self.rest(self.connect(post_chat(END, stream=True)))
+        self.assertTrue(got.endswith(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"), got[-60:])
+        for header in (b"Transfer-Encoding: chunked", b"Content-Type: text/event-stream",
+                       b"X-Accel-Buffering: no", b"Cache-Control: no-cache"):
+            self.assertIn(header, got)
+        got = self.rest(self.connect(post_chat(version="1.0", stream=True)))
+        self.assertRegex(got, rb"(?s)\r\n\r\ndata: .*}\n\ndata: \[DONE]\n\n$")
+        go_on = threading.Event()
+
+        def respond(request):
+            while not go_on.wait(0.02):
+                yield None
+            raise proxy.APIError(429, "slow down", headers={"Retry-After": "7"})
+
+        self.pool.respond = respond
+        with unittest.mock.patch.object(proxy, "PING_SECONDS", 0.1):
+            connection, got = self.connect(post_chat(END, stream=True)), b""
+            while got.count(proxy.SSE_PING) < 2:
+                got += connection.recv(1 << 16)
+            self.assertLess(got.index(b'"role":"assistant"'), got.index(proxy.SSE_PING))
+            go_on.set()
+        error = {"message": "slow down", "type": "rate_limit_error", "param": None, "code": None}
+        end = proxy.sse_data({"error": error}) + proxy.SSE_DONE + b"\r\n0\r\n\r\n"
+        self.assertTrue(self.rest(connection).endswith(end))
+        status, headers, body = self.request("POST", COMPLETIONS, chat_body(stream=True))
+        self.assertEqual((status, headers["Retry-After"], body), (429, "7", {"error": error}))
+        self.pool.respond = lambda request: iter([self.pool.content, 7])  # a defect
+        answer = self.error("POST", COMPLETIONS, chat_body())
+        self.assertEqual(answer, (500, "internal_error", "internal error"))
+        self.assertIn(b'"internal_error"', self.rest(self.connect(post_chat(END, stream=True))))
+        self.assert_logged(' 500 .*error="internal error: TypeError')
 
     def test_api_keys(self):
         self.start(api_key=["kee1", "se cond\u20ac"])
@@ -2371,69 +2105,48 @@ class HTTPTest(unittest.TestCase):
         connection.sendall(chat_body())
         self.assertIn(b"HTTP/1.1 200", self.rest(connection))
         for expected, headers in (
-                (401, {}), (200, {"Authorization": "Bearer kee1"}), (200, {"X-Api-Key": "kee1"}),
-                (200, {"authorization": "bearer kee1"}), (200, {"api-key": "kee1"}),
+                (401, {}), (200, {"authorization": "bearer kee1"}), (200, {"X-Api-Key": "kee1"}),
                 (200, {"X-Api-Key": "se cond\u20ac".encode()}), (401, {"Authorization": "Bearer"}),
                 (200, {"Authorization": "Bearer x", "X-Api-Key": "kee1"}), (401, {"api-key": ""}),
-                (401, {"Authorization": "Bearer kee"}), (401, {"Authorization": "Basic kee1"}),
-                (401, {"X-Api-Key": "\xff"}), (401, {"api-key": "kee12"})):
+                (401, {"Authorization": "Basic kee1"}), (401, {"X-Api-Key": "\xff"}),
+                (401, {"api-key": "kee12"})):
             status, answered, _ = self.request("GET", "/v1/models", None, headers)
             self.assertEqual(status, expected, headers)
             self.assertEqual(answered["WWW-Authenticate"], "Bearer" if status == 401 else None)
         self.assertEqual(self.error("POST", COMPLETIONS, chat_body())[:2], (401, "invalid_api_key"))
-        for path in ("/health", "/"):
-            self.assertEqual(self.request("GET", path, None, {"Host": "any.example"})[0], 200)
+        self.assertEqual(self.request("GET", "/health", None, {"Host": "any.example"})[0], 200)
         self.assertNotIn("kee1", " ".join(self.logged))
 
-    def test_hosts(self):
-        self.start()
-        evil = {"Host": "evil.example"}
-        for expected, host in (
-                (200, "localhost"), (200, "LocalHost.:80"), (200, "x.localhost:1"),
-                (200, "1.2.3.4"), (200, "[::1]:4141"), (200, socket.gethostname()),
-                (200, "host.docker.internal"),
-                (403, "localhost.evil.example:4141"), (403, "1.2.3.4.x"), (403, "evil.example")):
-            status = self.request("GET", "/models", None, {"Host": host})[0]
-            self.assertEqual(status, expected, host)
-        self.assertEqual(self.error("GET", "/", None, evil)[:2], (403, "host_not_allowed"))
-        self.assertEqual(self.request("GET", "/health", None, evil)[0], 200)
-        self.start(host="0.0.0.0")
-        self.assertEqual(self.request("GET", "/models", None, evil)[0], 200)
-
-    def test_origins(self):
-        self.start(cors_origin=["https://app.example"])
-        for allowed, origins in (
-                (True, ("http://localhost:3000", "https://127.0.0.1", "http://[::1]:80", "app://x",
-                        "https://app.example", "tauri://localhost", "vscode-webview://1d",
-                        "vscode-file://vscode-app")),
-                (False, ("https://evil.example", "null", "http://localhost.evil.example", "",
-                         "http://localhost:3000\u00e9"))):
-            for origin in origins:
+    def test_hosts_and_origins(self):
+        """Web pages of others get in neither under their own name nor under one of this machine."""
+        own, free = "Access-Control-Allow-Origin", "http://localhost:3000"
+        for changes, allowed, refused in (
+                ({"cors_origin": ["https://app.example"]},
+                 (free, "https://127.0.0.1", "http://[::1]:80", "app://x", "https://app.example",
+                  "tauri://localhost", "vscode-webview://1d", "vscode-file://vscode-app"),
+                 ("https://evil.example", "null", "http://localhost.evil.example", "",
+                  free + "\xe9")),
+                ({"cors_origin": ["*"]}, ("https://any.example",), ("null",))):
+            self.start(**changes)
+            for origin in (*allowed, *refused):
                 status, headers, _ = self.request("GET", "/v1/models", None, {"Origin": origin})
-                expected = (200, origin) if allowed else (403, None)
-                self.assertEqual((status, headers["Access-Control-Allow-Origin"]), expected, origin)
-        text = "--cors-origin https://evil.example allows them"
-        evil = {"Origin": "https://evil.example"}
-        self.assertIn(text, self.error("POST", COMPLETIONS, b"", evil)[2])
-        self.assert_logged(f'403 error="Web pages of https://evil.example may not .*{text}"')
+                expected = (200, origin) if origin in allowed else (403, None)
+                self.assertEqual((status, headers[own]), expected, origin)
+        self.assert_logged('403 error="Web pages of null may not .*--cors-origin null allows them"')
         status, headers, body = self.request("OPTIONS", COMPLETIONS, None, {
             "Origin": "app://x", "Access-Control-Request-Headers": "authorization,content-type"})
-        self.assertEqual((status, body, headers["Vary"]), (204, b"", "Origin"))
-        allowed = [headers["Access-Control-Allow-" + name] for name in (
-            "Origin", "Methods", "Headers")]
-        self.assertEqual(allowed, ["app://x", "OPTIONS, POST", "authorization,content-type"])
-        self.start(cors_origin=["*"])
-        for origin, expected in (("https://any.example", 200), ("null", 403)):
-            self.assertEqual(self.request("GET", "/", None, {"Origin": origin})[0], expected)
-
-    def test_defects_are_contained(self):
-        self.start()
-        self.pool.respond = lambda request: iter([self.pool.content, 7])
-        answer = self.error("POST", COMPLETIONS, chat_body())
-        self.assertEqual(answer, (500, "internal_error", "internal error"))
-        self.assertIn(b'"internal_error"', self.rest(self.connect(post_chat(END, stream=True))))
-        self.assert_logged(' 500 .*error="internal error: TypeError')
-        self.assertEqual(self.request("GET", "/v1/models")[0], 200)
+        self.assertEqual((status, body, headers["Vary"], headers[own]),
+                         (204, b"", "Origin", "app://x"))
+        self.assertEqual(headers["Access-Control-Allow-Methods"], "OPTIONS, POST")
+        self.assertEqual(headers["Access-Control-Allow-Headers"], "authorization,content-type")
+        for expected, path, *hosts in (
+                (200, "/", "localhost", "LocalHost.:80", "x.localhost:1", "1.2.3.4", "[::1]:4141",
+                 socket.gethostname(), "host.docker.internal"), (200, "/health", "evil.example"),
+                (403, "/", "localhost.evil.example:4141", "1.2.3.4.x", "evil.example")):
+            for host in hosts:
+                self.assertEqual(self.request("GET", path, None, {"Host": host})[0], expected, host)
+        self.start(host="0.0.0.0")
+        self.assertEqual(self.request("GET", "/", None, {"Host": "evil.example"})[0], 200)
 
     def test_stop(self):
         """Idle connections end at once; answers have the grace, then they are errors."""
@@ -2451,25 +2164,6 @@ class HTTPTest(unittest.TestCase):
             self.assertTrue(self.rest(busy).startswith(expected))
             thread.join()
 
-    def test_fuzz(self):
-        """Whatever bytes come, the answer is JSON or an end, and the next request is served."""
-        self.start(max_body_size=2000)
-        seeded = random.Random(4141)
-        good = [post_chat(), b"GET /v1/models/b%2Fm HTTP/1.1\r\nHost: localhost\r\n\r\n",
-                post(b'5\r\n{"a":\r\n0\r\n\r\n', "Transfer-Encoding: chunked",
-                     "Expect: 100-continue"), b"OPTIONS / HTTP/1.0\r\nOrigin: null\r\n\r\n"]
-        with unittest.mock.patch.multiple(proxy, BODY_SECONDS=2.0, DRAIN_SECONDS=0.5):
-            for _ in range(int(os.environ.get("OPENCODE_PROXY_TEST_FUZZ", "3000")) // 3):
-                data = bytearray(b"".join(seeded.choices(good, k=seeded.randint(1, 3))))
-                for _ in range(seeded.randint(0, 6)):
-                    place = seeded.randrange(len(data))
-                    data[place:place + seeded.randint(0, 3)] = bytes(seeded.choices(
-                        b"\r\n\0 :;,0123456789abcXYZ\xff/", k=seeded.randint(0, 3)))
-                with contextlib.suppress(ConnectionError), self.connect(data) as connection:
-                    connection.shutdown(socket.SHUT_WR)
-                    self.assertNotIn(b"internal_error", self.rest(connection), data)
-        self.assertEqual(self.request("POST", COMPLETIONS, chat_body())[0], 200)
-        self.assertFalse([line for line in self.logged if "internal" in line or "failed" in line])
 # ----------------------------------------------------------------------- through the real opencode
 PNG = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJ"
        "RU5ErkJggg==")
