@@ -633,12 +633,16 @@ class Messages(WireFormat):
         body["stop_sequences"] = [text for text in self.request.stop if text.strip()]
         body["metadata"] = drop_empty({"user_id": asked.get("user")})
         body["tools"], choice = [], flatten(asked.get("tool_choice", "auto"))
-        for tool in flatten(asked.get("tools", [])):
+        for tool, where in items(flatten(asked.get("tools", [])), "tools"):
+            if tool["type"] == "custom":
+                raise invalid("This model takes no custom tools", where)
             if tool["type"] == "function":
                 form = {"type": "object", **tool.pop("parameters", {})}
                 tool = {**tool, "type": None, "input_schema": form}
             body["tools"].append(drop_empty(tool))
         choice = {"type": choice} if isinstance(choice, str) else choice
+        if choice["type"] in ("allowed_tools", "custom"):
+            raise invalid("This model takes no such choice of tools", "tool_choice")
         choice["type"] = {"required": "any", "function": "tool"}.get(choice["type"], choice["type"])
         if asked.get("parallel_tool_calls") is False and choice["type"] != "none":
             choice["disable_parallel_tool_use"] = True

@@ -1194,6 +1194,7 @@ class BodyTest(unittest.TestCase):
                 (AT_RESPONSES, said("user", heard), {}, "messages[0]"),
                 (AT_MESSAGES, said("user", file), {}, "messages[0]"),
                 (AT_MESSAGES, asks("c", "i", "custom"), {}, "messages[0]"),
+                (AT_MESSAGES, USER, {"tools": [CUSTOM]}, "tools[0]"),
                 (None, USER, {"tools": TOOLS}, "tools"), (None, DONE, {}, "messages"),
                 (AT_MESSAGES, SYSTEM, {}, "messages"),
                 (None, USER, {"response_format": form}, "response_format"),
