@@ -1498,6 +1498,7 @@ class Turn:
     def __init__(self, index: int, new_exchange: Callable[[], Any], model: Model, timeout: float,
                  mailbox: queue.SimpleQueue[Letter]) -> None:
         self.index, self.mailbox = index, mailbox
+        self.script: Any = None  # what `_talk` has still to do
         self.process: Any = None  # the OpencodeProcess that it was given
         self.failures = 0  # of processes that it was given, or that nobody could give it
         self.begun = self.over = False  # the first event has come, the last one
@@ -1683,7 +1684,9 @@ class Pool:
     def _leave(self, turn: Turn) -> None:
         """Take a turn out of the queue, or away from its process; safe to call twice."""
         process = turn.process
-        turn.script.close()
+        if turn.script is not None:
+            turn.script.close()
+            turn.script = None  # never begun, it would keep the prompt alive: it holds its turn
         if process is not None:
             process.abandon(turn)
         with self._changing():
