@@ -587,7 +587,6 @@ os._exit(0)
 # Messages that it obeys.
 PID = "do say(str(os.getpid()))"
 DIE = "do say('a'); write('last words\\n', 2); os._exit(3)"
-SILENT = "do rest(600)"
 PAUSE = "do say('a'); rest(600)"
 SLOWLY = "do for n in range(2000): say('%d ' % n); rest(0.05)"
 
@@ -1347,11 +1346,6 @@ class ExchangeTest(unittest.TestCase):
         exchange = proxy.ChatExchange(request, proxy.Model("p/m"))
         exchange.body(self.CHAT, {"model": "m"})
         return exchange
-
-    def native(self, form, **fields):
-        data = json.dumps({"model": "p/m", **fields}).encode()
-        request = proxy.parse_native_request(data, form, {"anthropic-beta": "b"})
-        return proxy.NativeExchange(request, proxy.Model("p/m"))
 
     def content(self, text, finish=None, **more):
         return f"data: {json.dumps(chat_chunk({'content': text}, finish, **more))}\n\n"
