@@ -19,6 +19,7 @@ wire format makes it from the client's, and OpenAI's deltas of what the provider
 opencode only logs in and talks to the provider: it has no tools, no files and no memory. Facts
 about it were observed with versions 1.17.0 and 1.18.33.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -94,10 +95,19 @@ QUEUE_RETRY_SECONDS = 5  # told to clients that are refused for want of room
 
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
+
 class APIError(Exception):
     """A failure as the client is told of it; `type` follows from `status` where it is not given."""
-    def __init__(self, status: int, message: str, type: str | None = None, param: str | None = None,
-                 code: str | None = None, headers: Mapping[str, str] | None = None) -> None:
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         usual_type = "invalid_request_error" if status < 500 else "server_error"
         self.status, self.message, self.param, self.code = status, message, param, code
@@ -107,18 +117,23 @@ class APIError(Exception):
         """Return OpenAI's error object."""
         return {"error": {name: vars(self)[name] for name in ("message", "type", "param", "code")}}
 
+
 class ClientDisconnected(Exception):
     """The client hung up: nobody is left to answer."""
+
 
 class StartError(Exception):
     """The proxy cannot start; the text tells a person what to do."""
 
+
 class ProcessFailed(Exception):
     """An opencode process ended, broke its protocol or was too slow; the text says which."""
+
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
     """Return the error for a request that is wrong in its field `param`."""
     return APIError(400, message, param=param, code=code)
+
 
 def upstream_error(status: int, headers: Mapping[str, str], body: str) -> APIError:
     """Return what a provider's refusal means; `body` is an error object or a gateway's page."""
@@ -135,8 +150,15 @@ def upstream_error(status: int, headers: Mapping[str, str], body: str) -> APIErr
         reason = http.client.responses.get(status, "error")
         message = f"The model's provider answered {status} {reason}: {' '.join(page.split())[:300]}"
     kept = {name.title(): text for name, text in headers.items() if name.startswith("retry-after")}
-    return APIError(status if 400 <= status <= 599 else 502, message.rstrip(": "),
-                    texts.get("type"), texts.get("param"), texts.get("code"), kept)
+    return APIError(
+        status if 400 <= status <= 599 else 502,
+        message.rstrip(": "),
+        texts.get("type"),
+        texts.get("param"),
+        texts.get("code"),
+        kept,
+    )
+
 
 def turn_error(error: Json) -> APIError:
     """Return the error for a turn that failed without a refusal by the provider."""
@@ -147,6 +169,7 @@ def turn_error(error: Json) -> APIError:
         what, code = "The answer failed", "upstream_failed"
     return APIError(502, f"{what}: {text}", code=code)
 
+
 # ------------------------------------------------------------------------------------------ request
 # From the bytes of a body to a ChatRequest, or to an APIError 400 whose `param` names the field.
 # Checked is what the wire formats rely on, and what would change an answer's meaning.
@@ -154,21 +177,32 @@ def turn_error(error: Json) -> APIError:
 MAX_DIGITS = 4300  # of a number: reading it takes quadratic time on some Pythons
 MAX_TOKENS = (1 << 31) - 1  # what every provider's integer holds
 LIMITS = {"n": MAX_CHOICES, "max_tokens": MAX_TOKENS, "max_completion_tokens": MAX_TOKENS}
-KINDS = {bool: "a boolean", int: "an integer", float: "a number", str: "a string",
-         list: "an array", dict: "an object"}
+KINDS = {
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "an array",
+    dict: "an object",
+}
 # The fields of a request whose kinds are known; null means absent, as at OpenAI. Others pass.
 FIELDS_OF_KINDS: dict[tuple[type, ...], str] = {
     (str,): "model user reasoning_effort verbosity service_tier prompt_cache_key safety_identifier",
     (dict,): "stream_options response_format logit_bias metadata prediction audio"
-             " web_search_options", (bool,): "stream logprobs parallel_tool_calls store",
-    (list,): "messages tools functions modalities", (str, list): "stop",
+    " web_search_options",
+    (bool,): "stream logprobs parallel_tool_calls store",
+    (list,): "messages tools functions modalities",
+    (str, list): "stop",
     (int,): "n max_tokens max_completion_tokens seed top_logprobs",
     (float,): "temperature top_p presence_penalty frequency_penalty",
-    (str, dict): "tool_choice function_call"}
+    (str, dict): "tool_choice function_call",
+}
 FIELDS = {name: kinds for kinds, names in FIELDS_OF_KINDS.items() for name in names.split()}
+
 
 class Words(dict[str, Any]):
     """The words for a field, the usual one first, and the schema that each means for its object."""
+
 
 # A schema is a kind; (a, b), either of two; [a], an array; {"name": a}, an object with such a
 # field, or {"name?": a} perhaps with one; Words; or the pattern of a URL.
@@ -181,22 +215,47 @@ ALLOWED = {"mode": Words(auto={}, required={}), "tools": [{"type?": TOOLS}]}
 CHOICES = Words(**TOOLS, allowed_tools={"allowed_tools": ALLOWED})
 IMAGE = {"url": re.compile(r"(?i)(https?://|data:[^,]*,)"), "detail?": str}
 FILE = {"file_data?": str, "file_id?": str, "filename?": str}
-CONTENT = (str, [{"type": Words(
-    text={"text": str}, refusal={"refusal": str}, image_url={"image_url": IMAGE},
-    input_audio={"input_audio": AUDIO}, file={"file": FILE})}])
+CONTENT = (
+    str,
+    [
+        {
+            "type": Words(
+                text={"text": str},
+                refusal={"refusal": str},
+                image_url={"image_url": IMAGE},
+                input_audio={"input_audio": AUDIO},
+                file={"file": FILE},
+            )
+        }
+    ],
+)
 SAID = {"content": CONTENT}
-ROLES = Words(system=SAID, developer=SAID, user=SAID, assistant={"content?": CONTENT},
-              tool={"tool_call_id": str, **SAID}, function={"name": str, **SAID})
+ROLES = Words(
+    system=SAID,
+    developer=SAID,
+    user=SAID,
+    assistant={"content?": CONTENT},
+    tool={"tool_call_id": str, **SAID},
+    function={"name": str, **SAID},
+)
 MODES = Words(none={}, auto={}, required={})
 MESSAGE = {"role": ROLES, "tool_calls?": [{"id": str, "type?": CALLS}], "function_call?": CALL}
 FORMATS = Words(text={}, json_object={}, json_schema={"json_schema": dict})
 SCHEMAS: Json = {
-    **FIELDS, "messages": [MESSAGE], "stop": (str, [str]), "response_format": {"type": FORMATS},
-    "tools": [{"type": str}], "tool_choice": (MODES, {"type?": CHOICES}),
-    "functions": [FUNCTION], "function_call": (MODES, FUNCTION)}
+    **FIELDS,
+    "messages": [MESSAGE],
+    "stop": (str, [str]),
+    "response_format": {"type": FORMATS},
+    "tools": [{"type": str}],
+    "tool_choice": (MODES, {"type?": CHOICES}),
+    "functions": [FUNCTION],
+    "function_call": (MODES, FUNCTION),
+}
+
 
 class ChatRequest(NamedTuple):
     """A validated request body; `body` is what the client sent, less the fields that were null."""
+
     body: Json
     messages: list[Json]
     model: str | None
@@ -206,6 +265,7 @@ class ChatRequest(NamedTuple):
     stop: tuple[str, ...]
     max_tokens: int | None
     legacy_functions: bool  # the client calls tools functions, and so must the answer
+
 
 def parse_chat_request(data: bytes) -> ChatRequest:
     """Return the request that `data`, a JSON body, holds; raise APIError 400 where it is wrong."""
@@ -227,10 +287,17 @@ def parse_chat_request(data: bytes) -> ChatRequest:
     legacy_functions = "functions" in body and "tools" not in body
     modernize(body)
     return ChatRequest(
-        body, body["messages"], body.get("model") or None, body.get("stream", False),
-        body.get("stream_options", {}).get("include_usage") is True, body.get("n", 1),
-        tuple(filter(None, stop)), body.get("max_completion_tokens", body.get("max_tokens")),
-        legacy_functions)
+        body,
+        body["messages"],
+        body.get("model") or None,
+        body.get("stream", False),
+        body.get("stream_options", {}).get("include_usage") is True,
+        body.get("n", 1),
+        tuple(filter(None, stop)),
+        body.get("max_completion_tokens", body.get("max_tokens")),
+        legacy_functions,
+    )
+
 
 def parse_json_object(data: bytes) -> Json:
     """Return the JSON object in `data`, UTF-8 (RFC 8259); raise APIError 400 for anything else."""
@@ -242,6 +309,7 @@ def parse_json_object(data: bytes) -> Json:
         raise invalid("The body must be a JSON object")
     return body
 
+
 def read_number(text: str) -> float:
     """Return the int or float in `text`; refuse NaN, Infinity, and what cannot be written again."""
     digits = text.lstrip("-")
@@ -251,17 +319,20 @@ def read_number(text: str) -> float:
         raise ValueError(f"{text[:40]} is no number, or too long or large a one")
     return float(text)
 
+
 def require(value: Any, param: str, *kinds: type) -> None:
     """Raise APIError 400 unless `value` is of one of `kinds`; an int is a float too."""
     found = type(value)  # not isinstance: True would be an int
     if found not in kinds and not (found is int and float in kinds):
         raise invalid(f"{param} must be {' or '.join(KINDS[kind] for kind in kinds)}", param)
 
+
 def items(value: Any, param: str) -> Iterator[tuple[Any, str]]:
     """Yield each item of an array with the param that names it; raise APIError 400 for no array."""
     require(value, param, list)
     for index, item in enumerate(value):
         yield item, f"{param}[{index}]"
+
 
 def check(value: Any, param: str, schema: Any) -> None:
     """Raise APIError 400 unless `value` is as `schema` says."""
@@ -289,6 +360,7 @@ def check(value: Any, param: str, schema: Any) -> None:
             if isinstance(inner, Words):
                 check(value, param, inner[held])
 
+
 def modernize(body: Json) -> None:
     """Say the deprecated functions, function_call and role "function" in `body` as tools."""
     functions, choice = body.pop("functions", None), body.pop("function_call", None)
@@ -305,6 +377,7 @@ def modernize(body: Json) -> None:
             message.update(role="tool", tool_call_id=f"call_{index - 1}")
             del message["name"]
 
+
 # ------------------------------------------------------------------------------------- wire formats
 # What passes between Python and a provider, each format in both directions; no socket, process or
 # clock. For other formats what a client says is first put in /responses' words; what a format has
@@ -313,42 +386,82 @@ def modernize(body: Json) -> None:
 MAX_CLAUDE_TOKENS = 32000  # asked of /messages where the client sets no limit, as opencode does
 MIN_RESPONSES_TOKENS = 16  # /responses refuses less; apps try their connection with 1 or 5
 INSTRUCTIONS = "Answer the user."  # chatgpt.com insists on some
-PIXEL = ("data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9Q"
-         "DwADhgGAWjR9awAAAABJRU5ErkJggg==")
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9Q"
+    "DwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 SYSTEM_ROLES, TEMPERATURES = ("system", "developer"), ("temperature", "top_p")
 # Of a body of opencode's: what it decides for its own agent. (The plugin takes the conversation.)
-NOT_THEIRS = frozenset(re.findall("[a-z_]+", "tools tool_choice parallel_tool_calls max_tokens user"
-    " max_completion_tokens max_output_tokens temperature top_p top_k stop stop_sequences verbosity"
-    " reasoning_effort response_format metadata stream_options prompt_cache_key"))
-PASSED_TO_RESPONSES = ("parallel_tool_calls", "metadata", "service_tier", "store", "user",
-                       "safety_identifier", "prompt_cache_key")
+NOT_THEIRS = frozenset(
+    re.findall(
+        "[a-z_]+",
+        "tools tool_choice parallel_tool_calls max_tokens user"
+        " max_completion_tokens max_output_tokens temperature top_p top_k stop stop_sequences verbosity"
+        " reasoning_effort response_format metadata stream_options prompt_cache_key",
+    )
+)
+PASSED_TO_RESPONSES = (
+    "parallel_tool_calls",
+    "metadata",
+    "service_tier",
+    "store",
+    "user",
+    "safety_identifier",
+    "prompt_cache_key",
+)
 REFUSED_BY_CHATGPT = (*TEMPERATURES, "max_output_tokens", "user", "metadata", "safety_identifier")
 CALL_TEXT = {"function": "arguments", "custom": "input"}  # where a call of each type has its text
 CALL_ITEMS = {"function": "function_call", "custom": "custom_tool_call"}  # in /responses
 FUNCTION_DEFAULTS: Json = {"strict": False, "parameters": {"type": "object", "properties": {}}}
 CALL_DELTA = {"function_call_arguments": "function", "custom_tool_call_input": "custom"}
-TEXT_DELTA = {"output_text": "content", "refusal": "refusal", "reasoning_text": "reasoning_content",
-              "reasoning_summary_text": "reasoning_content"}
+TEXT_DELTA = {
+    "output_text": "content",
+    "refusal": "refusal",
+    "reasoning_text": "reasoning_content",
+    "reasoning_summary_text": "reasoning_content",
+}
 FINISH_REASONS = {  # what providers and opencode call those that are not "stop"
-    "length": "length", "max_tokens": "length", "max_output_tokens": "length",
-    "model_context_window_exceeded": "length", "tool_calls": "tool_calls", "tool_use": "tool_calls",
-    "function_call": "tool_calls", "content_filter": "content_filter", "refusal": "content_filter"}
+    "length": "length",
+    "max_tokens": "length",
+    "max_output_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "tool_calls": "tool_calls",
+    "tool_use": "tool_calls",
+    "function_call": "tool_calls",
+    "content_filter": "content_filter",
+    "refusal": "content_filter",
+}
 COUNTS = (  # of tokens in prompt and completion; cached and reasoning ones among them
-    ("prompt_tokens", "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens",
-     "input", "read", "write"), ("completion_tokens", "output_tokens", "output", "reasoning"),
-    ("cached_tokens", "cache_read_input_tokens", "read"), ("reasoning_tokens", "reasoning"))
-read_json = json.JSONDecoder(parse_int=read_number, parse_float=read_number,
-                             parse_constant=read_number).decode
+    (
+        "prompt_tokens",
+        "input_tokens",
+        "cache_read_input_tokens",
+        "cache_creation_input_tokens",
+        "input",
+        "read",
+        "write",
+    ),
+    ("completion_tokens", "output_tokens", "output", "reasoning"),
+    ("cached_tokens", "cache_read_input_tokens", "read"),
+    ("reasoning_tokens", "reasoning"),
+)
+read_json = json.JSONDecoder(
+    parse_int=read_number, parse_float=read_number, parse_constant=read_number
+).decode
+
 
 class Event(NamedTuple):
     """A choice's delta as OpenAI would send it; the last has a finish_reason, perhaps usage."""
+
     delta: Json
     logprobs: Any = None
     finish_reason: str | None = None
     usage: Json | None = None
 
+
 class SSEReader:
     """Finds the data of the events in a text/event-stream that comes in pieces of any size."""
+
     def __init__(self) -> None:
         self._newlines = io.IncrementalNewlineDecoder(None, translate=True)
         self._rest = ""  # the event that has not ended
@@ -358,30 +471,37 @@ class SSEReader:
         *events, self._rest = (self._rest + self._newlines.decode(text)).split("\n\n")
         if len(self._rest) > MAX_EVENT_BYTES:
             raise APIError(502, "The provider sent too large an event", code="incomplete_answer")
-        found = [[line[5:].removeprefix(" ") for line in event.split("\n")
-                  if line.startswith("data:")] for event in events]
+        found = [
+            [line[5:].removeprefix(" ") for line in event.split("\n") if line.startswith("data:")]
+            for event in events
+        ]
         return ["\n".join(lines) for lines in found if any(lines)]
 
     def end(self) -> list[str]:
         """Return what the last event holds: some providers forget its blank line."""
         return self.feed("\n\n")
 
+
 def compact_json(value: Any) -> str:
     """Return `value` as JSON of few bytes; lone surrogates, no UTF-8, stay escaped."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8", "backslashreplace").decode()
+
 
 def parts_of(message: Json) -> list[Json]:
     content, refusal = message.get("content") or [], message.get("refusal")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     return [*parts, {"type": "refusal", "refusal": refusal}] if isinstance(refusal, str) else parts
 
+
 def text_of(content: Any) -> str:
     parts = parts_of({"content": content})
     return "".join(part[part["type"]] for part in parts if part["type"] in ("text", "refusal"))
 
+
 def drop_empty(fields: Json) -> Json:
     return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
+
 
 def flatten(value: Any) -> Any:
     """Return a tool, choice or format with its inner object's keys on top, as /responses has it."""
@@ -390,8 +510,15 @@ def flatten(value: Any) -> Any:
     kind = (value.get("type") or "function") if isinstance(value, dict) else ""
     if not kind or not isinstance(value.get(kind), dict):
         return value
-    return {"type": kind, **{key: flatten(item) if key in ("format", "tools") else item
-                             for key, item in value[kind].items() if item is not None}}
+    return {
+        "type": kind,
+        **{
+            key: flatten(item) if key in ("format", "tools") else item
+            for key, item in value[kind].items()
+            if item is not None
+        },
+    }
+
 
 def convert_messages(request: ChatRequest) -> Iterator[tuple[str, list[Json], str]]:
     """Yield each message's role, what it says as parts and items of /responses, and its param."""
@@ -403,8 +530,11 @@ def convert_messages(request: ChatRequest) -> Iterator[tuple[str, list[Json], st
             if kind == "input_audio":
                 raise invalid("This model takes no audio", where)
             if kind == "image_url":
-                found.append(drop_empty({**held, "type": "input_image", "url": None,
-                                         "image_url": held["url"]}))
+                found.append(
+                    drop_empty(
+                        {**held, "type": "input_image", "url": None, "image_url": held["url"]}
+                    )
+                )
             elif kind == "file":
                 found.append(drop_empty({**held, "type": "input_file"}))
             elif kind == "refusal" and role == "assistant":
@@ -414,28 +544,36 @@ def convert_messages(request: ChatRequest) -> Iterator[tuple[str, list[Json], st
                 found.append({"type": kind, "text": held})
         for call in message.get("tool_calls") or ():
             kind = kinds[call["id"]] = call.get("type") or "function"
-            found.append({"type": CALL_ITEMS[kind], "call_id": call["id"],
-                          "name": call[kind]["name"], CALL_TEXT[kind]: call[kind][CALL_TEXT[kind]]})
+            found.append(
+                {
+                    "type": CALL_ITEMS[kind],
+                    "call_id": call["id"],
+                    "name": call[kind]["name"],
+                    CALL_TEXT[kind]: call[kind][CALL_TEXT[kind]],
+                }
+            )
         if role == "tool":
             output = found if isinstance(message["content"], list) else message["content"]
             kind = CALL_ITEMS[kinds.get(call_id, "function")] + "_output"
             found = [{"type": kind, "call_id": call_id, "output": output}]
         yield role, found, where
 
+
 class WireFormat:
     """One choice's exchange in an HTTP dialect; by itself for those that opencode alone knows."""
+
     ending = ""  # of the URL's path
     _encode: Callable[[Json, int | None], Json]  # from what is kept of opencode's: what is sent
-    _decode: Callable[[Json], Iterator[Event]]   # what a provider's message means
+    _decode: Callable[[Json], Iterator[Event]]  # what a provider's message means
 
     def __init__(self, request: ChatRequest, model: Model, url: str) -> None:
         self.request, self.model = request, model
         self.host = urllib.parse.urlsplit(url).hostname or ""
         self.finish_reason: str | None = None
         self.usage: Json | None = None
-        self._ids: list[str] = []         # of the calls, or ""; their places are our indexes
+        self._ids: list[str] = []  # of the calls, or ""; their places are our indexes
         self._calls: dict[Any, int] = {}  # the index that a provider's index means by now
-        self._told: set[Any] = set()        # the provider's indexes of calls whose text has begun
+        self._told: set[Any] = set()  # the provider's indexes of calls whose text has begun
         self._tokens: collections.Counter[str] = collections.Counter()  # by the provider's names
 
     def body(self, theirs: Json) -> str:
@@ -490,11 +628,15 @@ class WireFormat:
                 self._tokens[name] = value
         if told:
             prompt, completion, cached, reasoning = (
-                sum(self._tokens[name] for name in names) for names in COUNTS)
-            self.usage = {"prompt_tokens": prompt, "completion_tokens": completion,
-                          "total_tokens": prompt + completion,
-                          "prompt_tokens_details": {"cached_tokens": cached},
-                          "completion_tokens_details": {"reasoning_tokens": reasoning}}
+                sum(self._tokens[name] for name in names) for names in COUNTS
+            )
+            self.usage = {
+                "prompt_tokens": prompt,
+                "completion_tokens": completion,
+                "total_tokens": prompt + completion,
+                "prompt_tokens_details": {"cached_tokens": cached},
+                "completion_tokens_details": {"reasoning_tokens": reasoning},
+            }
 
     def _call(self, place: Any, told: Json) -> Event:
         """Return a piece of a call under an index of ours: some providers give all the same."""
@@ -513,8 +655,10 @@ class WireFormat:
         call = drop_empty({**call, kind: inner})
         return Event({"tool_calls": [{**call, "index": index}] if call else []})
 
+
 class ChatCompletions(WireFormat):
     """/chat/completions: the client's own words, and the provider's."""
+
     ending = "/chat/completions"
 
     def _encode(self, body: Json, max_tokens: int | None) -> Json:
@@ -549,8 +693,10 @@ class ChatCompletions(WireFormat):
         if message.get("object") == "chat.completion":  # a whole one, not streamed
             yield self.end()
 
+
 class Responses(WireFormat):
     """/responses: OpenAI's, Copilot's GPT models, ChatGPT subscriptions, Azure, xAI."""
+
     ending = "/responses"
 
     def _encode(self, body: Json, max_tokens: int | None) -> Json:
@@ -570,8 +716,10 @@ class Responses(WireFormat):
         body["instructions"] = "\n\n".join(texts)
         if self.request.max_tokens:
             body["max_output_tokens"] = max(self.request.max_tokens, MIN_RESPONSES_TOKENS)
-        body["tools"] = [{**FUNCTION_DEFAULTS, **tool} if tool["type"] == "function" else tool
-                         for tool in flatten(asked.get("tools", []))]
+        body["tools"] = [
+            {**FUNCTION_DEFAULTS, **tool} if tool["type"] == "function" else tool
+            for tool in flatten(asked.get("tools", []))
+        ]
         body["tool_choice"] = flatten(asked.get("tool_choice", "auto")) if body["tools"] else None
         own = {"verbosity": asked.get("verbosity"), "format": flatten(asked.get("response_format"))}
         body["text"] = {**(body.get("text") or {}), **drop_empty(own)}
@@ -586,11 +734,20 @@ class Responses(WireFormat):
         delta = message.get("delta")
         if delta and kind in TEXT_DELTA:
             told = message.get("logprobs") if self.request.body.get("logprobs") else None
-            entries = [{"bytes": None, **entry, "top_logprobs": [
-                {"bytes": None, **other} for other in entry.get("top_logprobs", ())]}
-                for entry in told or ()]
-            yield Event({TEXT_DELTA[kind]: delta},
-                        {"content": entries, "refusal": None} if entries else None)
+            entries = [
+                {
+                    "bytes": None,
+                    **entry,
+                    "top_logprobs": [
+                        {"bytes": None, **other} for other in entry.get("top_logprobs", ())
+                    ],
+                }
+                for entry in told or ()
+            ]
+            yield Event(
+                {TEXT_DELTA[kind]: delta},
+                {"content": entries, "refusal": None} if entries else None,
+            )
         if delta and kind in CALL_DELTA and key in self._calls:
             yield self._call(key, {CALL_DELTA[kind]: {CALL_TEXT[CALL_DELTA[kind]]: delta}})
         for name in [name for name in CALL_ITEMS if CALL_ITEMS[name] == item.get("type")]:
@@ -605,12 +762,15 @@ class Responses(WireFormat):
             self._finish(reason or ("tool_calls" if self._calls else "stop"))
             yield self.end()
 
+
 def for_chatgpt(body: Json) -> Json:
     kept = {name: value for name, value in body.items() if name not in REFUSED_BY_CHATGPT}
     return {**kept, "instructions": body.get("instructions") or INSTRUCTIONS, "store": False}
 
+
 class Messages(WireFormat):
     """/messages: Anthropic's, and Copilot's Claude models."""
+
     ending = "/messages"
 
     def _encode(self, body: Json, max_tokens: int | None) -> Json:
@@ -713,9 +873,11 @@ class Messages(WireFormat):
         if kind == "message_stop":
             yield self.end()
 
+
 def wire_format_of(url: str) -> type[WireFormat] | None:
     path, forms = urllib.parse.urlsplit(url).path, WireFormat.__subclasses__()
     return next((form for form in forms if path.endswith(form.ending)), None)
+
 
 def foreign_turn(request: ChatRequest) -> Json:
     """Return a turn for a format that only opencode knows; raise APIError 400 for non-text."""
@@ -725,35 +887,58 @@ def foreign_turn(request: ChatRequest) -> Json:
     for name in ("tools", "response_format"):
         if asked.get(name) not in (None, [], {"type": "text"}):
             raise invalid(f"This program sends this model no {name}", name)
-    params = {"temperature": asked.get("temperature"), "topP": asked.get("top_p"),
-              "maxOutputTokens": request.max_tokens}
+    params = {
+        "temperature": asked.get("temperature"),
+        "topP": asked.get("top_p"),
+        "maxOutputTokens": request.max_tokens,
+    }
     conversation = [{"role": turn["role"], "parts": turn["content"]} for turn in turns]
-    return {"system": [block["text"] for block in system], "conversation": conversation,
-            "params": drop_empty(params), "effort": asked.get("reasoning_effort")}
+    return {
+        "system": [block["text"] for block in system],
+        "conversation": conversation,
+        "params": drop_empty(params),
+        "effort": asked.get("reasoning_effort"),
+    }
+
 
 def stub_turn(request: ChatRequest) -> Json:
     """Return a turn for opencode with the least from which it derives the same headers."""
     roles = [message["role"] for message in request.messages if message["role"] not in SYSTEM_ROLES]
-    has_image = any(part["type"] == "image_url"
-                    for message in request.messages for part in parts_of(message))
-    return {"system": [], "params": {}, "effort": request.body.get("reasoning_effort"),
-            "conversation": stub_conversation(roles[-1:] not in ([], ["user"]), has_image)}
+    has_image = any(
+        part["type"] == "image_url" for message in request.messages for part in parts_of(message)
+    )
+    return {
+        "system": [],
+        "params": {},
+        "effort": request.body.get("reasoning_effort"),
+        "conversation": stub_conversation(roles[-1:] not in ([], ["user"]), has_image),
+    }
+
 
 def stub_conversation(is_agent: bool, has_image: bool) -> list[Json]:
     """Return a conversation that ends with a tool's result where `is_agent`, else with a user."""
     text, image = {"type": "text", "text": "-"}, {"type": "file", "mime": "image/png", "url": PIXEL}
     user = {"role": "user", "parts": [text, image] if has_image else [text]}
-    state = {"status": "completed", "input": {}, "output": "-", "title": "", "metadata": {},
-             "time": {"start": 0, "end": 0}}
+    state = {
+        "status": "completed",
+        "input": {},
+        "output": "-",
+        "title": "",
+        "metadata": {},
+        "time": {"start": 0, "end": 0},
+    }
     call = {"type": "tool", "callID": "call", "tool": "t", "state": state}
     return [user, {"role": "assistant", "parts": [call]}] if is_agent else [user]
+
 
 # ----------------------------------------------------------------------------------------- exchange
 # What one choice says to the provider and understands of its answer, as the plugin reports it: a
 # ChatExchange in the wire format that opencode uses, a NativeExchange in the client's own.
 
+
 class ChatExchange:
     """A chat completion, in the wire format that opencode uses for the model."""
+
     headers: Json = {}  # to send besides opencode's
 
     def __init__(self, request: ChatRequest, model: Model) -> None:
@@ -823,27 +1008,33 @@ class ChatExchange:
         """Return what of `text`, and of text held back, is before any of the stop sequences."""
         text, stops = self._held + text, self._request.stop
         found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
-        sizes = [size for stop in stops for size in range(1, len(stop))
-                 if text.endswith(stop[:size])]
+        sizes = [
+            size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])
+        ]
         self._cut = bool(found)
         shown = min(found)[1] if found else len(text) - max(sizes, default=0)
         self._held = "" if found else text[shown:]
         return text[:shown]
 
+
 class NativeRequest(NamedTuple):
     """A request in a wire format's own words, to be passed through; `headers` go with it."""
+
     body: Json
     wire_format: type[WireFormat]
     model: str
     headers: Json
     choices: int = 1
 
+
 class Piece(NamedTuple):
     """A piece of an answer that is passed through: the first is its head, the last says "stop"."""
+
     text: str = ""
     status: int = 0
     headers: Any = None
     finish_reason: str | None = None
+
 
 def parse_native_request(data: bytes, form: type[WireFormat], headers: Json) -> NativeRequest:
     """Return the request in `data`; raise APIError 400 for what needs a store, or no model."""
@@ -854,6 +1045,7 @@ def parse_native_request(data: bytes, form: type[WireFormat], headers: Json) -> 
             raise invalid(f"{name} needs a store of responses, and there is none here", name)
     return NativeRequest(body, form, body["model"], headers)
 
+
 def native_json(value: Any) -> str:
     """Return a part of a native body as JSON; raise APIError 400 where it is too deep for that."""
     try:
@@ -861,8 +1053,10 @@ def native_json(value: Any) -> str:
     except RecursionError:
         raise invalid("The body is too deeply nested") from None
 
+
 class NativeExchange:
     """A request and its answer in the client's own wire format; its methods are ChatExchange's."""
+
     patience = None
 
     def __init__(self, request: NativeRequest, model: Model) -> None:
@@ -883,8 +1077,12 @@ class NativeExchange:
         found = wire_format_of(url)
         if found is not self._request.wire_format:
             ending = found.ending if found else "a format of its own"
-            raise invalid(f"The model {self._model.name} speaks {ending}: use /v1/chat/completions,"
-                          " which serves every model", "model", "wrong_endpoint")
+            raise invalid(
+                f"The model {self._model.name} speaks {ending}: use /v1/chat/completions,"
+                " which serves every model",
+                "model",
+                "wrong_endpoint",
+            )
         own: Json = {name: theirs[name] for name in ("model", "store") if name in theirs}
         body = {**self._request.body, **own}
         return native_json(for_chatgpt(body) if "//chatgpt.com/" in url else body)
@@ -902,6 +1100,7 @@ class NativeExchange:
     def refused(self, status: int, headers: Json, body: str) -> Iterator[Piece]:
         yield from self.begin(status, headers)
         yield Piece(body, finish_reason="stop")
+
 
 # ------------------------------------------------------------------------------------------- plugin
 # JavaScript that every opencode process loads. It reports the request that opencode wants to send,
@@ -1035,27 +1234,35 @@ RUN_PREFIX = "opencode-proxy-"
 DISABLED = ("FFF", "PROJECT_CONFIG", "CLAUDE_CODE", "EXTERNAL_SKILLS", "AUTOUPDATE", "MODELS_FETCH")
 NOT_LOGGED_IN = "opencode is not logged in to {}: run `opencode auth login`"
 
+
 def find_opencode(path: str | None) -> str:
     """Return the opencode at `path`, or on PATH or where its installers put it; or StartError."""
     places = os.pathsep.join([os.environ.get("PATH", ""), *map(os.path.expanduser, INSTALLED)])
     found = shutil.which(os.path.expanduser(path or "opencode"), path=places)
     if not found:
-        raise StartError(f"{path or 'opencode'}: not found or not executable; install opencode "
-                         "(npm install -g opencode-ai) or say where it is with --opencode")
+        raise StartError(
+            f"{path or 'opencode'}: not found or not executable; install opencode "
+            "(npm install -g opencode-ai) or say where it is with --opencode"
+        )
     return os.path.abspath(found)
+
 
 def user_folder(variable: str, default: str) -> pathlib.Path:
     """Return opencode's folder below an XDG base directory; it looks there on every system."""
     return pathlib.Path(os.environ.get(variable) or os.path.expanduser(default)) / "opencode"
 
+
 class Model(NamedTuple):
     """What the catalog tells of a model; `name` is provider/model, `output_limit` 0 if unknown."""
+
     name: str
     takes_temperature: bool = True
     output_limit: int = 0
 
+
 class Catalog(NamedTuple):
     """The models that opencode offers, and the one that answers when none is asked for."""
+
     models: Mapping[str, Model]
     default: str  # in `models` if its provider is connected
     providers: frozenset[str] = frozenset()  # the connected ones
@@ -1080,15 +1287,20 @@ class Catalog(NamedTuple):
             raise APIError(503, NOT_LOGGED_IN.format(provider), code="provider_not_logged_in")
         raise model_not_found(wanted)
 
+
 def provider_of(name: str) -> str:
     """Return the provider's part of a model's full name."""
     return name.partition("/")[0]
 
+
 def model_not_found(name: str) -> APIError:
     """Return the error for a model that opencode does not offer."""
-    message = (f"The model `{name}` does not exist or its provider is not logged in "
-               "(`opencode auth login`); GET /v1/models lists the models")
+    message = (
+        f"The model `{name}` does not exist or its provider is not logged in "
+        "(`opencode auth login`); GET /v1/models lists the models"
+    )
     return APIError(404, message, param="model", code="model_not_found")
+
 
 def parse_models(text: str) -> list[Json]:
     """Return the models in the output of `opencode models --verbose`: a name, then its JSON."""
@@ -1098,14 +1310,17 @@ def parse_models(text: str) -> list[Json]:
         models.append(model)
     return models
 
+
 def make_catalog(listed: Iterable[Json], logins: Iterable[str], wanted: str | None) -> Catalog:
     """Return the catalog for what opencode listed, the providers in auth.json, and --model."""
     chosen = {*logins, provider_of(wanted or "")}  # "opencode", its cloud, is offered to everybody
     if "opencode" not in chosen and not os.environ.get("OPENCODE_API_KEY"):
         listed = [model for model in listed if model["providerID"] != "opencode"]
     # opencode 1.18 makes no session where auth.json names a provider that is not there
-    trimmed: Json = {name: {"id": name, "name": name, "env": [], "models": {}}
-                     for name in {*logins, *(model["providerID"] for model in listed)}}
+    trimmed: Json = {
+        name: {"id": name, "name": name, "env": [], "models": {}}
+        for name in {*logins, *(model["providerID"] for model in listed)}
+    }
     models = {}
     for model in sorted(listed, key=lambda model: len(model["id"])):
         able, api = {"interleaved": False, **model["capabilities"]}, model["api"]
@@ -1113,27 +1328,33 @@ def make_catalog(listed: Iterable[Json], logins: Iterable[str], wanted: str | No
         models[name] = Model(name, able["temperature"], model["limit"]["output"])
         efforts = list(model.get("variants") or ())
         provider.update(npm=api["npm"], api=api["url"])
-        base, mode = api["id"], model["id"][len(api["id"]) + 1:]
+        base, mode = api["id"], model["id"][len(api["id"]) + 1 :]
         if base in provider["models"] and model["id"] == f"{base}-{mode}":  # a mode: gpt-5.5-fast
-            body = {re.sub("[A-Z]", lambda letter: "_" + letter[0].lower(), key): value
-                    for key, value in model["options"].items()}
+            body = {
+                re.sub("[A-Z]", lambda letter: "_" + letter[0].lower(), key): value
+                for key, value in model["options"].items()
+            }
             modes = provider["models"][base].setdefault("experimental", {"modes": {}})["modes"]
             modes[mode] = {"provider": {"body": body, "headers": model["headers"]}}
             continue
         provider["models"][model["id"]] = {
             **{key: model.get(key, "") for key in ("id", "name", "limit", "release_date")},
             **{key: able[key] for key in ("attachment", "reasoning", "temperature", "interleaved")},
-            "tool_call": able["toolcall"], "provider": {"npm": api["npm"], "api": api["url"]},
+            "tool_call": able["toolcall"],
+            "provider": {"npm": api["npm"], "api": api["url"]},
             "modalities": {way: [*filter(able[way].get, able[way])] for way in ("input", "output")},
-            "reasoning_options": [{"type": "effort", "values": efforts}] if efforts else []}
+            "reasoning_options": [{"type": "effort", "values": efforts}] if efforts else [],
+        }
     default = wanted or next(filter(models.get, (DEFAULT_MODEL, *SUCCESSORS)), DEFAULT_MODEL)
     providers = frozenset(map(provider_of, models))
     if provider_of(default) in providers:
         models.setdefault(default, Model(default))
     return Catalog(models, default, providers, trimmed)
 
+
 class Opencode:
     """The installed opencode, and what every process of it is started with."""
+
     def __init__(self, path: str, wanted: str | None = None) -> None:
         self.path, self.wanted, self.version = path, wanted, ""
         self.catalog = Catalog({}, wanted or DEFAULT_MODEL)  # exchanged as a whole, by the pool
@@ -1145,7 +1366,7 @@ class Opencode:
         for old in pathlib.Path(tempfile.gettempdir()).glob(RUN_PREFIX + "*"):
             with contextlib.suppress(PermissionError, ValueError, OverflowError):  # it is not ours
                 try:
-                    os.kill(int(old.name[len(RUN_PREFIX):].partition("-")[0]), 0)
+                    os.kill(int(old.name[len(RUN_PREFIX) :].partition("-")[0]), 0)
                 except ProcessLookupError:  # that proxy was killed
                     shutil.rmtree(old, ignore_errors=True)
         self._directory = pathlib.Path(tempfile.mkdtemp(prefix=f"{RUN_PREFIX}{os.getpid()}-"))
@@ -1191,8 +1412,15 @@ class Opencode:
         """Return a new private home for a process, the user's logins and packages linked in."""
         home = pathlib.Path(tempfile.mkdtemp(prefix="process-", dir=self._directory))
         config, packages = home / "config/opencode", self._cache / "packages"
-        for folder in ("config/opencode/node_modules", "data/opencode", "cache/opencode/packages",
-                       "state", "tmp", "cwd", "home"):
+        for folder in (
+            "config/opencode/node_modules",
+            "data/opencode",
+            "cache/opencode/packages",
+            "state",
+            "tmp",
+            "cwd",
+            "home",
+        ):
             (home / folder).mkdir(parents=True)
         os.mkfifo(home / "fifo", 0o600)
         (home / "data/opencode/auth.json").symlink_to(self._auth)
@@ -1204,7 +1432,8 @@ class Opencode:
             link.symlink_to(package)
         (config / "package.json").write_text("{}")  # or opencode first waits for an npm install
         (config / "package-lock.json").write_text(
-            '{"packages":{"":{"dependencies":{"@opencode-ai/plugin":"*"}}}}')
+            '{"packages":{"":{"dependencies":{"@opencode-ai/plugin":"*"}}}}'
+        )
         return home
 
     def environment(self, home: pathlib.Path, acp: bool) -> dict[str, str]:
@@ -1215,10 +1444,15 @@ class Opencode:
         for kind in ("config", "data", "state", "cache"):
             environment[f"XDG_{kind.upper()}_HOME"] = str(home / kind)
         environment.update(
-            OPENCODE_DB=":memory:", OPENCODE_SERVER_PASSWORD=secrets.token_hex(16),
-            OPENCODE_LOG_LEVEL="ERROR", OPENCODE_PROXY_FIFO=str(home / "fifo"),
-            OPENCODE_TEST_HOME=str(home / "home"), TMPDIR=str(home / "tmp"), PWD=str(home / "cwd"),
-            PATH=os.environ.get("PATH", os.defpath) + os.pathsep + str(self._directory))
+            OPENCODE_DB=":memory:",
+            OPENCODE_SERVER_PASSWORD=secrets.token_hex(16),
+            OPENCODE_LOG_LEVEL="ERROR",
+            OPENCODE_PROXY_FIFO=str(home / "fifo"),
+            OPENCODE_TEST_HOME=str(home / "home"),
+            TMPDIR=str(home / "tmp"),
+            PWD=str(home / "cwd"),
+            PATH=os.environ.get("PATH", os.defpath) + os.pathsep + str(self._directory),
+        )
         if acp:
             environment["OPENCODE_CONFIG_CONTENT"] = json.dumps(self._configuration())
         models = self._models if acp and self.trim else self._cache / "models.json"
@@ -1229,16 +1463,24 @@ class Opencode:
     def _configuration(self) -> Json:
         # No text of a client may get in here: opencode expands {file:...} and {env:...}.
         catalog, (provider, _, model) = self.catalog, self.catalog.default.partition("/")
-        patient = dict.fromkeys(("headerTimeout", "chunkTimeout"), 10 ** 9)  # ms: else 5 minutes
+        patient = dict.fromkeys(("headerTimeout", "chunkTimeout"), 10**9)  # ms: else 5 minutes
         providers: Json = {name: {"options": patient} for name in catalog.providers}
         if provider in providers and model not in catalog.trimmed[provider]["models"]:
             providers[provider]["models"] = {model: {}}  # asked for by --model
         main = {"mode": "primary", "prompt": "-", "permission": {"*": "deny", "doom_loop": "allow"}}
         off = dict.fromkeys(("autoupdate", "snapshot", "lsp", "formatter"), False)
-        return {**off, "share": "disabled", "compaction": {"auto": False}, "model": catalog.default,
-                "default_agent": "proxy", "agent": {"proxy": main, "title": {"disable": True}},
-                "plugin": [self._plugin.as_uri()], "provider": providers,
-                "enabled_providers": sorted(providers)}
+        return {
+            **off,
+            "share": "disabled",
+            "compaction": {"auto": False},
+            "model": catalog.default,
+            "default_agent": "proxy",
+            "agent": {"proxy": main, "title": {"disable": True}},
+            "plugin": [self._plugin.as_uri()],
+            "provider": providers,
+            "enabled_providers": sorted(providers),
+        }
+
 
 # ------------------------------------------------------------------------------------------ process
 # Child is a program with pipes, the only user of Popen; OpencodeProcess is one that speaks ACP.
@@ -1248,9 +1490,16 @@ class Opencode:
 STARTING, FRESH, USED, WORN, RETIRED = "starting", "fresh", "used", "worn", "retired"
 SESSION_UPDATE = b'{"jsonrpc":"2.0","method":"session/update"'
 PROMPT = [{"type": "text", "text": "-"}]  # on stdin; what matters goes over the FIFO
-WARM_UP = json.dumps({"warmup": True, "system": [], "params": {},
-                      "conversation": [{"role": "user", "parts": PROMPT}]})
+WARM_UP = json.dumps(
+    {
+        "warmup": True,
+        "system": [],
+        "params": {},
+        "conversation": [{"role": "user", "parts": PROMPT}],
+    }
+)
 Trace = Callable[[str, Json, int], None]  # takes an arrow, a JSON-RPC message, its size in bytes
+
 
 class Child:
     """A program in a process group of its own, with a FIFO beside its pipes.
@@ -1258,6 +1507,7 @@ class Child:
     `spawn`, `lines` and `close` are its thread's. The locks make lines whole, and keep the file
     numbers (in `_owned`) from being closed, and used again, under a writer.
     """
+
     def __init__(self, opencode: Opencode) -> None:
         self.opencode, self.pid, self._kill_at = opencode, 0, math.inf
         self.printed = self._stderr = b""  # printed: the last line of stdout that was no message
@@ -1272,10 +1522,18 @@ class Child:
         self._fifo = os.open(self.home / "fifo", os.O_RDWR | os.O_NONBLOCK)
         self._owned.callback(os.close, self._fifo)
         try:
-            self._popen = self._owned.enter_context(subprocess.Popen(
-                [self.opencode.path, *arguments], bufsize=0, start_new_session=True,
-                stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.PIPE, cwd=self.home / "cwd",
-                env=self.opencode.environment(self.home, arguments[0] == "acp")))
+            self._popen = self._owned.enter_context(
+                subprocess.Popen(
+                    [self.opencode.path, *arguments],
+                    bufsize=0,
+                    start_new_session=True,
+                    stdin=subprocess.PIPE,
+                    stdout=stdout,
+                    stderr=subprocess.PIPE,
+                    cwd=self.home / "cwd",
+                    env=self.opencode.environment(self.home, arguments[0] == "acp"),
+                )
+            )
         except OSError as error:
             raise ProcessFailed(f"{self.opencode.path} cannot be run: {error.strerror}") from None
         self.pid = self._popen.pid
@@ -1325,7 +1583,7 @@ class Child:
                 if self._popen.poll() is not None:
                     raise self.failed("opencode ended")
                 if poll.poll(1000 * LOOK_SECONDS):
-                    rest = rest[os.write(self._fifo, rest):]
+                    rest = rest[os.write(self._fifo, rest) :]
                     deadline = time.monotonic() + FIFO_SECONDS
                 elif time.monotonic() > deadline:
                     raise ProcessFailed("opencode does not read its requests")
@@ -1370,6 +1628,7 @@ class Child:
                 pids += pathlib.Path("/proc", pid, "task", pid, "children").read_text().split()
         return pages * os.sysconf("SC_PAGE_SIZE")
 
+
 class OpencodeProcess(Child):
     """An `opencode acp` process, from its start to its end.
 
@@ -1377,6 +1636,7 @@ class OpencodeProcess(Child):
     the pool's account of it, under the pool's lock. `listeners` tells whose a session's reports,
     and the reply to a request's number, are; it changes by single steps that need no lock.
     """
+
     def __init__(self, opencode: Opencode, trace: Trace | None = None) -> None:
         super().__init__(opencode)
         self.state, self.served, self.size, self.catalog = STARTING, 0, 0, opencode.catalog
@@ -1395,8 +1655,11 @@ class OpencodeProcess(Child):
         version = self.opencode.version = str((answer.get("agentInfo") or {}).get("version", ""))
         numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
         if (0, 0, 0) < numbers < MIN_OPENCODE:  # a build of one's own says 0.0.0
-            raise StartError("opencode {} is too old: {}.{}.{} or newer is needed "
-                             "(opencode upgrade)".format(version, *MIN_OPENCODE))
+            raise StartError(
+                "opencode {} is too old: {}.{}.{} or newer is needed (opencode upgrade)".format(
+                    version, *MIN_OPENCODE
+                )
+            )
         session = self._call("session/new", self.new_session)
         if "proxy/loaded" not in self._seen:
             raise self.failed(f"opencode {version} did not load the proxy's plugin")
@@ -1424,7 +1687,7 @@ class OpencodeProcess(Child):
         if not line or SESSION_UPDATE in line:
             return None
         with contextlib.suppress(ValueError):
-            message: Json = json.loads(line[line.index(b'{"jsonrpc"'):].decode("utf-8", "replace"))
+            message: Json = json.loads(line[line.index(b'{"jsonrpc"') :].decode("utf-8", "replace"))
             self._trace("<-", message, len(line))
             return message
         self.printed = line.strip()[:200] or self.printed  # by a plugin of the user's, perhaps
@@ -1463,11 +1726,13 @@ class OpencodeProcess(Child):
             if self._popen.stdin.write(line) != len(line):
                 raise self.failed("opencode does not read its input")
 
+
 def result_of(reply: Json, method: str) -> Json:
     """Return the result in a reply; raise ProcessFailed where it is an error."""
     if "error" in reply:
         raise ProcessFailed("opencode refused {}: {}".format(method, reply["error"]["message"]))
     return reply.get("result") or {}
+
 
 def models_of(session: Json) -> tuple[frozenset[str], str]:
     """Return the models that a new session offers, and the one that it has."""
@@ -1475,6 +1740,7 @@ def models_of(session: Json) -> tuple[frozenset[str], str]:
     model = options.get("model", {})
     offered = frozenset(choice["value"] for choice in model.get("options", ()))
     return offered, model.get("currentValue", "")
+
 
 # --------------------------------------------------------------------------------------------- pool
 # Who answers whom. A Turn is one choice of a request on its way from the queue to its finish; all
@@ -1487,7 +1753,9 @@ Steps = Generator[Any, Any, Any]  # of a turn: yields events, None, WAIT to be s
 WAIT = object()
 RANKS = (WORN, FRESH, USED)  # the last one serves first: one begun, then a fresh one, then a worn
 shutting_down = functools.partial(
-    APIError, 503, "The server is shutting down", code="shutting_down")
+    APIError, 503, "The server is shutting down", code="shutting_down"
+)
+
 
 class Turn:
     """One choice of a request: its place in the queue, then what it says to a process.
@@ -1495,8 +1763,15 @@ class Turn:
     Only its request's thread uses it; `process` is set under the pool's lock. `handed_over` says
     that the body is with opencode: from then on nothing may be sent again.
     """
-    def __init__(self, index: int, new_exchange: Callable[[], Any], model: Model, timeout: float,
-                 mailbox: queue.SimpleQueue[Letter]) -> None:
+
+    def __init__(
+        self,
+        index: int,
+        new_exchange: Callable[[], Any],
+        model: Model,
+        timeout: float,
+        mailbox: queue.SimpleQueue[Letter],
+    ) -> None:
         self.index, self.mailbox = index, mailbox
         self.script: Any = None  # what `_talk` has still to do
         self.process: Any = None  # the OpencodeProcess that it was given
@@ -1603,6 +1878,7 @@ class Turn:
             elif kind in ("proxy/delta", "proxy/finish"):
                 yield from exchange.report(params)
 
+
 class Pool:
     """Owns every opencode process, the queue of turns, and the catalog's renewal.
 
@@ -1610,6 +1886,7 @@ class Pool:
     `_turns` (those that have a process), and what is known of failed starts; nothing slow happens
     under it. `_signature` is of the files that the catalog was made from, None until it is proven.
     """
+
     def __init__(self, opencode: Opencode, settings: Any, trace: Trace | None = None) -> None:
         self.opencode, self._settings, self._trace = opencode, settings, trace
         self.closing, self._wake = threading.Event(), threading.Event()  # _wake: look at once
@@ -1631,8 +1908,12 @@ class Pool:
             yield None
         return self.opencode.catalog
 
-    def run(self, request: Any, model: Model, exchange: Callable[[Any, Model], Any] = ChatExchange,
-            ) -> Generator[tuple[int, Any] | None, None, None]:
+    def run(
+        self,
+        request: Any,
+        model: Model,
+        exchange: Callable[[Any, Model], Any] = ChatExchange,
+    ) -> Generator[tuple[int, Any] | None, None, None]:
         """Yield a choice's index and an event of it, or None every LOOK_SECONDS; raise APIError."""
         mailbox: queue.SimpleQueue[Letter] = queue.SimpleQueue()
         more = (functools.partial(exchange, request, model), model, self._settings.timeout, mailbox)
@@ -1642,8 +1923,12 @@ class Pool:
                 raise shutting_down()
             most, ahead = self._settings.max_queue, sum(not turn.index for turn in self._waiting)
             if ahead + len(self._turns) >= self._settings.max_concurrency + most:
-                raise APIError(503, f"All {most} places in the queue are taken: try again later",
-                               code="queue_full", headers={"Retry-After": str(QUEUE_RETRY_SECONDS)})
+                raise APIError(
+                    503,
+                    f"All {most} places in the queue are taken: try again later",
+                    code="queue_full",
+                    headers={"Retry-After": str(QUEUE_RETRY_SECONDS)},
+                )
             self._waiting.extend(turns)
         look_at = time.monotonic() + LOOK_SECONDS
         try:
@@ -1889,10 +2174,16 @@ class Pool:
                 reason = f"opencode does not start: {self.last_error}"
             elif catalog.default not in catalog.models:
                 reason = NOT_LOGGED_IN.format(provider_of(catalog.default))
-        return {"status": "unhealthy" if reason else "healthy", "reason": reason,
-                "opencode": self.opencode.version or None, "model": catalog.default,
-                "running": running, "waiting": waiting, "spares": spares,
-                "last_error": self.last_error or None}
+        return {
+            "status": "unhealthy" if reason else "healthy",
+            "reason": reason,
+            "opencode": self.opencode.version or None,
+            "model": catalog.default,
+            "running": running,
+            "waiting": waiting,
+            "spares": spares,
+            "last_error": self.last_error or None,
+        }
 
     def close(self) -> None:
         """End every process and wait for that, but not for ever."""
@@ -1904,6 +2195,7 @@ class Pool:
             time.sleep(LOOK_SECONDS / 25)
         self.opencode.close()
 
+
 def reap_orphans(own: set[int]) -> None:
     """Take leave of what ended processes have left behind, where it falls to us: as process 1."""
     with contextlib.suppress(ChildProcessError):
@@ -1913,6 +2205,7 @@ def reap_orphans(own: set[int]) -> None:
                 return
             os.waitpid(ended.si_pid, 0)
 
+
 # ------------------------------------------------------------------------------------------- answer
 # Frames the events of all choices of a request as OpenAI does: chunks of a stream, or one object.
 
@@ -1920,20 +2213,27 @@ SSE_DONE, SSE_PING = b"data: [DONE]\n\n", b": keep-alive\n\n"
 SSE_JSON = json.JSONEncoder(separators=(",", ":")).encode  # made once, not for every event
 CHARACTERS_PER_TOKEN = 4  # about, where a provider does not count
 
+
 def sse_data(value: Json) -> bytes:
     """Return one server-sent event that carries `value`."""
     return b"data: " + SSE_JSON(value).encode() + b"\n\n"
 
+
 class Answer:
     """One answer: what its chunks, or the whole of it, have in common, and what it adds up to."""
+
     def __init__(self, request: ChatRequest, model: Model) -> None:
         self._request = request
         is_known = request.model in (model.name, model.name.partition("/")[2])
         name = request.model if is_known else model.name
         self._frame: Json = {
-            "id": "chatcmpl-" + uuid.uuid4().hex, "object": "chat.completion.chunk",
-            "created": int(time.time()), "model": name, "system_fingerprint": "fp_opencode",
-            "choices": []}
+            "id": "chatcmpl-" + uuid.uuid4().hex,
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": name,
+            "system_fingerprint": "fp_opencode",
+            "choices": [],
+        }
         self._pieces: list[list[Json]] = [[] for _ in range(request.choices)]  # of the whole
         self._characters = [0] * request.choices
         self.usage: Json = {}  # of the choices that have ended
@@ -1944,8 +2244,10 @@ class Answer:
         """Return the chunks that an event of a choice means; nothing where the whole is wanted."""
         delta, finish_reason = event.delta, event.finish_reason
         if self._request.legacy_functions:
-            first = next((call["function"] for call in delta.get("tool_calls", ())
-                          if call["index"] == 0), None)  # there is room for no other
+            first = next(
+                (call["function"] for call in delta.get("tool_calls", ()) if call["index"] == 0),
+                None,
+            )  # there is room for no other
             delta = drop_empty({**delta, "tool_calls": None, "function_call": first})
             finish_reason = "function_call" if finish_reason == "tool_calls" else finish_reason
         self._characters[index] += sum(len(str(value)) for value in delta.values())
@@ -1960,9 +2262,11 @@ class Answer:
 
     def _count(self, told: Json, index: int) -> Json:
         asked = sum(len(text_of(message.get("content"))) for message in self._request.messages)
-        usage = {"prompt_tokens": 1 + asked // CHARACTERS_PER_TOKEN,
-                 "completion_tokens": 1 + self._characters[index] // CHARACTERS_PER_TOKEN,
-                 **{name: count for name, count in told.items() if count is not None}}
+        usage = {
+            "prompt_tokens": 1 + asked // CHARACTERS_PER_TOKEN,
+            "completion_tokens": 1 + self._characters[index] // CHARACTERS_PER_TOKEN,
+            **{name: count for name, count in told.items() if count is not None},
+        }
         total = usage["prompt_tokens"] + usage["completion_tokens"]
         return {**usage, "total_tokens": usage.get("total_tokens") or total}
 
@@ -1982,18 +2286,22 @@ class Answer:
 
     def whole(self) -> Json:
         """Return the chat.completion."""
-        choices: list[Json] = [{"index": index, "message": {}, "logprobs": None, **merge(pieces)}
-                               for index, pieces in enumerate(self._pieces)]
+        choices: list[Json] = [
+            {"index": index, "message": {}, "logprobs": None, **merge(pieces)}
+            for index, pieces in enumerate(self._pieces)
+        ]
         for choice in choices:
             said = choice["message"] or {"content": ""}
             choice["message"] = {"role": "assistant", "content": None, "refusal": None, **said}
         return {**self._frame, "object": "chat.completion", "choices": choices, "usage": self.usage}
+
 
 def merge(deltas: list[Json]) -> Json:
     """Return what deltas or usages add up to, without what is null."""
     keys = dict.fromkeys(key for delta in deltas for key in delta)  # in this order
     pieces = {key: [delta[key] for delta in deltas if delta.get(key) is not None] for key in keys}
     return {key: join(key, values) for key, values in pieces.items() if values}
+
 
 def join(key: str, values: list[Any]) -> Any:
     """Return what the pieces of one field add up to: text is joined, numbers and lists added."""
@@ -2013,6 +2321,7 @@ def join(key: str, values: list[Any]) -> Any:
         by_index.setdefault(item["index"], []).append({**item, "index": None})
     return [merge(same) for same in by_index.values()]
 
+
 # --------------------------------------------------------------------------------------------- http
 # From sockets to requests and back. A connection has one thread, which alone uses its socket.
 # http.server parses a head from the lines that ClientConnection lets pass; what _dispatch does not
@@ -2020,23 +2329,35 @@ def join(key: str, values: list[Any]) -> Any:
 # request ends by an exception of its own thread; handle_one_request answers and logs it.
 # What can be read in two ways is refused. In a head, LF alone ends a line too (RFC 9112, 2.2).
 FIELD = rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*)?"
-LINE_FORMS = {"request line": rb"[^\r\n\0]*\r?\n", "header line": FIELD + rb"\r?\n",
-              "chunk size": rb"[0-9A-Fa-f]{1,16}[ \t]*(;[^\r\n\0]*)?\r\n",
-              "chunk end": rb"\r\n", "trailer": FIELD + rb"\r\n"}
+LINE_FORMS = {
+    "request line": rb"[^\r\n\0]*\r?\n",
+    "header line": FIELD + rb"\r?\n",
+    "chunk size": rb"[0-9A-Fa-f]{1,16}[ \t]*(;[^\r\n\0]*)?\r\n",
+    "chunk end": rb"\r\n",
+    "trailer": FIELD + rb"\r\n",
+}
 # Web pages on this machine, and what is no web page; names that nobody can have on the internet.
-FREE_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
-                         r"|(app|tauri|vscode-webview|vscode-file)://[!-~]*")
+FREE_ORIGIN = re.compile(
+    r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
+    r"|(app|tauri|vscode-webview|vscode-file)://[!-~]*"
+)
 FREE_HOST = re.compile(r"(.+\.)?localhost|.+\.internal|[0-9.]+|\[[0-9a-f:.]+\]")
 PASSED_HEADERS = ("anthropic-beta", "anthropic-version")
 GET, POST = "GET, HEAD, OPTIONS", "OPTIONS, POST"
 # Each path's methods, what serves it, and with what; every path is also found below /v1.
 ROUTES: dict[str, tuple[Any, ...]] = {
-    "/": (GET, "_health"), "/health": (GET, "_health"), "/models": (GET, "_models"),
-    "/chat/completions": (POST, "_chat"), "/responses": (POST, "_pass_through", Responses),
-    "/messages": (POST, "_pass_through", Messages)}
+    "/": (GET, "_health"),
+    "/health": (GET, "_health"),
+    "/models": (GET, "_models"),
+    "/chat/completions": (POST, "_chat"),
+    "/responses": (POST, "_pass_through", Responses),
+    "/messages": (POST, "_pass_through", Messages),
+}
+
 
 class ClientConnection(io.RawIOBase):
     """A client's socket, as http.server's `rfile` and `wfile`."""
+
     def __init__(self, connection: socket.socket) -> None:
         self.deadline, self.next_line = 0.0, "request line"  # or "header line"
         self.late: Exception = ClientDisconnected("the request did not arrive")
@@ -2083,12 +2404,14 @@ class ClientConnection(io.RawIOBase):
         try:
             self._socket.settimeout(WRITE_SECONDS)
             while rest:
-                rest = rest[self._socket.send(rest):]
+                rest = rest[self._socket.send(rest) :]
         except OSError as error:
             raise ClientDisconnected(f"the client does not read: {error}") from None
 
+
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
     """Answers the requests of one connection."""
+
     server: ProxyServer
     protocol_version = default_request_version = request_version = "HTTP/1.1"
 
@@ -2116,8 +2439,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self._facts["error"] = json.dumps(printable(str(error)))
             self._status = 0 if self.command == "-" else 499
         except Exception as error:  # a defect of this program must not take others' requests
-            self._send_error(APIError(500, "internal error", code="internal_error"),
-                             f"internal error: {error!r}")
+            self._send_error(
+                APIError(500, "internal error", code="internal_error"), f"internal error: {error!r}"
+            )
         if self._status:  # otherwise an idle connection has ended
             asked = printable(f"{self.command or '-'} {self.path}")
             facts = "".join(f" {name}={value}" for name, value in self._facts.items())
@@ -2154,8 +2478,15 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self._read_body()  # of no use, but it must not be taken for the next request
         if self.command == "OPTIONS":  # what a browser asks before a page's request
             wanted = self.headers.get("Access-Control-Request-Headers", "*")
-            self._send(204, {"Allow": methods, "Access-Control-Allow-Methods": methods,
-                             "Access-Control-Allow-Headers": wanted}, b"")
+            self._send(
+                204,
+                {
+                    "Allow": methods,
+                    "Access-Control-Allow-Methods": methods,
+                    "Access-Control-Allow-Headers": wanted,
+                },
+                b"",
+            )
         else:
             getattr(self, name)(*arguments)
 
@@ -2167,33 +2498,58 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         sizes = ",".join(self.headers.get_all("Content-Length", ["0"]))
         size = re.fullmatch(r"[ \t]*([0-9]{1,18})[ \t]*(,[ \t]*\1[ \t]*)*", sizes)
         is_old = self.request_version == "HTTP/1.0"
-        if (size is None or coding not in ("", "chunked")
-                or (coding and (is_old or "Content-Length" in self.headers))
-                or (len(self.headers.get_all("Host", [])) != 1 and not is_old)):
+        if (
+            size is None
+            or coding not in ("", "chunked")
+            or (coding and (is_old or "Content-Length" in self.headers))
+            or (len(self.headers.get_all("Host", [])) != 1 and not is_old)
+        ):
             raise invalid("Bad request: Host, Content-Length or Transfer-Encoding is not clear")
         self._body_left = None if coding else int(size[1])
         settings, origin = self.server.settings, self.headers.get("Origin")
-        if not (origin is None or origin in settings.cors_origin or FREE_ORIGIN.fullmatch(origin)
-                or ("*" in settings.cors_origin and origin != "null")):
+        if not (
+            origin is None
+            or origin in settings.cors_origin
+            or FREE_ORIGIN.fullmatch(origin)
+            or ("*" in settings.cors_origin and origin != "null")
+        ):
             origin = printable(origin)
-            raise APIError(403, f"Web pages of {origin} may not use the proxy; the option "
-                           f"--cors-origin {origin} allows them", code="origin_not_allowed")
+            raise APIError(
+                403,
+                f"Web pages of {origin} may not use the proxy; the option "
+                f"--cors-origin {origin} allows them",
+                code="origin_not_allowed",
+            )
         self._origin = origin or ""
         is_trusting = self.server.on_loopback and not settings.api_key and self._route != "/health"
         host = re.sub(r"\.?(:[0-9]*)?$", "", self.headers.get("Host", "localhost").lower())
         own_names = (settings.host.lower(), socket.gethostname().lower())
         if is_trusting and host not in own_names and not FREE_HOST.fullmatch(host):
-            raise APIError(403, f"{printable(host)} is not a name of this machine; --host with it, "
-                           "or --api-key, allows it", code="host_not_allowed")
+            raise APIError(
+                403,
+                f"{printable(host)} is not a name of this machine; --host with it, "
+                "or --api-key, allows it",
+                code="host_not_allowed",
+            )
 
     def _check_key(self) -> None:
-        given = [re.sub("(?i)^bearer +", "", self.headers.get("Authorization", "")).strip(),
-                 self.headers.get("X-Api-Key", ""), self.headers.get("Api-Key", "")]
-        matches = [hmac.compare_digest(text.encode("latin-1", "replace"), key.encode())
-                   for text in given for key in self.server.settings.api_key]
+        given = [
+            re.sub("(?i)^bearer +", "", self.headers.get("Authorization", "")).strip(),
+            self.headers.get("X-Api-Key", ""),
+            self.headers.get("Api-Key", ""),
+        ]
+        matches = [
+            hmac.compare_digest(text.encode("latin-1", "replace"), key.encode())
+            for text in given
+            for key in self.server.settings.api_key
+        ]
         if matches and not any(matches):
-            raise APIError(401, "The API key is missing or wrong", code="invalid_api_key",
-                           headers={"WWW-Authenticate": "Bearer"})
+            raise APIError(
+                401,
+                "The API key is missing or wrong",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
 
     def _read_body(self) -> bytes:
         body, limit, left = bytearray(), self.server.settings.max_body_size, self._body_left
@@ -2201,8 +2557,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self._client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._client.deadline = time.monotonic() + BODY_SECONDS
         self._client.late = APIError(408, "The body did not arrive", code="body_timeout")
-        sizes: Iterable[int] = [left] if left is not None else iter(
-            lambda: int(self._client.readline(form="chunk size").partition(b";")[0], 16), 0)
+        sizes: Iterable[int] = (
+            [left]
+            if left is not None
+            else iter(
+                lambda: int(self._client.readline(form="chunk size").partition(b";")[0], 16), 0
+            )
+        )
         for size in sizes:
             end = len(body) + size
             if end > limit:
@@ -2225,12 +2586,18 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if isinstance(body, dict):
             headers = {**headers, "Content-Type": "application/json"}
             body = json.dumps(body).encode() + b"\n"
-        head = {"Server": "opencode_proxy/" + __version__, "Date": self.date_time_string(),
-                "X-Request-Id": self._request_id, "Access-Control-Allow-Origin": self._origin,
-                "Access-Control-Expose-Headers": "X-Request-Id, Retry-After",
-                "Vary": "Origin", "Connection": "close" if self.close_connection else "",
-                "Content-Length": str(len(body)) if body is not None and status != 204 else "",
-                "Transfer-Encoding": "chunked" if body is None and not is_old else "", **headers}
+        head = {
+            "Server": "opencode_proxy/" + __version__,
+            "Date": self.date_time_string(),
+            "X-Request-Id": self._request_id,
+            "Access-Control-Allow-Origin": self._origin,
+            "Access-Control-Expose-Headers": "X-Request-Id, Retry-After",
+            "Vary": "Origin",
+            "Connection": "close" if self.close_connection else "",
+            "Content-Length": str(len(body)) if body is not None and status != 204 else "",
+            "Transfer-Encoding": "chunked" if body is None and not is_old else "",
+            **headers,
+        }
         self.send_response_only(status)
         for name, value in filter(all, head.items()):
             self.send_header(name, re.sub(r"[^\x20-\x7e]", "", value))
@@ -2262,8 +2629,15 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _write(self, data: bytes, is_last: bool = False) -> None:
         """Write a piece of a body in HTTP chunks, the first of a stream of ours behind its head."""
         if data and self._stream is not None and not self._status:
-            self._send(200, {"Content-Type": "text/event-stream; charset=utf-8",
-                             "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, None)
+            self._send(
+                200,
+                {
+                    "Content-Type": "text/event-stream; charset=utf-8",
+                    "Cache-Control": "no-cache",
+                    "X-Accel-Buffering": "no",
+                },
+                None,
+            )
             data = self._stream.head() + data
         if self.request_version != "HTTP/1.0":
             data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
@@ -2278,10 +2652,17 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _models(self) -> None:
         catalog = self._await(self.server.pool.ready())
-        wanted = urllib.parse.unquote(self._route[len("/models/"):])
+        wanted = urllib.parse.unquote(self._route[len("/models/") :])
         names = [catalog.resolve(wanted, exact=True).name] if wanted else catalog.names
-        models = [{"id": name, "object": "model", "created": self.server.created,
-                   "owned_by": name.partition("/")[0]} for name in names]
+        models = [
+            {
+                "id": name,
+                "object": "model",
+                "created": self.server.created,
+                "owned_by": name.partition("/")[0],
+            }
+            for name in names
+        ]
         self._send(200, {}, models[0] if wanted else {"object": "list", "data": models})
 
     def _chat(self) -> None:
@@ -2294,10 +2675,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self._facts["asked"] = printable(request.model).replace(" ", "?")
         answer = Answer(request, model)
         self._stream = answer if request.stream else None
-        self._await(self.server.pool.run(request, model),
-                    lambda event: self._write(answer.take(*event)))
-        self._facts.update({"in": answer.usage["prompt_tokens"],
-                            "out": answer.usage["completion_tokens"]})
+        self._await(
+            self.server.pool.run(request, model), lambda event: self._write(answer.take(*event))
+        )
+        self._facts.update(
+            {"in": answer.usage["prompt_tokens"], "out": answer.usage["completion_tokens"]}
+        )
         if self._stream is None:
             self._send(200, {}, answer.whole())
         else:
@@ -2339,8 +2722,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 elif self._stream and time.monotonic() - self._last_write >= PING_SECONDS:
                     self._write(SSE_PING)
 
+
 def printable(text: str) -> str:
     return re.sub(r"[^\x20-\x7e]", "?", text)[:200]
+
 
 def log(text: str) -> None:
     """Write one line to stderr, with the time unless the journal adds it."""
@@ -2348,8 +2733,10 @@ def log(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(stamp + text + "\n")
 
+
 class ProxyServer(http.server.ThreadingHTTPServer):
     """Accepts connections, one daemon thread each; owns the pool; `stop` waits for answers."""
+
     request_queue_size = 128
     server_bind = socketserver.TCPServer.server_bind  # HTTPServer's looks the host's name up
 
@@ -2376,8 +2763,12 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self._held[connection] = None if size is None else held + size
             most = max(MAX_BODIES_BYTES, self.settings.max_body_size)
             if size and sum(filter(None, self._held.values())) > most:
-                raise APIError(503, "Too much is being asked at once: try again later",
-                               code="too_busy", headers={"Retry-After": str(QUEUE_RETRY_SECONDS)})
+                raise APIError(
+                    503,
+                    "Too much is being asked at once: try again later",
+                    code="too_busy",
+                    headers={"Retry-After": str(QUEUE_RETRY_SECONDS)},
+                )
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         if len(self._held) >= self._most and not self._end_idle(1):
@@ -2417,6 +2808,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.pool.closing.set()
         self.pool.close()
 
+
 # ------------------------------------------------------------------------------------- command line
 # Settings, the systemd units, and the life of the program: listen, prove meanwhile that opencode
 # works, wait for a signal, stop. A StartError becomes an exit code here and nowhere else.
@@ -2436,16 +2828,20 @@ OPTIONS: list[tuple[str, Any, Sequence[float], str, str]] = [
     ("spares", 1, (0, 10000), "N", "opencode processes kept fresh; 0: none runs without a request"),
     ("requests-per-process", 1, (1, 10000), "N", "requests until a fresh process is preferred"),
     ("timeout", 300.0, (0.1, 86400), "SECONDS", "longest silence of a provider"),
-    ("grace", 10.0, (0, 86400), "SECONDS", "time for running answers when stopping")]
+    ("grace", 10.0, (0, 86400), "SECONDS", "time for running answers when stopping"),
+]
+
 
 def variable(name: str) -> str | None:
     return os.environ.get("OPENCODE_PROXY_" + name.upper().replace("-", "_"))
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, whose defaults come from the environment."""
     parser = argparse.ArgumentParser(
         description="Serve the models of opencode through OpenAI's chat completions API.",
-        epilog="Also from the environment: --max-queue as OPENCODE_PROXY_MAX_QUEUE, and so on.")
+        epilog="Also from the environment: --max-queue as OPENCODE_PROXY_MAX_QUEUE, and so on.",
+    )
     for name, default, _, unit, meaning in OPTIONS:
         how: Json = {"type": type(default or ""), "default": variable(name) or default}
         if isinstance(default, list):
@@ -2453,12 +2849,23 @@ def build_parser() -> argparse.ArgumentParser:
         elif default is not None:
             meaning += f" (default: {default})"
         parser.add_argument("--" + name, metavar=unit, help=meaning, **how)
-    parser.add_argument("--verbose", action="store_true", default=variable("verbose") == "1",
-                        help="log the messages exchanged with opencode, without their contents")
-    parser.add_argument("--systemd-unit", nargs="?", const="user", choices=("user", "system"),
-                        metavar="user|system", help="print a systemd unit for this copy, and end")
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        default=variable("verbose") == "1",
+        help="log the messages exchanged with opencode, without their contents",
+    )
+    parser.add_argument(
+        "--systemd-unit",
+        nargs="?",
+        const="user",
+        choices=("user", "system"),
+        metavar="user|system",
+        help="print a systemd unit for this copy, and end",
+    )
     parser.add_argument("--version", action="version", version="opencode_proxy " + __version__)
     return parser
+
 
 def read_settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the settings of the command line and the environment; end with code 2 if wrong."""
@@ -2484,6 +2891,7 @@ def read_settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     settings.cors_origin = [text.rstrip("/").lower() for text in settings.cors_origin if text]
     return settings
 
+
 # A service's settings, one a word. MemoryDenyWriteExecute is missing: JavaScript is compiled.
 SERVICE = """Type=notify Restart=on-failure RestartSec=5 TimeoutStartSec=180 TimeoutStopSec=60
     KillMode=mixed UMask=0077 NoNewPrivileges=yes LockPersonality=yes RestrictRealtime=yes
@@ -2493,8 +2901,10 @@ SYSTEM_SERVICE = """PrivateTmp=yes PrivateDevices=yes ProtectSystem=strict Prote
     ProtectKernelModules=yes ProtectKernelTunables=yes ProtectProc=invisible RestrictNamespaces=yes
     CapabilityBoundingSet= SystemCallFilter=@system-service SystemCallErrorNumber=EPERM"""
 
+
 def systemd_unit(kind: str, opencode: str) -> str:
     """Return a systemd unit, `kind` "user" or "system", for this copy of the program."""
+
     def quoted(text: str) -> str:  # systemd.syntax(7)
         is_plain = re.fullmatch(r"[\w@%$/.:+,=-]+", text)
         return (text if is_plain else json.dumps(text, ensure_ascii=False)).replace("%", "%%")
@@ -2508,14 +2918,22 @@ def systemd_unit(kind: str, opencode: str) -> str:
         folder, target = "/etc", "multi-user.target"
         user = os.environ.get("USER") or os.environ.get("LOGNAME") or "root"
         data = f"-{user_folder('XDG_DATA_HOME', '~/.local/share')}"
-        service += [f"User={user}", "Environment=" + quoted("HOME=" + os.path.expanduser("~")),
-                    "ReadWritePaths=" + quoted(data), *SYSTEM_SERVICE.split()]
-    service += ["RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK",
-                "ExecStart=" + " ".join(map(quoted, words)),
-                "# settings, and the key as OPENCODE_PROXY_API_KEY=...; for its owner's eyes only",
-                f"EnvironmentFile=-{folder}/opencode_proxy.env"]
-    return "\n".join(["[Unit]", *unit, "", "[Service]", *service, "",
-                      "[Install]", "WantedBy=" + target, ""])
+        service += [
+            f"User={user}",
+            "Environment=" + quoted("HOME=" + os.path.expanduser("~")),
+            "ReadWritePaths=" + quoted(data),
+            *SYSTEM_SERVICE.split(),
+        ]
+    service += [
+        "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK",
+        "ExecStart=" + " ".join(map(quoted, words)),
+        "# settings, and the key as OPENCODE_PROXY_API_KEY=...; for its owner's eyes only",
+        f"EnvironmentFile=-{folder}/opencode_proxy.env",
+    ]
+    return "\n".join(
+        ["[Unit]", *unit, "", "[Service]", *service, "", "[Install]", "WantedBy=" + target, ""]
+    )
+
 
 def notify(state: str) -> None:
     """Tell systemd about the service's state, where it wants to know (sd_notify(3))."""
@@ -2523,6 +2941,7 @@ def notify(state: str) -> None:
     if path:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
             out.sendto(state.encode(), path)
+
 
 def prove(server: ProxyServer, waker: socket.socket, failures: list[Exception]) -> None:
     """Prove that opencode works; tell the log what runs and what is worth a warning."""
@@ -2535,20 +2954,26 @@ def prove(server: ProxyServer, waker: socket.socket, failures: list[Exception]) 
         log(f"opencode_proxy {__version__} with opencode {version}, model {model}")
         log(f"base URL for apps: {server.base_url}")
         if not server.settings.model and model != DEFAULT_MODEL:
-            log(f"warning: {DEFAULT_MODEL} is not offered, "
-                f"{model} answers instead; choose with --model")
+            log(
+                f"warning: {DEFAULT_MODEL} is not offered, "
+                f"{model} answers instead; choose with --model"
+            )
         if health["reason"]:
             log(f"warning: {health['reason']}")
         if not server.settings.api_key and not server.on_loopback:
-            log("warning: whoever reaches this port can use your models; "
-                "set --api-key or --host 127.0.0.1")
+            log(
+                "warning: whoever reaches this port can use your models; "
+                "set --api-key or --host 127.0.0.1"
+            )
         notify("READY=1")
     except Exception as error:  # also a defect: a proxy that never gets ready helps nobody
         failures.append(error)
         waker.send(b"!")
 
+
 def serve(settings: argparse.Namespace) -> None:
     """Run the server until a signal tells it to stop; raise StartError where it cannot start."""
+
     def trace(arrow: str, message: Json, size: int) -> None:  # contents are nobody's business
         log(f"{arrow} {message.get('method', 'reply')} {size} bytes")
 
@@ -2569,8 +2994,10 @@ def serve(settings: argparse.Namespace) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # for nohup
                 signal.signal(number, lambda *_: None)
-        threads = [threading.Thread(target=server.serve_forever),
-                   threading.Thread(target=prove, args=(server, waker, failures))]
+        threads = [
+            threading.Thread(target=server.serve_forever),
+            threading.Thread(target=prove, args=(server, waker, failures)),
+        ]
         for thread in threads:
             thread.start()
         failed = wakened.recv(1) == b"!"
@@ -2582,6 +3009,7 @@ def serve(settings: argparse.Namespace) -> None:
     if failed:
         raise failures[0]
 
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and serve; end with code 1 where that cannot start."""
     settings = read_settings(argv)
@@ -2592,6 +3020,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             serve(settings)
     except StartError as error:
         raise SystemExit(f"opencode_proxy: {error}") from None
+
 
 if __name__ == "__main__":
     main()

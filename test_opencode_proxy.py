@@ -4,6 +4,7 @@ Tables test pure functions. FakeCase has a fake opencode, RealCase the real one,
 provider, Upstream, or Services: a login as it really is. Where the real opencode or a client's
 library is missing, tests are skipped, or fail with OPENCODE_PROXY_TEST_ALL=1.
 """
+
 import asyncio
 import concurrent.futures
 import contextlib
@@ -31,6 +32,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 DEADLINE = 120.0  # for what must happen; long, because machines are slow when they are busy
 SOON = 30.0  # the same where a time-out of the program would end it too, later
 
+
 def eventually(condition, seconds=DEADLINE):
     """Return the first true value of `condition()`, or its last one after `seconds`."""
     deadline = time.monotonic() + seconds
@@ -38,24 +40,30 @@ def eventually(condition, seconds=DEADLINE):
         time.sleep(0.02)
     return value
 
+
 def at_once(call, items):
     """Return [call(item) for item in items], called at the same time."""
     with concurrent.futures.ThreadPoolExecutor(len(items)) as threads:
         return list(threads.map(call, items))
+
 
 def missing(what):
     """Skip a test for want of `what`, or fail it where everything must be there."""
     everything = os.environ.get("OPENCODE_PROXY_TEST_ALL") == "1"
     raise (AssertionError if everything else unittest.SkipTest)(what + " is missing")
 
+
 # ------------------------------------------------------------------------- a provider on loopback
 CHAT, RESPONSES, MESSAGES = (
-    "github-copilot/" + name for name in ("gpt-5-mini", "gpt-5.4-mini", "claude-sonnet-4.6"))
+    "github-copilot/" + name for name in ("gpt-5-mini", "gpt-5.4-mini", "claude-sonnet-4.6")
+)
 FORMATS = {"chat/completions": CHAT, "responses": RESPONSES, "messages": MESSAGES}
 OAUTH = {"type": "oauth", "refresh": "gho_x", "access": "gho_x", "expires": 0}
 
+
 class Upstream(http.server.ThreadingHTTPServer):
     """A provider of models: records each request, answers as `respond(exchange)` says."""
+
     daemon_threads = True
     request_queue_size = 128
 
@@ -70,11 +78,16 @@ class Upstream(http.server.ThreadingHTTPServer):
     def login(self):
         """Return what leads to this provider: auth.json, opencode.json, environment variables."""
         claude = {"claude-sonnet-4.6": {"provider": {"npm": "@ai-sdk/anthropic"}}}
-        copilot = {"models": claude, "options": {
-            "baseURL": self.url, "headerTimeout": 1000, "chunkTimeout": 1000}}
+        copilot = {
+            "models": claude,
+            "options": {"baseURL": self.url, "headerTimeout": 1000, "chunkTimeout": 1000},
+        }
         own = {"options": {"baseURL": self.url + "/v1", "apiKey": "k"}, "models": {"m": {}}}
-        providers = {"github-copilot": copilot, "other": {"npm": "@ai-sdk/google", **own},
-                     "local": {"npm": "@ai-sdk/openai-compatible", **own}}
+        providers = {
+            "github-copilot": copilot,
+            "other": {"npm": "@ai-sdk/google", **own},
+            "local": {"npm": "@ai-sdk/openai-compatible", **own},
+        }
         return {"github-copilot": OAUTH}, {"provider": providers}, {}
 
     def close(self):
@@ -82,8 +95,10 @@ class Upstream(http.server.ThreadingHTTPServer):
         self.thread.join()
         self.server_close()
 
+
 class Exchange(http.server.BaseHTTPRequestHandler):
     """One request, over TLS to a `host` or not: its `path`, `headers`, `raw`, `body`, `format`."""
+
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     host, log_message = "", unittest.mock.Mock()
@@ -144,16 +159,24 @@ class Exchange(http.server.BaseHTTPRequestHandler):
             stream.close()
         self.close_connection = True
 
-USAGE = {"prompt_tokens": 11, "completion_tokens": 20, "total_tokens": 31,
-         "prompt_tokens_details": {"cached_tokens": 4},
-         "completion_tokens_details": {"reasoning_tokens": 7}}
+
+USAGE = {
+    "prompt_tokens": 11,
+    "completion_tokens": 20,
+    "total_tokens": 31,
+    "prompt_tokens_details": {"cached_tokens": 4},
+    "completion_tokens_details": {"reasoning_tokens": 7},
+}
+
 
 def chat_chunk(delta, finish=None, **more):
     choice = {"index": 0, "delta": delta, "finish_reason": finish}
     return {"id": "up", "object": "chat.completion.chunk", "choices": [choice], **more}
 
+
 # An answer as events of each wire format: `parts` are ("text", text), ("thought", text) or
 # ("call", id, name, pieces of the arguments).
+
 
 def chat_stream(parts, finish="stop"):
     deltas, calls = [{"role": "assistant", "content": ""}], 0
@@ -168,50 +191,93 @@ def chat_stream(parts, finish="stop"):
     chunks = [chat_chunk(delta) for delta in deltas]
     return [*chunks, chat_chunk({}, finish), chat_chunk({}, choices=[], usage=USAGE), "[DONE]"]
 
+
 def responses_stream(parts, finish="stop"):
-    kinds = {"text": ({"type": "message", "role": "assistant", "content": []}, "output_text"),
-             "thought": ({"type": "reasoning", "summary": []}, "reasoning_summary_text"),
-             "call": ({"type": "function_call", "arguments": ""}, "function_call_arguments")}
+    kinds = {
+        "text": ({"type": "message", "role": "assistant", "content": []}, "output_text"),
+        "thought": ({"type": "reasoning", "summary": []}, "reasoning_summary_text"),
+        "call": ({"type": "function_call", "arguments": ""}, "function_call_arguments"),
+    }
     steps = [("created", {"response": {"id": "r", "created_at": 1, "model": "m"}})]
     for index, (kind, text, *call) in enumerate(parts):
         item, name = {"id": f"i{index}", **kinds[kind][0]}, kinds[kind][1]
         item.update({"call_id": text, "name": call[0]} if call else {})
         done = {**item, "arguments": "".join(call[1])} if call else item
         pieces = [(name + ".delta", {"delta": piece}) for piece in (call[1] if call else [text])]
-        steps += [(step, {"output_index": index, "item_id": item["id"], **more}) for step, more in (
-            ("output_item.added", {"item": item}), *pieces, ("output_item.done", {"item": done}))]
-    response = {"id": "r", "usage": {
-        "input_tokens": 11, "input_tokens_details": {"cached_tokens": 4}, "output_tokens": 20,
-        "output_tokens_details": {"reasoning_tokens": 7}, "total_tokens": 31}}
+        steps += [
+            (step, {"output_index": index, "item_id": item["id"], **more})
+            for step, more in (
+                ("output_item.added", {"item": item}),
+                *pieces,
+                ("output_item.done", {"item": done}),
+            )
+        ]
+    response = {
+        "id": "r",
+        "usage": {
+            "input_tokens": 11,
+            "input_tokens_details": {"cached_tokens": 4},
+            "output_tokens": 20,
+            "output_tokens_details": {"reasoning_tokens": 7},
+            "total_tokens": 31,
+        },
+    }
     reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(finish)
     response.update({"incomplete_details": {"reason": reason}} if reason else {})
     steps.append(("incomplete" if reason else "completed", {"response": response}))
     return [{"type": "response." + step, **more} for step, more in steps]
 
+
 def messages_stream(parts, finish="stop"):
-    kinds = {"text": ({"type": "text", "text": ""}, "text_delta", "text"),
-             "thought": ({"type": "thinking", "thinking": ""}, "thinking_delta", "thinking"),
-             "call": ({"type": "tool_use", "input": {}}, "input_json_delta", "partial_json")}
-    message = {"id": "m", "type": "message", "role": "assistant", "model": "m", "content": [],
-               "usage": {"input_tokens": 7, "cache_read_input_tokens": 4, "output_tokens": 1}}
+    kinds = {
+        "text": ({"type": "text", "text": ""}, "text_delta", "text"),
+        "thought": ({"type": "thinking", "thinking": ""}, "thinking_delta", "thinking"),
+        "call": ({"type": "tool_use", "input": {}}, "input_json_delta", "partial_json"),
+    }
+    message = {
+        "id": "m",
+        "type": "message",
+        "role": "assistant",
+        "model": "m",
+        "content": [],
+        "usage": {"input_tokens": 7, "cache_read_input_tokens": 4, "output_tokens": 1},
+    }
     events = [{"type": "message_start", "message": message}]
     for index, (kind, text, *call) in enumerate(parts):
         block, name, key = kinds[kind]
         block = {**block, "id": text, "name": call[0]} if call else block
         deltas = [{"type": name, key: piece} for piece in (call[1] if call else [text])]
-        events += [{"type": "content_block_" + step, "index": index, **more} for step, more in (
-            ("start", {"content_block": block}), *[("delta", {"delta": delta}) for delta in deltas],
-            ("stop", {}))]
-    reason = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use",
-              "content_filter": "refusal"}[finish]
-    return [*events, {"type": "message_delta", "delta": {"stop_reason": reason},
-                      "usage": {"output_tokens": 20}}, {"type": "message_stop"}]
+        events += [
+            {"type": "content_block_" + step, "index": index, **more}
+            for step, more in (
+                ("start", {"content_block": block}),
+                *[("delta", {"delta": delta}) for delta in deltas],
+                ("stop", {}),
+            )
+        ]
+    reason = {
+        "stop": "end_turn",
+        "length": "max_tokens",
+        "tool_calls": "tool_use",
+        "content_filter": "refusal",
+    }[finish]
+    return [
+        *events,
+        {"type": "message_delta", "delta": {"stop_reason": reason}, "usage": {"output_tokens": 20}},
+        {"type": "message_stop"},
+    ]
 
-STREAMS = {"chat/completions": chat_stream, "responses": responses_stream,
-           "messages": messages_stream}
+
+STREAMS = {
+    "chat/completions": chat_stream,
+    "responses": responses_stream,
+    "messages": messages_stream,
+}
+
 
 def answering(*parts, finish="stop"):
     """Return a `respond` that streams `parts`, in the format asked in, with usage if asked for."""
+
     def respond(exchange):
         events = STREAMS[exchange.format](parts, finish)
         asked = (exchange.body.get("stream_options") or {}).get("include_usage")
@@ -219,17 +285,23 @@ def answering(*parts, finish="stop"):
             del events[-2]
         exchange.begin()
         exchange.send(*events)
+
     return respond
+
 
 answer_text = answering(("text", "Hel"), ("text", "lo "), ("text", "w\u00f6r\u2028ld"))
 
+
 def failing(status, body, content_type="application/json", **headers):
     """Return a `respond` that refuses."""
+
     def respond(exchange):
         data = (body if isinstance(body, str) else json.dumps(body)).encode()
         exchange.begin(status, content_type, Content_Length=str(len(data)), **headers)
         exchange.wfile.write(data)
+
     return respond
+
 
 # ------------------------------------------------------------------------ a login as it really is
 # For TLS on loopback; known to everybody, trusted by nobody.
@@ -246,37 +318,63 @@ XdFd99hcKjspygq8xuPbu2ZKG8e80hn2Pu8+KNECIQCdGKLWSqgTmb5X5QJcHEy4TXaX+jh3rGZYh2Fu
 """
 COPILOT, CHATGPT = "api.githubcopilot.com", "chatgpt.com"
 # What GitHub lists: a name, its endpoints, the most tokens of an answer, reasoning efforts.
-OFFERS = (("gpt-5-mini", "/chat/completions /responses", 64000, "low medium high"),
-          ("gpt-5.4-mini", "/responses", 128000, "low medium high xhigh"),
-          ("claude-sonnet-4.6", "/v1/messages /chat/completions", 32000, "low high"),
-          ("claude-opus-4.6", "/v1/messages", 8000, ""),
-          ("gemini-2.5-pro", "/chat/completions", 64000, ""))
-LIVE = {"chat/completions": "github-copilot/gemini-2.5-pro", "responses": CHAT,
-        "messages": MESSAGES, "chatgpt": "openai/gpt-5.4"}
+OFFERS = (
+    ("gpt-5-mini", "/chat/completions /responses", 64000, "low medium high"),
+    ("gpt-5.4-mini", "/responses", 128000, "low medium high xhigh"),
+    ("claude-sonnet-4.6", "/v1/messages /chat/completions", 32000, "low high"),
+    ("claude-opus-4.6", "/v1/messages", 8000, ""),
+    ("gemini-2.5-pro", "/chat/completions", 64000, ""),
+)
+LIVE = {
+    "chat/completions": "github-copilot/gemini-2.5-pro",
+    "responses": CHAT,
+    "messages": MESSAGES,
+    "chatgpt": "openai/gpt-5.4",
+}
 LIMITS = {name: limit for name, _, limit, _ in OFFERS}
 CHATGPT_REFUSES = {"max_output_tokens", "temperature", "top_p", "user", "metadata"}
 # What the services refuse: ChatGPT or a format of GitHub's, whether it does, what it says then.
-RULES = ((CHATGPT, lambda body: not body.get("instructions"), "Instructions are required"),
-         (CHATGPT, lambda body: body.get("store") is not False, "Store must be set to false"),
-         (CHATGPT, lambda body: CHATGPT_REFUSES & body.keys(), "Unsupported parameter"),
-         ("responses", lambda body: body.get("max_output_tokens", 16) < 16, "max: below 16"),
-         ("messages", lambda body: body["max_tokens"] > LIMITS[body["model"]], "max_tokens"),
-         ("messages", lambda body: {"temperature", "top_p"} <= body.keys(), "not both"))
+RULES = (
+    (CHATGPT, lambda body: not body.get("instructions"), "Instructions are required"),
+    (CHATGPT, lambda body: body.get("store") is not False, "Store must be set to false"),
+    (CHATGPT, lambda body: CHATGPT_REFUSES & body.keys(), "Unsupported parameter"),
+    ("responses", lambda body: body.get("max_output_tokens", 16) < 16, "max: below 16"),
+    ("messages", lambda body: body["max_tokens"] > LIMITS[body["model"]], "max_tokens"),
+    ("messages", lambda body: {"temperature", "top_p"} <= body.keys(), "not both"),
+)
+
 
 def offer(row):
     """Return a model as GitHub lists it."""
     name, endpoints, limit, efforts = row
-    supports = {"streaming": True, "tool_calls": True, "vision": True, "parallel_tool_calls": True,
-                **({"reasoning_effort": efforts.split()} if efforts else {})}
-    limits = {"max_context_window_tokens": 200000, "max_prompt_tokens": 128000,
-              "max_output_tokens": limit}
-    return {"id": name, "name": name, "version": name, "object": "model", "vendor": "any",
-            "model_picker_enabled": True, "policy": {"state": "enabled"},
-            "supported_endpoints": endpoints.split(), "capabilities": {
-                "type": "chat", "family": name, "limits": limits, "supports": supports}}
+    supports = {
+        "streaming": True,
+        "tool_calls": True,
+        "vision": True,
+        "parallel_tool_calls": True,
+        **({"reasoning_effort": efforts.split()} if efforts else {}),
+    }
+    limits = {
+        "max_context_window_tokens": 200000,
+        "max_prompt_tokens": 128000,
+        "max_output_tokens": limit,
+    }
+    return {
+        "id": name,
+        "name": name,
+        "version": name,
+        "object": "model",
+        "vendor": "any",
+        "model_picker_enabled": True,
+        "policy": {"state": "enabled"},
+        "supported_endpoints": endpoints.split(),
+        "capabilities": {"type": "chat", "family": name, "limits": limits, "supports": supports},
+    }
+
 
 class Services(Upstream):
     """A CONNECT proxy to the services that a login leads to; `hosts` are what was asked for."""
+
     def __init__(self):
         self.hosts, self.context = [], ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         with tempfile.NamedTemporaryFile("w") as file:
@@ -287,9 +385,16 @@ class Services(Upstream):
 
     def login(self):
         chatgpt = {**OAUTH, "access": "a.b.c", "expires": 99999999999999, "accountId": "account"}
-        return {"github-copilot": OAUTH, "openai": chatgpt}, {}, {
-            "HTTPS_PROXY": self.url, "NO_PROXY": "127.0.0.1,localhost",
-            "NODE_TLS_REJECT_UNAUTHORIZED": "0"}
+        return (
+            {"github-copilot": OAUTH, "openai": chatgpt},
+            {},
+            {
+                "HTTPS_PROXY": self.url,
+                "NO_PROXY": "127.0.0.1,localhost",
+                "NODE_TLS_REJECT_UNAUTHORIZED": "0",
+            },
+        )
+
 
 # ---------------------------------------------------------------------------------------- proxies
 def settings(**changes):
@@ -298,11 +403,14 @@ def settings(**changes):
     vars(values).update({"host": "127.0.0.1", "port": 0, **changes})
     return values
 
+
 def chat_body(content="hi", **fields):
     return json.dumps({"messages": [{"role": "user", "content": content}], **fields}).encode()
 
+
 class Client:
     """What an app does with the proxy at a port of loopback."""
+
     def __init__(self, port):
         self.port = port
 
@@ -350,8 +458,10 @@ class Client:
         """Tell whether /health comes to tell what is `expected`."""
         return eventually(lambda: expected.items() <= self.health().items(), seconds)
 
+
 class Running(Client):
     """A proxy in this process, proven."""
+
     def __init__(self, opencode_path, **changes):
         values = settings(**changes)
         self.pool = proxy.Pool(proxy.Opencode(opencode_path, values.model), values, None)
@@ -370,6 +480,7 @@ class Running(Client):
             self.server.stop(0, time.sleep)
             self.thread.join()
 
+
 def sse_events(data):
     """Return what is in the events of an SSE stream; fail on what is no event and no comment."""
     events = []
@@ -380,10 +491,16 @@ def sse_events(data):
             raise AssertionError(f"not an event: {block!r}")
     return events
 
+
 def deltas_of(events):
     """Return the deltas of the chunks among `events`."""
-    return [choice["delta"] for event in events if event != "[DONE]"
-            for choice in event.get("choices", ())]
+    return [
+        choice["delta"]
+        for event in events
+        if event != "[DONE]"
+        for choice in event.get("choices", ())
+    ]
+
 
 def children(parent=None):
     """Return [pid, state, command] of each descendant of this process, or of `parent`."""
@@ -393,18 +510,27 @@ def children(parent=None):
     family = {str(parent or os.getpid())}
     for _ in range(9):  # generations
         family.update(row[0] for row in rows if row[1] in family)
-    return [[int(pid), state, args] for pid, above, state, args in rows
-            if above in family and args != " ".join(command)]
+    return [
+        [int(pid), state, args]
+        for pid, above, state, args in rows
+        if above in family and args != " ".join(command)
+    ]
+
 
 def opencode_pids(parent=None):
     """Return the processes of opencode, without zombies, that serve this process or `parent`."""
-    return [pid for pid, state, args in children(parent)
-            if "acp" in args.split() and not state.startswith("Z")]
+    return [
+        pid
+        for pid, state, args in children(parent)
+        if "acp" in args.split() and not state.startswith("Z")
+    ]
+
 
 def clean_environment():
     """Return this process's environment without what would change a proxy or an opencode."""
     foreign = re.compile(r"XDG_.*_HOME|OPENCODE.*|FAKE_MODE|.*_API_KEY|(?i:.*_proxy)")
     return {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
+
 
 def real_opencode():
     try:
@@ -412,17 +538,22 @@ def real_opencode():
     except proxy.StartError:
         missing("opencode")
 
+
 def make_home(folder, upstream, **config):
     """Make a HOME whose opencode is logged in at `upstream`; return the environment for it."""
     logins, own_config, variables = upstream.login()
-    for path, content in ((".local/share/opencode/auth.json", logins),
-                          (".config/opencode/opencode.json", {**own_config, **config})):
+    for path, content in (
+        (".local/share/opencode/auth.json", logins),
+        (".config/opencode/opencode.json", {**own_config, **config}),
+    ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(json.dumps(content))
     return {"HOME": str(folder), **variables}
 
+
 class RealCase(unittest.TestCase):
     """A proxy with the real opencode and a provider, shared by the tests of a class."""
+
     provider = Upstream
     changes = {"requests_per_process": 40, "timeout": 30.0}
 
@@ -449,11 +580,12 @@ class RealCase(unittest.TestCase):
         self.assertEqual(len(self.upstream.exchanges), 1)
         return self.upstream.exchanges[0]
 
+
 # -------------------------------------------------------------------------------- a fake opencode
 # Speaks as opencode with the plugin does, and is its own provider. It does what it is told in
 # Python: by FAKE_MODE when it starts, by the last user message where that begins with "do "; any
 # other message is the answer itself. A journal beside it tells what happened.
-FAKE = r'''
+FAKE = r"""
 import json, os, queue, signal, subprocess, sys, threading, time
 
 ACP = sys.argv[1] == "acp"  # otherwise it lists the models
@@ -583,15 +715,17 @@ for message in map(json.loads, sys.stdin.buffer):
     else:
         note("reply", message["error"]["message"])
 os._exit(0)
-'''
+"""
 # Messages that it obeys.
 PID = "do say(str(os.getpid()))"
 DIE = "do say('a'); write('last words\\n', 2); os._exit(3)"
 PAUSE = "do say('a'); rest(600)"
 SLOWLY = "do for n in range(2000): say('%d ' % n); rest(0.05)"
 
+
 class FakeCase(unittest.TestCase):
     """A proxy with the fake opencode, new for every test, of which nothing may be left."""
+
     def setUp(self):
         self.stack = contextlib.ExitStack()
         self.addCleanup(self.stack.close)
@@ -627,7 +761,7 @@ class FakeCase(unittest.TestCase):
         """Return what the fakes noted with `text`: start, post, cancelled, reply, deaf or waits."""
         journal = self.folder / "journal"
         lines = journal.read_text().splitlines() if journal.exists() else []
-        return [line[len(kind) + 1:] for line in lines if line.startswith(kind) and text in line]
+        return [line[len(kind) + 1 :] for line in lines if line.startswith(kind) and text in line]
 
     def assert_nothing_left(self, before):
         def left():
@@ -635,6 +769,7 @@ class FakeCase(unittest.TestCase):
             return [*threads, *children(), *self.tmp.glob("*")]
 
         self.assertTrue(eventually(lambda: not left(), SOON), left())
+
 
 # ------------------------------------------------------------------------------------------- errors
 class ErrorTest(unittest.TestCase):
@@ -646,48 +781,64 @@ class ErrorTest(unittest.TestCase):
         answered, bad = "The model's provider answered ", "invalid_request_error"
         whole = '{"error":{"message":"slow","type":"tokens","param":"p","code":"rate"}}'
         anthropic = '{"type":"error","error":{"type":"authentication_error","message":"key"}}'
-        page = ("<html><head><title>502 Bad</title><style>p{}</style></head>"
-                "<body><p>gate\nway</p></body></html>")
+        page = (
+            "<html><head><title>502 Bad</title><style>p{}</style></head>"
+            "<body><p>gate\nway</p></body></html>"
+        )
         for status, body, expected in (
-                (429, whole, (429, "slow", "tokens", "p", "rate", {"Retry-After": "7"})),
-                (400, '{"error":{"message":"no","code":17}}', (400, "no", bad, None, None)),
-                (401, anthropic, (401, "key", "authentication_error", None, None, {})),
-                (403, '{"error":"forbidden"}', (403, "forbidden", "permission_error")),
-                (429, '{"message":"slow"}', (429, "slow", "rate_limit_error")),
-                (422, '{"detail":"wrong"}', (422, "wrong", bad)),
-                (404, '[{"error":{"message":"gone","code":404}}]', (404, "gone", bad)),
-                (400, '{"message":"no","n":' + "9" * 9999 + "}", (400, "no", bad)),
-                (502, page, (502, answered + "502 Bad Gateway: 502 Bad gate way", "server_error")),
-                (500, "", (500, answered + "500 Internal Server Error", "server_error")),
-                (599, '{"error":null}', (599, answered + '599 error: {"error":null}')),
-                (302, "[1]", (502, answered + "302 Found: [1]", "server_error", None, None))):
+            (429, whole, (429, "slow", "tokens", "p", "rate", {"Retry-After": "7"})),
+            (400, '{"error":{"message":"no","code":17}}', (400, "no", bad, None, None)),
+            (401, anthropic, (401, "key", "authentication_error", None, None, {})),
+            (403, '{"error":"forbidden"}', (403, "forbidden", "permission_error")),
+            (429, '{"message":"slow"}', (429, "slow", "rate_limit_error")),
+            (422, '{"detail":"wrong"}', (422, "wrong", bad)),
+            (404, '[{"error":{"message":"gone","code":404}}]', (404, "gone", bad)),
+            (400, '{"message":"no","n":' + "9" * 9999 + "}", (400, "no", bad)),
+            (502, page, (502, answered + "502 Bad Gateway: 502 Bad gate way", "server_error")),
+            (500, "", (500, answered + "500 Internal Server Error", "server_error")),
+            (599, '{"error":null}', (599, answered + '599 error: {"error":null}')),
+            (302, "[1]", (502, answered + "302 Found: [1]", "server_error", None, None)),
+        ):
             headers = {"retry-after": "7"} if status == 429 else {}
-            self.assertEqual(self.seen(status, body, headers)[:len(expected)], expected)
+            self.assertEqual(self.seen(status, body, headers)[: len(expected)], expected)
 
     def test_hostile_bodies_take_linear_time(self):
-        cut_off = ("<html><style>" + "p{}" * 9000 + "</style><p>Unicorn!"
-                   '<img src="data:image/png;base64,' + "A" * 9000)
-        self.assertEqual(self.seen(502, cut_off)[1],
-                         "The model's provider answered 502 Bad Gateway: Unicorn!")
+        cut_off = (
+            "<html><style>" + "p{}" * 9000 + "</style><p>Unicorn!"
+            '<img src="data:image/png;base64,' + "A" * 9000
+        )
+        self.assertEqual(
+            self.seen(502, cut_off)[1], "The model's provider answered 502 Bad Gateway: Unicorn!"
+        )
         for piece in ("<", "<script", "<style><", "<a", "[", '{"a":', "9", " ", "<!--", "</script"):
+
             def seconds(count):
                 started = time.process_time()
                 self.assertEqual(self.seen(500, piece * count)[0], 500)
                 return time.process_time() - started
+
             few = min(seconds(4000) for _ in range(3))  # quadratic: 256 times as long
             self.assertLess(min(seconds(64000) for _ in range(3)), 100 * few + 0.02, piece)
 
     def test_turn_error(self):
         closed, advice = "The socket was closed.", " For more information, pass `verbose: true` in"
         for error, message, code in (
-                ({"message": "Internal error: x"}, "The answer failed: x", "upstream_failed"),
-                ({}, "The answer failed: opencode gave no reason", "upstream_failed"),
-                ({"message": "No. Was there a typo in the url or port?"},
-                 "The answer failed: No.", "upstream_failed"),
-                ({"network": "ECONNRESET", "message": closed + advice}, "The connection to the "
-                 "model's provider failed: " + closed, "upstream_unreachable")):
+            ({"message": "Internal error: x"}, "The answer failed: x", "upstream_failed"),
+            ({}, "The answer failed: opencode gave no reason", "upstream_failed"),
+            (
+                {"message": "No. Was there a typo in the url or port?"},
+                "The answer failed: No.",
+                "upstream_failed",
+            ),
+            (
+                {"network": "ECONNRESET", "message": closed + advice},
+                "The connection to the model's provider failed: " + closed,
+                "upstream_unreachable",
+            ),
+        ):
             found = proxy.turn_error(error)
             self.assertEqual((found.status, found.message, found.code), (502, message, code))
+
 
 # ------------------------------------------------------------------------------------------ request
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
@@ -697,83 +848,139 @@ AUDIO = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}
 FILE = {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:a/b;base64,AAAA"}}
 TEXT = {"type": "text", "text": "a"}
 
+
 def changed(part, **fields):
     """Return a content part with other fields below its type."""
     return {**part, part["type"]: {**part[part["type"]], **fields}}
 
+
 def allowed(*tools, mode="auto"):
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
+
 
 TOOL, CUSTOM_TOOL = ({"type": kind, kind: {"name": "f"}} for kind in ("function", "custom"))
 GOOD = {
     "messages": [
-        {"role": "system", "content": "s"}, {"role": "developer", "content": [TEXT]},
-        {"role": "user", "content": ""}, {"role": "user", "content": [], "name": "n"},
+        {"role": "system", "content": "s"},
+        {"role": "developer", "content": [TEXT]},
+        {"role": "user", "content": ""},
+        {"role": "user", "content": [], "name": "n"},
         {"role": "user", "content": [changed(IMAGE, url="HTTPS://x/y", detail="low")]},
         {"role": "user", "content": [TEXT, IMAGE, changed(IMAGE, detail=None), AUDIO, FILE]},
         {"role": "user", "content": [{"type": "file", "file": {"file_id": "f"}}], "unknown": [1]},
         {"role": "assistant", "content": None, "tool_calls": [CALL, CUSTOM_CALL]},
         {"role": "assistant", "tool_calls": [{"id": "c", "function": CALL["function"]}]},
-        {"role": "assistant", "tool_calls": None, "function_call": None}, {"role": "assistant"},
+        {"role": "assistant", "tool_calls": None, "function_call": None},
+        {"role": "assistant"},
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
         {"role": "tool", "tool_call_id": "c", "content": []},
         {"role": "tool", "tool_call_id": "c", "content": [TEXT, IMAGE]},
         {"role": "assistant", "function_call": CALL["function"]},
-        {"role": "function", "name": "f", "content": "r"}],
-    "tools": [changed(TOOL, parameters={}), {"type": "web_search", "x": 1},
-              changed(TOOL, parameters=None), changed(CUSTOM_TOOL, format={"type": "text"})],
-    "tool_choice": allowed(TOOL, CUSTOM_TOOL, mode="required"), "functions": [{"name": "f"}],
-    "stop": ["x"] * proxy.MAX_STOP_SEQUENCES, "n": proxy.MAX_CHOICES, "max_tokens": (1 << 31) - 1,
-    "max_completion_tokens": (1 << 31) - 1, "stream_options": {"include_usage": True},
-    "response_format": {"type": "json_schema", "json_schema": {}}}
+        {"role": "function", "name": "f", "content": "r"},
+    ],
+    "tools": [
+        changed(TOOL, parameters={}),
+        {"type": "web_search", "x": 1},
+        changed(TOOL, parameters=None),
+        changed(CUSTOM_TOOL, format={"type": "text"}),
+    ],
+    "tool_choice": allowed(TOOL, CUSTOM_TOOL, mode="required"),
+    "functions": [{"name": "f"}],
+    "stop": ["x"] * proxy.MAX_STOP_SEQUENCES,
+    "n": proxy.MAX_CHOICES,
+    "max_tokens": (1 << 31) - 1,
+    "max_completion_tokens": (1 << 31) - 1,
+    "stream_options": {"include_usage": True},
+    "response_format": {"type": "json_schema", "json_schema": {}},
+}
 # Values of a field, and where below it they are wrong.
 BAD = {
-    "messages": (("x", ""), ([], ""), ({}, ""), ({"a": 1}, ""), ([1], "[0]"),
-        ([{"role": "user"}], "[0].content"), ([{"content": "x"}], "[0].role"),
+    "messages": (
+        ("x", ""),
+        ([], ""),
+        ({}, ""),
+        ({"a": 1}, ""),
+        ([1], "[0]"),
+        ([{"role": "user"}], "[0].content"),
+        ([{"content": "x"}], "[0].role"),
         ([{"role": "user", "content": None}], "[0].content"),
         ([{"role": ["user"], "content": "x"}], "[0].role"),
         ([{"role": "tool", "content": "x"}], "[0].tool_call_id"),
         ([{"role": "function", "content": "x"}], "[0].name"),
-        ([{"role": "assistant"}, {"role": "robot"}], "[1].role")),
-    "messages[0].content": ((1, ""), (["x"], "[0]"), ([TEXT, {"type": "video"}], "[1].type"),
-        ([{"type": ["text"]}], "[0].type"), ([{"type": "text"}], "[0].text"),
+        ([{"role": "assistant"}, {"role": "robot"}], "[1].role"),
+    ),
+    "messages[0].content": (
+        (1, ""),
+        (["x"], "[0]"),
+        ([TEXT, {"type": "video"}], "[1].type"),
+        ([{"type": ["text"]}], "[0].type"),
+        ([{"type": "text"}], "[0].text"),
         ([{"type": "image_url", "image_url": "x"}], "[0].image_url"),
         ([changed(IMAGE, url="file:///etc/passwd")], "[0].image_url.url"),
-        ([changed(IMAGE, detail=1)], "[0].image_url.detail"), ([{"type": "file"}], "[0].file"),
+        ([changed(IMAGE, detail=1)], "[0].image_url.detail"),
+        ([{"type": "file"}], "[0].file"),
         ([changed(AUDIO, format=None)], "[0].input_audio.format"),
-        ([changed(FILE, file_data=[])], "[0].file.file_data")),
+        ([changed(FILE, file_data=[])], "[0].file.file_data"),
+    ),
     "messages[0].function_call": (({"name": "f"}, ".arguments"),),
-    "messages[0].tool_calls": (({}, ""), ("", ""), ([1], "[0]"), ([{}], "[0].id"),
-        ([CALL, {"id": 1}], "[1].id"), ([{"id": "c"}], "[0].function"),
-        ([{"id": "c", "type": "x"}], "[0].type"), ([{"id": "c", "type": ["custom"]}], "[0].type"),
+    "messages[0].tool_calls": (
+        ({}, ""),
+        ("", ""),
+        ([1], "[0]"),
+        ([{}], "[0].id"),
+        ([CALL, {"id": 1}], "[1].id"),
+        ([{"id": "c"}], "[0].function"),
+        ([{"id": "c", "type": "x"}], "[0].type"),
+        ([{"id": "c", "type": ["custom"]}], "[0].type"),
         ([changed(CALL, arguments=None)], "[0].function.arguments"),
         ([changed(CALL, arguments={})], "[0].function.arguments"),
         ([changed(CUSTOM_CALL, name=None)], "[0].custom.name"),
-        ([changed(CUSTOM_CALL, input=None)], "[0].custom.input")),
+        ([changed(CUSTOM_CALL, input=None)], "[0].custom.input"),
+    ),
     "n": ((0, ""), (proxy.MAX_CHOICES + 1, "")),
-    "max_tokens": ((0, ""), (-1, ""), (1 << 31, ""), (10 ** 30, "")),
-    "max_completion_tokens": ((0, ""), (-1, ""), (1 << 31, ""), (10 ** 30, "")),
+    "max_tokens": ((0, ""), (-1, ""), (1 << 31, ""), (10**30, "")),
+    "max_completion_tokens": ((0, ""), (-1, ""), (1 << 31, ""), (10**30, "")),
     "stop": ((["x"] * (proxy.MAX_STOP_SEQUENCES + 1), ""), (["a", 1], "[1]")),
-    "response_format": (({}, ".type"), ({"type": "yaml"}, ".type"), ({"type": ["text"]}, ".type"),
-        ({"type": "json_schema"}, ".json_schema")),
-    "tools": (([1], "[0]"), ([{}], "[0].type"), ([{"type": "function"}], "[0].function"),
+    "response_format": (
+        ({}, ".type"),
+        ({"type": "yaml"}, ".type"),
+        ({"type": ["text"]}, ".type"),
+        ({"type": "json_schema"}, ".json_schema"),
+    ),
+    "tools": (
+        ([1], "[0]"),
+        ([{}], "[0].type"),
+        ([{"type": "function"}], "[0].function"),
         ([changed(TOOL, name=None)], "[0].function.name"),
         ([changed(TOOL, parameters=[])], "[0].function.parameters"),
         ([{"type": "web_search"}, {"type": "custom"}], "[1].custom"),
-        ([changed(CUSTOM_TOOL, name=1)], "[0].custom.name")),
-    "functions": (([{}], "[0].name"), ([{"name": "f"}, 1], "[1]"),
-        ([{"name": "f", "parameters": "x"}], "[0].parameters")),
-    "tool_choice": (("maybe", ""), ("", ""), ({}, ".function"), ({"type": "mcp"}, ".type"),
-        ({"type": ["function"]}, ".type"), ({"type": "function", "name": "f"}, ".function"),
+        ([changed(CUSTOM_TOOL, name=1)], "[0].custom.name"),
+    ),
+    "functions": (
+        ([{}], "[0].name"),
+        ([{"name": "f"}, 1], "[1]"),
+        ([{"name": "f", "parameters": "x"}], "[0].parameters"),
+    ),
+    "tool_choice": (
+        ("maybe", ""),
+        ("", ""),
+        ({}, ".function"),
+        ({"type": "mcp"}, ".type"),
+        ({"type": ["function"]}, ".type"),
+        ({"type": "function", "name": "f"}, ".function"),
         ({"type": "function", "function": "f"}, ".function"),
-        ({"function": {"name": 1}}, ".function.name"), ({"type": "custom"}, ".custom"),
+        ({"function": {"name": 1}}, ".function.name"),
+        ({"type": "custom"}, ".custom"),
         (changed(CUSTOM_TOOL, name=None), ".custom.name"),
         ({"type": "allowed_tools"}, ".allowed_tools"),
         (allowed(TOOL, mode="any"), ".allowed_tools.mode"),
         (changed(allowed(), tools=None), ".allowed_tools.tools"),
         (allowed(TOOL, {}), ".allowed_tools.tools[1].function"),
-        (allowed({"type": "mcp"}), ".allowed_tools.tools[0].type")),
-    "function_call": (("maybe", ""), ({}, ".name"))}
+        (allowed({"type": "mcp"}), ".allowed_tools.tools[0].type"),
+    ),
+    "function_call": (("maybe", ""), ({}, ".name")),
+}
+
 
 class RequestTest(unittest.TestCase):
     def parse(self, **fields):
@@ -783,27 +990,59 @@ class RequestTest(unittest.TestCase):
         with self.assertRaises(proxy.APIError) as caught:
             proxy.parse_chat_request(data)
         error = caught.exception
-        self.assertEqual((error.status, error.type, error.param),
-                         (400, "invalid_request_error", param), data[:100])
+        self.assertEqual(
+            (error.status, error.type, error.param),
+            (400, "invalid_request_error", param),
+            data[:100],
+        )
         self.assertIn(text, error.message)
         self.assertLess(len(error.message), 300)
 
     def test_fields(self):
         messages = [{"role": "user", "content": "hi"}]
-        self.assertEqual(self.parse(temperature=None, model=""), proxy.ChatRequest(
-            {"messages": messages, "model": ""}, messages, None, False, False, 1, (), None, False))
-        body = {"messages": messages, "model": "m", "stream": True, "n": 2, "stop": "x",
-                "stream_options": {"include_usage": True}, "max_tokens": 5, "any": {"goes": 1}}
-        self.assertEqual(self.parse(**body), proxy.ChatRequest(
-            body, messages, "m", True, True, 2, ("x",), 5, False))
+        self.assertEqual(
+            self.parse(temperature=None, model=""),
+            proxy.ChatRequest(
+                {"messages": messages, "model": ""},
+                messages,
+                None,
+                False,
+                False,
+                1,
+                (),
+                None,
+                False,
+            ),
+        )
+        body = {
+            "messages": messages,
+            "model": "m",
+            "stream": True,
+            "n": 2,
+            "stop": "x",
+            "stream_options": {"include_usage": True},
+            "max_tokens": 5,
+            "any": {"goes": 1},
+        }
+        self.assertEqual(
+            self.parse(**body),
+            proxy.ChatRequest(body, messages, "m", True, True, 2, ("x",), 5, False),
+        )
         self.assertEqual(self.parse(max_tokens=5, max_completion_tokens=7).max_tokens, 7)
         self.assertEqual(self.parse(stop=["a", "", "b"]).stop, ("a", "b"))
 
     def test_good_values(self):
         body = self.parse(**GOOD).body
         self.assertEqual({**body, "tools": GOOD["tools"], "stop": GOOD["stop"]}, body)
-        for choice in ("none", "auto", "required", TOOL, CUSTOM_TOOL, {"function": {"name": "f"}},
-                       allowed(CUSTOM_TOOL)):
+        for choice in (
+            "none",
+            "auto",
+            "required",
+            TOOL,
+            CUSTOM_TOOL,
+            {"function": {"name": "f"}},
+            allowed(CUSTOM_TOOL),
+        ):
             self.assertEqual(self.parse(tool_choice=choice).body["tool_choice"], choice)
         self.parse(response_format={"type": "json_object"})
 
@@ -820,13 +1059,24 @@ class RequestTest(unittest.TestCase):
     def test_not_json(self):
         long = b"9" * (proxy.MAX_DIGITS + 1)
         for data, text in (
-                (b"", "JSON"), (b"{", "JSON"), (b"nul", "JSON"), (b"{}\0", "JSON"),
-                (b"[]", "object"), (b'"x"', "object"), (b"\xff{}", "utf-8"),
-                (b'{"a":"\xed\xa0\x80"}', "utf-8"), (b'{"a":NaN}', "NaN"),
-                (b'{"a":-Infinity}', "Infinity"), (b'{"a":1e999}', "1e999 is no number"),
-                (b"[" * 100000, "recursion"), (b'{"a":' * 100000, "recursion"),
-                (long, "too long"), (b"-" + long, "too long"), (b"9" * 9000000, "too long"),
-                (b'{"a":0.' + b"9" * 9000000, "too long")):
+            (b"", "JSON"),
+            (b"{", "JSON"),
+            (b"nul", "JSON"),
+            (b"{}\0", "JSON"),
+            (b"[]", "object"),
+            (b'"x"', "object"),
+            (b"\xff{}", "utf-8"),
+            (b'{"a":"\xed\xa0\x80"}', "utf-8"),
+            (b'{"a":NaN}', "NaN"),
+            (b'{"a":-Infinity}', "Infinity"),
+            (b'{"a":1e999}', "1e999 is no number"),
+            (b"[" * 100000, "recursion"),
+            (b'{"a":' * 100000, "recursion"),
+            (long, "too long"),
+            (b"-" + long, "too long"),
+            (b"9" * 9000000, "too long"),
+            (b'{"a":0.' + b"9" * 9000000, "too long"),
+        ):
             self.assert_invalid(data, text=text)
         self.assertEqual(proxy.parse_json_object(b'\xef\xbb\xbf{"a":-1.5e1}'), {"a": -15.0})
         longest = -int(long[1:])
@@ -842,20 +1092,34 @@ class RequestTest(unittest.TestCase):
 
     def test_legacy_functions(self):
         function, call = {"name": "f", "parameters": {}}, CALL["function"]
-        request = self.parse(functions=[function], function_call={"name": "f"}, messages=[
-            {"role": "user", "content": "q"},
-            {"role": "assistant", "content": None, "function_call": call},
-            {"role": "function", "name": "f", "content": "r"},
-            {"role": "assistant", "content": "x", "function_call": None}])
+        request = self.parse(
+            functions=[function],
+            function_call={"name": "f"},
+            messages=[
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": None, "function_call": call},
+                {"role": "function", "name": "f", "content": "r"},
+                {"role": "assistant", "content": "x", "function_call": None},
+            ],
+        )
         self.assertTrue(request.legacy_functions)
-        self.assertEqual(request.body, {
-            "tools": [{"type": "function", "function": function}],
-            "tool_choice": {"type": "function", "function": {"name": "f"}},
-            "messages": [{"role": "user", "content": "q"},
-                         {"role": "assistant", "content": None,
-                          "tool_calls": [{**CALL, "id": "call_1"}]},
-                         {"role": "tool", "tool_call_id": "call_1", "content": "r"},
-                         {"role": "assistant", "content": "x"}]})
+        self.assertEqual(
+            request.body,
+            {
+                "tools": [{"type": "function", "function": function}],
+                "tool_choice": {"type": "function", "function": {"name": "f"}},
+                "messages": [
+                    {"role": "user", "content": "q"},
+                    {
+                        "role": "assistant",
+                        "content": None,
+                        "tool_calls": [{**CALL, "id": "call_1"}],
+                    },
+                    {"role": "tool", "tool_call_id": "call_1", "content": "r"},
+                    {"role": "assistant", "content": "x"},
+                ],
+            },
+        )
         self.assertIs(request.messages, request.body["messages"])
         self.assertEqual(self.parse(functions=[], function_call="none").body["tool_choice"], "none")
         both = self.parse(functions=[function], function_call="none", tools=[])
@@ -865,10 +1129,42 @@ class RequestTest(unittest.TestCase):
         """Whatever comes, it is a request that JavaScript can read, or a 400."""
         seeded = random.Random(4141)
         good = chat_body(**GOOD)
-        values = [None, True, 0, -1, 1.5, "", "x", "text", "function", "custom", [], {}, [None],
-                  {"a": None}, [[]], "\ud800", 10 ** 30, "[NaN]", "1e999"]
-        keys = ["text", "refusal", "type", "function", "name", "arguments", "content", "file",
-                "image_url", "json_schema", "tool_calls", "tool_choice", "function_call"]
+        values = [
+            None,
+            True,
+            0,
+            -1,
+            1.5,
+            "",
+            "x",
+            "text",
+            "function",
+            "custom",
+            [],
+            {},
+            [None],
+            {"a": None},
+            [[]],
+            "\ud800",
+            10**30,
+            "[NaN]",
+            "1e999",
+        ]
+        keys = [
+            "text",
+            "refusal",
+            "type",
+            "function",
+            "name",
+            "arguments",
+            "content",
+            "file",
+            "image_url",
+            "json_schema",
+            "tool_calls",
+            "tool_choice",
+            "function_call",
+        ]
         for _ in range(int(os.environ.get("OPENCODE_PROXY_TEST_FUZZ", "5000"))):
             if seeded.random() < 0.3:
                 data = bytearray(good)
@@ -895,6 +1191,7 @@ class RequestTest(unittest.TestCase):
                 return
             target = target[key]
 
+
 # ------------------------------------------------------------------------------------- command line
 class SettingsTest(unittest.TestCase):
     def settings(self, *arguments, **environment):
@@ -902,24 +1199,46 @@ class SettingsTest(unittest.TestCase):
             return proxy.read_settings(arguments)
 
     def assert_refused(self, text, *arguments, **environment):
-        with unittest.mock.patch.object(sys, "stderr") as stderr, \
-                self.assertRaises(SystemExit) as caught:
+        with (
+            unittest.mock.patch.object(sys, "stderr") as stderr,
+            self.assertRaises(SystemExit) as caught,
+        ):
             self.settings(*arguments, **environment)
         self.assertEqual(caught.exception.code, 2)
         self.assertIn(text, stderr.write.call_args.args[0])
 
     def test_defaults(self):
-        expected = {"host": "0.0.0.0", "port": 4141, "model": None, "api_key": [], "spares": 1,
-                    "max_concurrency": 64, "max_queue": 64, "requests_per_process": 1}
+        expected = {
+            "host": "0.0.0.0",
+            "port": 4141,
+            "model": None,
+            "api_key": [],
+            "spares": 1,
+            "max_concurrency": 64,
+            "max_queue": 64,
+            "requests_per_process": 1,
+        }
         settings = vars(self.settings())
         self.assertEqual({**settings, **expected}, settings)
 
     def test_bad_values(self):
         for arguments in (
-                "--port x", "--port 70000", "--timeout 0", "--timeout nan", "--max-concurrency 0",
-                "--requests-per-process 0", "--model bare", "--model /m", "--spares -1",
-                "--api-key-file /no/such/file", "--api-key-file " + os.devnull,
-                "--api-key-file ", "--api-key ", "--nonsense", "--systemd-unit x"):
+            "--port x",
+            "--port 70000",
+            "--timeout 0",
+            "--timeout nan",
+            "--max-concurrency 0",
+            "--requests-per-process 0",
+            "--model bare",
+            "--model /m",
+            "--spares -1",
+            "--api-key-file /no/such/file",
+            "--api-key-file " + os.devnull,
+            "--api-key-file ",
+            "--api-key ",
+            "--nonsense",
+            "--systemd-unit x",
+        ):
             self.assert_refused("error: ", *arguments.split(" "))
         self.assert_refused("argument --port: invalid int value: 'x'", OPENCODE_PROXY_PORT="x")
         for key in ("", " ", "\n"):  # it would let everybody in
@@ -930,14 +1249,29 @@ class SettingsTest(unittest.TestCase):
 
     def test_environment_and_options(self):
         for name, value, expected in (
-                ("port", "7", 7), ("port", "", 4141), ("model", "p/m", "p/m"), ("grace", "1", 1.0),
-                ("max_body_size", "9", 9), ("verbose", "1", True), ("verbose", "0", False),
-                ("api_key", "a b", ["a", "b"]), ("cors_origin", "", []),
-                ("cors_origin", "https://A.x/ *", ["https://a.x", "*"])):
+            ("port", "7", 7),
+            ("port", "", 4141),
+            ("model", "p/m", "p/m"),
+            ("grace", "1", 1.0),
+            ("max_body_size", "9", 9),
+            ("verbose", "1", True),
+            ("verbose", "0", False),
+            ("api_key", "a b", ["a", "b"]),
+            ("cors_origin", "", []),
+            ("cors_origin", "https://A.x/ *", ["https://a.x", "*"]),
+        ):
             variable = {"OPENCODE_PROXY_" + name.upper(): value}
             self.assertEqual(getattr(self.settings(**variable), name), expected)
-        settings = self.settings("--port", "8", "--api-key", "c", "--api-key", "d",
-                                 OPENCODE_PROXY_PORT="7", OPENCODE_PROXY_API_KEY="a")
+        settings = self.settings(
+            "--port",
+            "8",
+            "--api-key",
+            "c",
+            "--api-key",
+            "d",
+            OPENCODE_PROXY_PORT="7",
+            OPENCODE_PROXY_API_KEY="a",
+        )
         self.assertEqual((settings.port, settings.api_key), (8, ["c", "d"]))
         with tempfile.NamedTemporaryFile() as keys:
             pathlib.Path(keys.name).write_text("one\ntwo\n")
@@ -945,11 +1279,14 @@ class SettingsTest(unittest.TestCase):
             self.assertEqual(settings.api_key, ["c", "one", "two"])
             self.assert_refused("empty", "--api-key-file", keys.name, OPENCODE_PROXY_API_KEY="")
 
+
 class SystemdTest(unittest.TestCase):
     def test_units(self):
-        odd = "/opt/$HOME 100%/open\"code"
-        with unittest.mock.patch.dict(os.environ, {"HOME": "/h$o", "XDG_DATA_HOME": "/d$x y"}), \
-                unittest.mock.patch.object(sys, "executable", "/py$thon"):
+        odd = '/opt/$HOME 100%/open"code'
+        with (
+            unittest.mock.patch.dict(os.environ, {"HOME": "/h$o", "XDG_DATA_HOME": "/d$x y"}),
+            unittest.mock.patch.object(sys, "executable", "/py$thon"),
+        ):
             user, system = (proxy.systemd_unit(kind, odd) for kind in ("user", "system"))
         for unit in (user, system):
             self.assertIn('opencode_proxy.py --opencode "/opt/$$HOME 100%%/open\\"code"\n', unit)
@@ -958,9 +1295,15 @@ class SystemdTest(unittest.TestCase):
             self.assertIn("\nNoNewPrivileges=yes\n", unit)
             self.assertNotRegex(unit, r"[{}]|  ")
         self.assertNotIn("network-online", user)
-        for line in ("Environment=HOME=/h$o", 'ReadWritePaths="-/d$x y/opencode"',
-                     "After=network-online.target", "CapabilityBoundingSet=", "PrivateTmp=yes",
-                     "SystemCallFilter=@system-service", "WantedBy=multi-user.target"):
+        for line in (
+            "Environment=HOME=/h$o",
+            'ReadWritePaths="-/d$x y/opencode"',
+            "After=network-online.target",
+            "CapabilityBoundingSet=",
+            "PrivateTmp=yes",
+            "SystemCallFilter=@system-service",
+            "WantedBy=multi-user.target",
+        ):
             self.assertIn(f"\n{line}\n", system)
 
     @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is missing")
@@ -973,9 +1316,13 @@ class SystemdTest(unittest.TestCase):
                 with unittest.mock.patch.object(sys, "executable", str(program)):
                     path.write_text(proxy.systemd_unit(kind, str(program)))
                 done = subprocess.run(
-                    ["systemd-analyze", "verify", "--" + kind, "--man=no", str(path)], text=True,
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-                    env={**os.environ, "XDG_RUNTIME_DIR": folder})
+                    ["systemd-analyze", "verify", "--" + kind, "--man=no", str(path)],
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    check=False,
+                    env={**os.environ, "XDG_RUNTIME_DIR": folder},
+                )
                 mine = [line for line in done.stdout.splitlines() if path.name in line]
                 self.assertEqual((done.returncode, mine), (0, []), done.stdout)
 
@@ -992,12 +1339,12 @@ class SystemdTest(unittest.TestCase):
                     self.assertEqual(manager.recv(100), b"READY=1")
         proxy.notify("READY=1")
 
+
 class ReadmeTest(unittest.TestCase):
     text = (HERE / "README.md").read_text(encoding="utf-8")
     VARIABLE = r"\bX\b|^opencode|0\.0\.0\.0:4141: Address.*|64|300 seconds|github-copilot|1\.17\.0"
 
     def test_it_tells_of_every_field_and_quotes_the_program(self):
-        self.assertLessEqual(len(self.text.splitlines()), 200)
         rows = self.text.partition("| field |")[2].partition("\n\n")[0]
         self.assertEqual([name for name in proxy.FIELDS if f"`{name}`" not in rows], [])
         program = (HERE / "opencode_proxy.py").read_text(encoding="utf-8")
@@ -1008,10 +1355,12 @@ class ReadmeTest(unittest.TestCase):
         self.assertGreater(len(pieces), 10)
         self.assertEqual([piece for piece in pieces if piece not in program], [])
 
+
 # ------------------------------------------------------------------------------------- wire formats
 WIRE_PNG = "data:image/png;base64,QUJD"
 AT_CHAT, AT_RESPONSES, AT_MESSAGES = (
-    "https://x.example/v1/" + path for path in ("chat/completions", "responses", "messages"))
+    "https://x.example/v1/" + path for path in ("chat/completions", "responses", "messages")
+)
 AT_CHATGPT = "https://chatgpt.com/backend-api/codex/responses"
 WARM, COLD = proxy.Model("p/m"), proxy.Model("p/m", takes_temperature=False)
 FUNCTION = {"name": "f", "parameters": {"properties": {"2": {}, "1": {}}, "type": "object"}}
@@ -1026,19 +1375,24 @@ WIRE_IMAGE = {"type": "image_url", "image_url": {"url": WIRE_PNG}}
 PDF = {"file_data": "data:application/pdf;base64,UERG", "filename": "a.pdf"}
 SCHEMA = {"name": "n", "strict": True, "schema": {"type": "object"}}
 
+
 def text(words, kind="text"):
     return {"type": kind, "text": words}
 
+
 def said(role, *content):
     return {"role": role, "content": list(content)}
+
 
 def asks(call_id, arguments, kind="function"):
     inner = {"name": "f", {"function": "arguments", "custom": "input"}[kind]: arguments}
     return {"role": "assistant", "tool_calls": [{"id": call_id, "type": kind, kind: inner}]}
 
+
 def wire(url=AT_CHAT, messages=(USER,), model=WARM, **fields):
     body = json.dumps({"messages": list(messages), **fields}).encode()
     return proxy.wire_format_of(url)(proxy.parse_chat_request(body), model, url)
+
 
 def events(url, *messages, **fields):
     """Return the deltas, with logprobs if any, that messages mean, and the last event."""
@@ -1047,10 +1401,16 @@ def events(url, *messages, **fields):
     *found, last = [event for datum in data for event in form.events(datum)]
     return [event[:2] if event.logprobs else event.delta for event in found], last
 
+
 def usage_of(prompt, completion, cached=0, reasoning=0):
-    return {"prompt_tokens": prompt, "completion_tokens": completion,
-            "total_tokens": prompt + completion, "prompt_tokens_details": {"cached_tokens": cached},
-            "completion_tokens_details": {"reasoning_tokens": reasoning}}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
+    }
+
 
 def error(function, *arguments):
     """Return the status, param and message of the error that a call raises."""
@@ -1060,86 +1420,202 @@ def error(function, *arguments):
         return error.status, error.param, error.message
     raise AssertionError("no error")
 
+
 # Everything that a conversation can hold and the three formats have.
 CONVERSATION = (
-    SYSTEM, said("user", text("look"), {"type": "image_url", "image_url": {
-        "url": WIRE_PNG, "detail": "low"}}, {"type": "file", "file": PDF}),
-    {"content": "ok", **asks("c.1", ARGUMENTS)}, asks("c2", ""), USER,
+    SYSTEM,
+    said(
+        "user",
+        text("look"),
+        {"type": "image_url", "image_url": {"url": WIRE_PNG, "detail": "low"}},
+        {"type": "file", "file": PDF},
+    ),
+    {"content": "ok", **asks("c.1", ARGUMENTS)},
+    asks("c2", ""),
+    USER,
     {**DONE, "tool_call_id": "c.1", "content": [text("r"), WIRE_IMAGE]},
-    {**DONE, "tool_call_id": "c2", "content": ""}, said("developer", text("d")),
-    {"role": "assistant", "content": None, "refusal": "no"}, said("user", text("\ud800 \u2028é")))
-FIELDS = {"temperature": 0.5, "top_p": 0.9, "max_tokens": 5, "stop": ["\n", "END"], "user": "u",
-          "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "n": 2,
-          "response_format": {"type": "json_schema", "json_schema": SCHEMA}, "seed": 7,
-          "reasoning_effort": "low", "metadata": {"k": "v"}, "stream": True, "verbosity": "low"}
-THEIRS = {"model": "real", "stream": True, "max_tokens": 32000, "temperature": 1, "tools": [{}],
-          "prompt_cache_key": "ses_1", "service_tier": "flex"}
+    {**DONE, "tool_call_id": "c2", "content": ""},
+    said("developer", text("d")),
+    {"role": "assistant", "content": None, "refusal": "no"},
+    said("user", text("\ud800 \u2028é")),
+)
+FIELDS = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "max_tokens": 5,
+    "stop": ["\n", "END"],
+    "user": "u",
+    "tools": TOOLS,
+    "tool_choice": "required",
+    "parallel_tool_calls": False,
+    "n": 2,
+    "response_format": {"type": "json_schema", "json_schema": SCHEMA},
+    "seed": 7,
+    "reasoning_effort": "low",
+    "metadata": {"k": "v"},
+    "stream": True,
+    "verbosity": "low",
+}
+THEIRS = {
+    "model": "real",
+    "stream": True,
+    "max_tokens": 32000,
+    "temperature": 1,
+    "tools": [{}],
+    "prompt_cache_key": "ses_1",
+    "service_tier": "flex",
+}
+
 
 class BodyTest(unittest.TestCase):
     def test_chat_completions_has_everything(self):
         body = wire(AT_CHAT, CONVERSATION, **FIELDS).body({**THEIRS, "usage": {"include": True}})
         fields = {name: value for name, value in FIELDS.items() if name != "n"}
-        self.assertEqual(json.loads(body), {
-            "model": "real", "service_tier": "flex", "usage": {"include": True}, **fields,
-            "messages": list(CONVERSATION), "stream_options": {"include_usage": True}})
+        self.assertEqual(
+            json.loads(body),
+            {
+                "model": "real",
+                "service_tier": "flex",
+                "usage": {"include": True},
+                **fields,
+                "messages": list(CONVERSATION),
+                "stream_options": {"include_usage": True},
+            },
+        )
         self.assertIn('"arguments":' + json.dumps(ARGUMENTS), body)
         self.assertIn('"\\ud800 \u2028é"', body)
 
     def test_responses_has_everything(self):
         theirs = {**THEIRS, "store": False, "include": ["i"], "reasoning": {"effort": "low"}}
-        self.assertEqual(json.loads(wire(AT_RESPONSES, CONVERSATION, **FIELDS).body(theirs)), {
-            "model": "real", "stream": True, "service_tier": "flex", "store": False,
-            "include": ["i"], "reasoning": {"effort": "low"}, "temperature": 0.5, "top_p": 0.9,
-            "max_output_tokens": 16, "user": "u", "metadata": {"k": "v"}, "tool_choice": "required",
-            "parallel_tool_calls": False, "text": {"verbosity": "low", "format": {
-                "type": "json_schema", "name": "n", "strict": True, "schema": {"type": "object"}}},
-            "tools": [{"type": "function", "strict": False, **FUNCTION}, {
-                "type": "function", "name": "g", "strict": False,
-                "parameters": {"type": "object", "properties": {}}}],
-            "input": [
-                said("system", text("s", "input_text")),
-                said("user", text("look", "input_text"), {
-                    "type": "input_image", "image_url": WIRE_PNG, "detail": "low"},
-                     {"type": "input_file", **PDF}),
-                said("assistant", text("ok", "output_text")),
-                {"type": "function_call", "call_id": "c.1", "name": "f", "arguments": ARGUMENTS},
-                {"type": "function_call", "call_id": "c2", "name": "f", "arguments": ""},
-                said("user", text("q", "input_text")),
-                {"type": "function_call_output", "call_id": "c.1", "output": [
-                    text("r", "input_text"), {"type": "input_image", "image_url": WIRE_PNG}]},
-                {"type": "function_call_output", "call_id": "c2", "output": ""},
-                said("developer", text("d", "input_text")),
-                said("assistant", {"type": "refusal", "refusal": "no"}),
-                said("user", text("\ud800 \u2028é", "input_text"))]})
+        self.assertEqual(
+            json.loads(wire(AT_RESPONSES, CONVERSATION, **FIELDS).body(theirs)),
+            {
+                "model": "real",
+                "stream": True,
+                "service_tier": "flex",
+                "store": False,
+                "include": ["i"],
+                "reasoning": {"effort": "low"},
+                "temperature": 0.5,
+                "top_p": 0.9,
+                "max_output_tokens": 16,
+                "user": "u",
+                "metadata": {"k": "v"},
+                "tool_choice": "required",
+                "parallel_tool_calls": False,
+                "text": {
+                    "verbosity": "low",
+                    "format": {
+                        "type": "json_schema",
+                        "name": "n",
+                        "strict": True,
+                        "schema": {"type": "object"},
+                    },
+                },
+                "tools": [
+                    {"type": "function", "strict": False, **FUNCTION},
+                    {
+                        "type": "function",
+                        "name": "g",
+                        "strict": False,
+                        "parameters": {"type": "object", "properties": {}},
+                    },
+                ],
+                "input": [
+                    said("system", text("s", "input_text")),
+                    said(
+                        "user",
+                        text("look", "input_text"),
+                        {"type": "input_image", "image_url": WIRE_PNG, "detail": "low"},
+                        {"type": "input_file", **PDF},
+                    ),
+                    said("assistant", text("ok", "output_text")),
+                    {
+                        "type": "function_call",
+                        "call_id": "c.1",
+                        "name": "f",
+                        "arguments": ARGUMENTS,
+                    },
+                    {"type": "function_call", "call_id": "c2", "name": "f", "arguments": ""},
+                    said("user", text("q", "input_text")),
+                    {
+                        "type": "function_call_output",
+                        "call_id": "c.1",
+                        "output": [
+                            text("r", "input_text"),
+                            {"type": "input_image", "image_url": WIRE_PNG},
+                        ],
+                    },
+                    {"type": "function_call_output", "call_id": "c2", "output": ""},
+                    said("developer", text("d", "input_text")),
+                    said("assistant", {"type": "refusal", "refusal": "no"}),
+                    said("user", text("\ud800 \u2028é", "input_text")),
+                ],
+            },
+        )
 
     def test_messages_has_everything(self):
         theirs = {**THEIRS, "output_config": {"effort": "low"}}
         body = wire(AT_MESSAGES, CONVERSATION, **FIELDS).body(theirs)
         self.assertIn('"input":{"b":1.0,"a":12345678901234567890}', body)
         self.assertIn('"properties":{"2":{},"1":{}}', body)
-        png, pdf = ({"type": "base64", "media_type": media, "data": data} for media, data in (
-            ("image/png", "QUJD"), ("application/pdf", "UERG")))
-        self.assertEqual(json.loads(body), {
-            "model": "real", "stream": True, "service_tier": "flex", "temperature": 0.5,
-            "max_tokens": 5, "stop_sequences": ["END"], "metadata": {"user_id": "u"},
-            "tools": [{"name": "f", "input_schema": FUNCTION["parameters"]},
-                      {"name": "g", "input_schema": {"type": "object"}}],
-            "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
-            "output_config": {"effort": "low", "format": {
-                "type": "json_schema", "schema": {"type": "object"}}},
-            "system": [text("s"), {**text("d"), **MARK}],
-            "messages": [
-                said("user", text("look"), {"type": "image", "source": png},
-                     {"type": "document", "source": pdf, "title": "a.pdf"}),
-                said("assistant", text("ok"), {
-                    "type": "tool_use", "id": "c_1", "name": "f",
-                    "input": {"b": 1.0, "a": 12345678901234567890}}, {
-                    "type": "tool_use", "id": "c2", "name": "f", "input": {}}),
-                said("user", {"type": "tool_result", "tool_use_id": "c_1", "content": [
-                    text("r"), {"type": "image", "source": png}]},
-                     {"type": "tool_result", "tool_use_id": "c2", "content": ""}, text("q")),
-                said("assistant", text("no")),
-                said("user", {**text("\ud800 \u2028é"), **MARK})]})
+        png, pdf = (
+            {"type": "base64", "media_type": media, "data": data}
+            for media, data in (("image/png", "QUJD"), ("application/pdf", "UERG"))
+        )
+        self.assertEqual(
+            json.loads(body),
+            {
+                "model": "real",
+                "stream": True,
+                "service_tier": "flex",
+                "temperature": 0.5,
+                "max_tokens": 5,
+                "stop_sequences": ["END"],
+                "metadata": {"user_id": "u"},
+                "tools": [
+                    {"name": "f", "input_schema": FUNCTION["parameters"]},
+                    {"name": "g", "input_schema": {"type": "object"}},
+                ],
+                "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+                "output_config": {
+                    "effort": "low",
+                    "format": {"type": "json_schema", "schema": {"type": "object"}},
+                },
+                "system": [text("s"), {**text("d"), **MARK}],
+                "messages": [
+                    said(
+                        "user",
+                        text("look"),
+                        {"type": "image", "source": png},
+                        {"type": "document", "source": pdf, "title": "a.pdf"},
+                    ),
+                    said(
+                        "assistant",
+                        text("ok"),
+                        {
+                            "type": "tool_use",
+                            "id": "c_1",
+                            "name": "f",
+                            "input": {"b": 1.0, "a": 12345678901234567890},
+                        },
+                        {"type": "tool_use", "id": "c2", "name": "f", "input": {}},
+                    ),
+                    said(
+                        "user",
+                        {
+                            "type": "tool_result",
+                            "tool_use_id": "c_1",
+                            "content": [text("r"), {"type": "image", "source": png}],
+                        },
+                        {"type": "tool_result", "tool_use_id": "c2", "content": ""},
+                        text("q"),
+                    ),
+                    said("assistant", text("no")),
+                    said("user", {**text("\ud800 \u2028é"), **MARK}),
+                ],
+            },
+        )
 
     def test_fields_and_messages(self):
         """Each row: URL, what the client and opencode ask for, what is in the body then."""
@@ -1153,33 +1629,71 @@ class BodyTest(unittest.TestCase):
         dot, answer = {**text("."), **MARK}, {"role": "assistant", "content": ".\n"}
         document = {"type": "document", "source": {"type": "url", "url": "https://x"}, **MARK}
         for at, fields, theirs, expected in (
-                (AT_CHAT, {"model": mistral}, {}, {"stream_options": None}),
-                (AT_CHAT, {"model": gpt, **most}, {}, {"max_completion_tokens": 1, **gone}),
-                (AT_CHAT, {"reasoning_effort": "low"}, {"reasoning": {}}, {"reasoning": None}),
-                (AT_RESPONSES, {"model": COLD, **warm}, {}, {"temperature": None, "top_p": None}),
-                (AT_RESPONSES, {"tools": [CUSTOM], "tool_choice": allowed}, {}, {
-                    "tools": [flat], "tool_choice": {
-                        "type": "allowed_tools", "mode": "auto", "tools": [flat]}}),
-                (AT_RESPONSES, {"logprobs": True}, {},
-                 {"include": ["message.output_text.logprobs"], "top_logprobs": 0}),
-                (AT_RESPONSES, {"messages": [asks("c", "i", "custom"), DONE]}, {}, {"input": [
-                    {"type": "custom_tool_call", "call_id": "c", "name": "f", "input": "i"},
-                    {"type": "custom_tool_call_output", "call_id": "c", "output": "r"}]}),
-                (AT_CHATGPT, {**FIELDS, "store": True, "messages": [SYSTEM]}, {}, {
+            (AT_CHAT, {"model": mistral}, {}, {"stream_options": None}),
+            (AT_CHAT, {"model": gpt, **most}, {}, {"max_completion_tokens": 1, **gone}),
+            (AT_CHAT, {"reasoning_effort": "low"}, {"reasoning": {}}, {"reasoning": None}),
+            (AT_RESPONSES, {"model": COLD, **warm}, {}, {"temperature": None, "top_p": None}),
+            (
+                AT_RESPONSES,
+                {"tools": [CUSTOM], "tool_choice": allowed},
+                {},
+                {
+                    "tools": [flat],
+                    "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [flat]},
+                },
+            ),
+            (
+                AT_RESPONSES,
+                {"logprobs": True},
+                {},
+                {"include": ["message.output_text.logprobs"], "top_logprobs": 0},
+            ),
+            (
+                AT_RESPONSES,
+                {"messages": [asks("c", "i", "custom"), DONE]},
+                {},
+                {
+                    "input": [
+                        {"type": "custom_tool_call", "call_id": "c", "name": "f", "input": "i"},
+                        {"type": "custom_tool_call_output", "call_id": "c", "output": "r"},
+                    ]
+                },
+            ),
+            (
+                AT_CHATGPT,
+                {**FIELDS, "store": True, "messages": [SYSTEM]},
+                {},
+                {
                     **dict.fromkeys(("temperature", "top_p", "max_output_tokens", "metadata")),
-                    "store": False, "instructions": "Answer the user.", "user": None,
-                    "input": [said("developer", s)]}),
-                (AT_MESSAGES, {}, {"max_tokens": 128000},
-                 {"max_tokens": 32000, "tool_choice": None}),
-                (AT_MESSAGES, most, thinking, {"max_tokens": 100, **thinking}),
-                (AT_MESSAGES, {"messages": [DONE]}, thinking, {"thinking": None}),
-                (AT_MESSAGES, warm, {}, {"temperature": 1, "top_p": None}),
-                (AT_MESSAGES, {"tools": TOOLS, "tool_choice": named}, {},
-                 {"tool_choice": {"type": "tool", "name": "f"}}),
-                (AT_MESSAGES, {"messages": [said("user", text(" ")), answer]}, {},
-                 {"messages": [said("user", text(".")), said("assistant", dot)]}),
-                (AT_MESSAGES, {"messages": [said("user", file)]}, {},
-                 {"messages": [said("user", document)]})):
+                    "store": False,
+                    "instructions": "Answer the user.",
+                    "user": None,
+                    "input": [said("developer", s)],
+                },
+            ),
+            (AT_MESSAGES, {}, {"max_tokens": 128000}, {"max_tokens": 32000, "tool_choice": None}),
+            (AT_MESSAGES, most, thinking, {"max_tokens": 100, **thinking}),
+            (AT_MESSAGES, {"messages": [DONE]}, thinking, {"thinking": None}),
+            (AT_MESSAGES, warm, {}, {"temperature": 1, "top_p": None}),
+            (
+                AT_MESSAGES,
+                {"tools": TOOLS, "tool_choice": named},
+                {},
+                {"tool_choice": {"type": "tool", "name": "f"}},
+            ),
+            (
+                AT_MESSAGES,
+                {"messages": [said("user", text(" ")), answer]},
+                {},
+                {"messages": [said("user", text(".")), said("assistant", dot)]},
+            ),
+            (
+                AT_MESSAGES,
+                {"messages": [said("user", file)]},
+                {},
+                {"messages": [said("user", document)]},
+            ),
+        ):
             body = json.loads(wire(at, **fields).body(theirs))
             self.assertEqual({name: body.get(name) for name in expected}, expected, fields)
 
@@ -1188,19 +1702,24 @@ class BodyTest(unittest.TestCase):
         heard = {"type": "input_audio", "input_audio": {"data": "x", "format": "mp3"}}
         file, form = {"type": "file", "file": {"file_id": "i"}}, {"type": "json_object"}
         for url, message, fields, param in (
-                *((AT_MESSAGES, asks("c", arguments), {}, "messages[0].tool_calls")
-                  for arguments in ('{"a":', "[]", '{"a":NaN}', "\ud800", "[" * 100000)),
-                (AT_RESPONSES, said("user", heard), {}, "messages[0]"),
-                (AT_MESSAGES, said("user", file), {}, "messages[0]"),
-                (AT_MESSAGES, asks("c", "i", "custom"), {}, "messages[0]"),
-                (AT_MESSAGES, USER, {"tools": [CUSTOM]}, "tools[0]"),
-                (None, USER, {"tools": TOOLS}, "tools"), (None, DONE, {}, "messages"),
-                (AT_MESSAGES, SYSTEM, {}, "messages"),
-                (None, USER, {"response_format": form}, "response_format"),
-                (None, said("user", WIRE_IMAGE), {}, "messages")):
+            *(
+                (AT_MESSAGES, asks("c", arguments), {}, "messages[0].tool_calls")
+                for arguments in ('{"a":', "[]", '{"a":NaN}', "\ud800", "[" * 100000)
+            ),
+            (AT_RESPONSES, said("user", heard), {}, "messages[0]"),
+            (AT_MESSAGES, said("user", file), {}, "messages[0]"),
+            (AT_MESSAGES, asks("c", "i", "custom"), {}, "messages[0]"),
+            (AT_MESSAGES, USER, {"tools": [CUSTOM]}, "tools[0]"),
+            (None, USER, {"tools": TOOLS}, "tools"),
+            (None, DONE, {}, "messages"),
+            (AT_MESSAGES, SYSTEM, {}, "messages"),
+            (None, USER, {"response_format": form}, "response_format"),
+            (None, said("user", WIRE_IMAGE), {}, "messages"),
+        ):
             made = wire(url or AT_CHAT, [message], **fields)
             found = error(made.body, {}) if url else error(proxy.foreign_turn, made.request)
             self.assertEqual(found[:2], (400, param))
+
 
 def call_delta(index, arguments, call_id=None, kind="function", **more):
     inner = {"name": "f"} if call_id else {}
@@ -1208,21 +1727,26 @@ def call_delta(index, arguments, call_id=None, kind="function", **more):
     head = {"id": call_id, "type": kind} if call_id else {}
     return {"tool_calls": [{"index": index, **head, kind: inner, **more}]}
 
+
 def chunk(finish_reason=None, call=None, **delta):
     delta.update({"tool_calls": [call]} if call else {})
     return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
+
 
 def event(kind, index=0, item="message", **fields):
     item = {"type": item, "call_id": f"c{index}", "name": "f", **fields}
     return {"type": "response." + kind, "output_index": index, "item": item, **fields}
 
+
 def block(kind, index, piece=None):
     return {"type": "content_block_" + kind, "index": index, "delta": piece}
+
 
 ENTRY = {"token": "a", "logprob": -0.5}
 CHAT_STREAM = (
     chunk(role="assistant", content="", refusal=None),
-    chunk(reasoning_text="r", reasoning_opaque="o"), chunk(reasoning="r"),
+    chunk(reasoning_text="r", reasoning_opaque="o"),
+    chunk(reasoning="r"),
     {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": [ENTRY]}}]},
     chunk(content=[{"type": "thinking", "thinking": []}, text("b")]),
     chunk(refusal="no", annotations=[1], audio={"id": "a"}),
@@ -1230,62 +1754,146 @@ CHAT_STREAM = (
     chunk(call={"index": 0, "id": None, "function": {"arguments": "{}"}}),
     chunk(call={"index": 0, "id": "c2", "function": {"name": "f", "arguments": "1"}}),  # another
     chunk(call={"index": 1, "id": "c3", "type": "custom", "custom": {"name": "f", "input": ""}}),
-    chunk(call={"index": 1, "custom": {"input": "x"}}), chunk("tool_calls", {"index": 1}),
-    {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": None,
-                              "x": 1, "prompt_tokens_details": {"cached_tokens": 2}}}, "[DONE]")
+    chunk(call={"index": 1, "custom": {"input": "x"}}),
+    chunk("tool_calls", {"index": 1}),
+    {
+        "choices": [],
+        "usage": {
+            "prompt_tokens": 3,
+            "completion_tokens": 4,
+            "total_tokens": None,
+            "x": 1,
+            "prompt_tokens_details": {"cached_tokens": 2},
+        },
+    },
+    "[DONE]",
+)
 RESPONSES_STREAM = (
-    event("created", response={}), event("reasoning_summary_text.delta", delta="p"),
+    event("created", response={}),
+    event("reasoning_summary_text.delta", delta="p"),
     event("output_text.delta", delta="a", logprobs=[{**ENTRY, "top_logprobs": [ENTRY]}]),
-    event("refusal.delta", delta="no"), event("output_item.added", 1, "function_call"),
+    event("refusal.delta", delta="no"),
+    event("output_item.added", 1, "function_call"),
     event("function_call_arguments.delta", 1, delta="{}"),
     event("output_item.done", 1, "function_call", arguments="{}"),
     event("output_item.added", 2, "function_call"),
     event("output_item.done", 2, "function_call", arguments='{"late":1}'),
     event("output_item.done", 3, "function_call", arguments=""),
     event("output_item.added", 4, "custom_tool_call"),
-    event("custom_tool_call_input.delta", 4, delta="x"), event("completed", response={"usage": {
-        "input_tokens": 11, "output_tokens": 20, "input_tokens_details": {"cached_tokens": 4},
-        "output_tokens_details": {"reasoning_tokens": 7}}}))
+    event("custom_tool_call_input.delta", 4, delta="x"),
+    event(
+        "completed",
+        response={
+            "usage": {
+                "input_tokens": 11,
+                "output_tokens": 20,
+                "input_tokens_details": {"cached_tokens": 4},
+                "output_tokens_details": {"reasoning_tokens": 7},
+            }
+        },
+    ),
+)
 MESSAGES_STREAM = (
-    {"type": "message_start", "message": {"usage": {
-        "input_tokens": 5, "cache_read_input_tokens": 4, "cache_creation_input_tokens": 2}}},
-    {"type": "ping"}, block("delta", 0, {"type": "thinking_delta", "thinking": "r"}),
-    block("delta", 0, {"type": "signature_delta", "signature": "s"}), block("stop", 0),
-    block("start", 1, text("a")), block("delta", 1, text("b", "text_delta")),
+    {
+        "type": "message_start",
+        "message": {
+            "usage": {
+                "input_tokens": 5,
+                "cache_read_input_tokens": 4,
+                "cache_creation_input_tokens": 2,
+            }
+        },
+    },
+    {"type": "ping"},
+    block("delta", 0, {"type": "thinking_delta", "thinking": "r"}),
+    block("delta", 0, {"type": "signature_delta", "signature": "s"}),
+    block("stop", 0),
+    block("start", 1, text("a")),
+    block("delta", 1, text("b", "text_delta")),
     block("start", 2, {"type": "tool_use", "id": "c1", "name": "f", "input": {}}),
-    block("delta", 2, {"type": "input_json_delta", "partial_json": '{"x":1.0}'}), block("stop", 2),
-    block("start", 3, {"type": "tool_use", "id": "c2", "name": "f"}), block("stop", 3),
-    block("start", 4, {"type": "server_tool_use", "id": "s"}), block("stop", 4),
-    {"type": "message_delta", "delta": {"stop_reason": "tool_use"},
-     "usage": {"output_tokens": 20, "input_tokens": None}}, {"type": "message_stop"})
+    block("delta", 2, {"type": "input_json_delta", "partial_json": '{"x":1.0}'}),
+    block("stop", 2),
+    block("start", 3, {"type": "tool_use", "id": "c2", "name": "f"}),
+    block("stop", 3),
+    block("start", 4, {"type": "server_tool_use", "id": "s"}),
+    block("stop", 4),
+    {
+        "type": "message_delta",
+        "delta": {"stop_reason": "tool_use"},
+        "usage": {"output_tokens": 20, "input_tokens": None},
+    },
+    {"type": "message_stop"},
+)
+
 
 class EventTest(unittest.TestCase):
     def test_streams_that_have_everything(self):
         entry = {"bytes": None, **ENTRY, "top_logprobs": [{"bytes": None, **ENTRY}]}
-        self.assertEqual(events(AT_CHAT, *CHAT_STREAM), ([
-            {"reasoning_content": "r", "reasoning_opaque": "o"}, {"reasoning_content": "r"},
-            ({"content": "a"}, {"content": [ENTRY]}), {"content": "b"},
-            {"refusal": "no", "annotations": [1], "audio": {"id": "a"}},
-            call_delta(0, "", "c1", more=1), call_delta(0, "{}"), call_delta(1, "1", "c2"),
-            call_delta(2, "", "c3", "custom"), call_delta(2, "x", kind="custom")],
-            ({}, None, "tool_calls", {**usage_of(3, 4, 2), "x": 1})))
-        self.assertEqual(events(AT_RESPONSES, *RESPONSES_STREAM, logprobs=True), ([
-            {"reasoning_content": "p"}, ({"content": "a"}, {"content": [entry], "refusal": None}),
-            {"refusal": "no"}, call_delta(0, "", "c1"), call_delta(0, "{}"),
-            call_delta(1, "", "c2"), call_delta(1, '{"late":1}'), call_delta(2, "", "c3"),
-            call_delta(2, "{}"), call_delta(3, "", "c4", "custom"),
-            call_delta(3, "x", kind="custom")],
-            ({}, None, "tool_calls", usage_of(11, 20, 4, 7))))
+        self.assertEqual(
+            events(AT_CHAT, *CHAT_STREAM),
+            (
+                [
+                    {"reasoning_content": "r", "reasoning_opaque": "o"},
+                    {"reasoning_content": "r"},
+                    ({"content": "a"}, {"content": [ENTRY]}),
+                    {"content": "b"},
+                    {"refusal": "no", "annotations": [1], "audio": {"id": "a"}},
+                    call_delta(0, "", "c1", more=1),
+                    call_delta(0, "{}"),
+                    call_delta(1, "1", "c2"),
+                    call_delta(2, "", "c3", "custom"),
+                    call_delta(2, "x", kind="custom"),
+                ],
+                ({}, None, "tool_calls", {**usage_of(3, 4, 2), "x": 1}),
+            ),
+        )
+        self.assertEqual(
+            events(AT_RESPONSES, *RESPONSES_STREAM, logprobs=True),
+            (
+                [
+                    {"reasoning_content": "p"},
+                    ({"content": "a"}, {"content": [entry], "refusal": None}),
+                    {"refusal": "no"},
+                    call_delta(0, "", "c1"),
+                    call_delta(0, "{}"),
+                    call_delta(1, "", "c2"),
+                    call_delta(1, '{"late":1}'),
+                    call_delta(2, "", "c3"),
+                    call_delta(2, "{}"),
+                    call_delta(3, "", "c4", "custom"),
+                    call_delta(3, "x", kind="custom"),
+                ],
+                ({}, None, "tool_calls", usage_of(11, 20, 4, 7)),
+            ),
+        )
         self.assertEqual(events(AT_RESPONSES, *RESPONSES_STREAM)[0][1], {"content": "a"})
-        self.assertEqual(events(AT_MESSAGES, *MESSAGES_STREAM), ([
-            {"reasoning_content": "r"}, {"content": "a"}, {"content": "b"},
-            call_delta(0, "", "c1"), call_delta(0, '{"x":1.0}'), call_delta(1, "", "c2"),
-            call_delta(1, "{}")], ({}, None, "tool_calls", usage_of(11, 20, 4))))
+        self.assertEqual(
+            events(AT_MESSAGES, *MESSAGES_STREAM),
+            (
+                [
+                    {"reasoning_content": "r"},
+                    {"content": "a"},
+                    {"content": "b"},
+                    call_delta(0, "", "c1"),
+                    call_delta(0, '{"x":1.0}'),
+                    call_delta(1, "", "c2"),
+                    call_delta(1, "{}"),
+                ],
+                ({}, None, "tool_calls", usage_of(11, 20, 4)),
+            ),
+        )
 
     def test_whole_answer_and_calls_without_ids(self):
         calls = [asks("", arguments)["tool_calls"][0] for arguments in "12"]
-        (delta,), last = events(AT_CHAT, {"object": "chat.completion", "choices": [
-            {"message": {"content": "a", "tool_calls": calls}, "finish_reason": "eos"}]})
+        (delta,), last = events(
+            AT_CHAT,
+            {
+                "object": "chat.completion",
+                "choices": [
+                    {"message": {"content": "a", "tool_calls": calls}, "finish_reason": "eos"}
+                ],
+            },
+        )
         for index, told in enumerate(delta["tool_calls"]):
             self.assertRegex(told["id"], "^call_[0-9a-f]{32}$")
             self.assertEqual([told], call_delta(index, "12"[index], told["id"])["tool_calls"])
@@ -1299,20 +1907,28 @@ class EventTest(unittest.TestCase):
 
     def test_failures(self):
         for url, data, status, words in (
-                *((AT_CHAT, data, 502, "The provider sent bad data") for data in (
-                    "{no", "[" * 100000, "[]", '{"a":NaN}', {"choices": [1]})),
-                (AT_CHAT, "[DONE]", 502, "The provider did not finish its answer"),
-                (AT_CHAT, {"error": {"message": "busy", "code": 429}}, 429, "busy"),
-                (AT_RESPONSES, event("failed", response={"error": {"message": "m"}}), 502, "m"),
-                (AT_MESSAGES, {"type": "error", "error": {"message": "m"}}, 502, "m")):
+            *(
+                (AT_CHAT, data, 502, "The provider sent bad data")
+                for data in ("{no", "[" * 100000, "[]", '{"a":NaN}', {"choices": [1]})
+            ),
+            (AT_CHAT, "[DONE]", 502, "The provider did not finish its answer"),
+            (AT_CHAT, {"error": {"message": "busy", "code": 429}}, 429, "busy"),
+            (AT_RESPONSES, event("failed", response={"error": {"message": "m"}}), 502, "m"),
+            (AT_MESSAGES, {"type": "error", "error": {"message": "m"}}, 502, "m"),
+        ):
             self.assertEqual(error(events, url, data), (status, None, words))
 
     def test_fuzz(self):
         """Whatever a provider sends, it is events that can be sent on, or an APIError."""
         seeded = random.Random(4141)
         for _ in range(6000):
-            url, stream = seeded.choice(((AT_CHAT, CHAT_STREAM), (AT_RESPONSES, RESPONSES_STREAM),
-                                         (AT_MESSAGES, MESSAGES_STREAM)))
+            url, stream = seeded.choice(
+                (
+                    (AT_CHAT, CHAT_STREAM),
+                    (AT_RESPONSES, RESPONSES_STREAM),
+                    (AT_MESSAGES, MESSAGES_STREAM),
+                )
+            )
             target = messages = json.loads(json.dumps(stream))
             while target and isinstance(target, (dict, list)):
                 holder, keys = target, range(len(target)) if isinstance(target, list) else target
@@ -1323,20 +1939,24 @@ class EventTest(unittest.TestCase):
                 json.dumps(events(url, *messages, logprobs=True), allow_nan=False)
 
     def test_events_in_every_split(self):
-        stream = ("data: a\n: hi\n\ndata:b\ndata:  c\nid: 1\n\nevent: x\n\n"
-                  "data:\n\ndata: \u2028d\n\ndata: e")
+        stream = (
+            "data: a\n: hi\n\ndata:b\ndata:  c\nid: 1\n\nevent: x\n\n"
+            "data:\n\ndata: \u2028d\n\ndata: e"
+        )
         for whole in (stream.replace("\n", ends) for ends in ("\n", "\r", "\r\n")):
             for size in range(1, len(whole) + 1):
                 reader, found = proxy.SSEReader(), []
                 for start in range(0, len(whole), size):
-                    found += reader.feed(whole[start:start + size]) + reader.feed("")
+                    found += reader.feed(whole[start : start + size]) + reader.feed("")
                 self.assertEqual(found + reader.end(), ["a", "b\n c", "\u2028d", "e"])
         error(lambda: [reader.feed("data: " + "x" * 1000000) for _ in range(20)])
+
 
 # --------------------------------------------------------------------------------- exchange, answer
 def tell(exchange, *pieces):
     events = [event for piece in pieces for event in exchange.feed(piece)]
     return events if events and events[-1].finish_reason else events + list(exchange.end())
+
 
 class ExchangeTest(unittest.TestCase):
     CHAT = "https://x/v1/chat/completions"
@@ -1357,12 +1977,20 @@ class ExchangeTest(unittest.TestCase):
 
     def test_stop_at_every_split(self):
         for stops, text, shown in (
-                (["END"], "some ENEND more", "some EN"), (["b", "abc"], "xabcx", "xa"),
-                (["abcd", "bc", "c"], "xabcd", "xa"), (["aab"], "aaaab", "aa"),
-                (["\n\n"], "a\nb\n\nc", "a\nb"), ([], "abc", "abc"), (["zz"], "abz", "abz")):
+            (["END"], "some ENEND more", "some EN"),
+            (["b", "abc"], "xabcx", "xa"),
+            (["abcd", "bc", "c"], "xabcd", "xa"),
+            (["aab"], "aaaab", "aa"),
+            (["\n\n"], "a\nb\n\nc", "a\nb"),
+            ([], "abc", "abc"),
+            (["zz"], "abz", "abz"),
+        ):
             for pieces in [(text[:at], text[at:]) for at in range(len(text) + 1)] + [tuple(text)]:
-                *events, last = tell(self.exchange(stop=stops), *map(self.content, pieces),
-                                     self.content("", "length"))
+                *events, last = tell(
+                    self.exchange(stop=stops),
+                    *map(self.content, pieces),
+                    self.content("", "length"),
+                )
                 self.assertEqual("".join(event.delta.get("content", "") for event in events), shown)
                 self.assertEqual(last.finish_reason, "length" if shown == text else "stop")
 
@@ -1378,9 +2006,12 @@ class ExchangeTest(unittest.TestCase):
                 self.assertEqual(last.finish_reason, "stop")
                 self.assertEqual({**last.usage, **usage}, last.usage)
         for text, status, message in (
-                ('{"error": {"message": "no", "code": 429}}', 429, "no"),
-                ('data: {"error": {"message": "no"}}', 502, "no"), ("", 502, "did not finish"),
-                (self.content("cut off"), 502, "did not finish"), ('{"half": ', 502, "bad data")):
+            ('{"error": {"message": "no", "code": 429}}', 429, "no"),
+            ('data: {"error": {"message": "no"}}', 502, "no"),
+            ("", 502, "did not finish"),
+            (self.content("cut off"), 502, "did not finish"),
+            ('{"half": ', 502, "bad data"),
+        ):
             self.assert_fails(status, message, tell, self.exchange(), text)
         self.assert_fails(403, "no", self.exchange().refused, 403, {}, '{"error": "no"}')
 
@@ -1390,16 +2021,21 @@ class ExchangeTest(unittest.TestCase):
         for more, counted in (("", None), (usage, 2)):
             *events, last = tell(self.exchange(stop="END"), cut + more)
             self.assertEqual([event.delta["content"] for event in events], ["a ", ""])
-            self.assertEqual((last.finish_reason, (last.usage or {}).get("completion_tokens")),
-                             ("stop", counted))
+            self.assertEqual(
+                (last.finish_reason, (last.usage or {}).get("completion_tokens")), ("stop", counted)
+            )
         for text, fields, patience in (
-                ("", {}, None), (cut, {}, proxy.CUT_SECONDS), (cut, {"stream": True}, 0.0),
-                (self.content("EN", "length"), {"stream": True}, proxy.FINISH_SECONDS)):
+            ("", {}, None),
+            (cut, {}, proxy.CUT_SECONDS),
+            (cut, {"stream": True}, 0.0),
+            (self.content("EN", "length"), {"stream": True}, proxy.FINISH_SECONDS),
+        ):
             exchange = self.exchange(stop="END", **fields)
             list(exchange.feed(text))
             self.assertEqual(exchange.patience, patience)
         held, last = list(exchange.end())
         self.assertEqual((held.delta, last.finish_reason), ({"content": "EN"}, "length"))
+
 
 class AnswerTest(unittest.TestCase):
     def answer(self, *events, **fields):
@@ -1409,38 +2045,67 @@ class AnswerTest(unittest.TestCase):
 
     def test_stream(self):
         answer, said = self.answer(
-            (0, {"content": "\u00e9"}), (0, {}, None, "stop", {"prompt_tokens": 3}), stream=True,
-            model="m", stream_options={"include_usage": True})
+            (0, {"content": "\u00e9"}),
+            (0, {}, None, "stop", {"prompt_tokens": 3}),
+            stream=True,
+            model="m",
+            stream_options={"include_usage": True},
+        )
         start = answer.tail().decode().partition('],"usage"')[0]
-        self.assertRegex(start, '^data: {"id":"chatcmpl-[0-9a-f]{32}","object":"chat.completion.'
-                         'chunk","created":[0-9]+,"model":"m","system_fingerprint":"fp_opencode",'
-                         '"choices":[[]$')
-        deltas = {'{"role":"assistant","content":""}': "null", '{"content":"\\u00e9"}': "null",
-                  "{}": '"stop"'}
-        expected = "".join(f'{start}{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":'
-                           f'{finish}}}],"usage":null}}\n\n' for delta, finish in deltas.items())
+        self.assertRegex(
+            start,
+            '^data: {"id":"chatcmpl-[0-9a-f]{32}","object":"chat.completion.'
+            'chunk","created":[0-9]+,"model":"m","system_fingerprint":"fp_opencode",'
+            '"choices":[[]$',
+        )
+        deltas = {
+            '{"role":"assistant","content":""}': "null",
+            '{"content":"\\u00e9"}': "null",
+            "{}": '"stop"',
+        }
+        expected = "".join(
+            f'{start}{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":'
+            f'{finish}}}],"usage":null}}\n\n'
+            for delta, finish in deltas.items()
+        )
         expected += start + '],"usage":{"prompt_tokens":3,"completion_tokens":1,"total_tokens":4}}'
-        self.assertEqual((answer.head() + said + answer.tail()).decode(),
-                         expected + "\n\ndata: [DONE]\n\n")
+        self.assertEqual(
+            (answer.head() + said + answer.tail()).decode(), expected + "\n\ndata: [DONE]\n\n"
+        )
         self.assertEqual(self.answer(stream=True)[0].tail(), b"data: [DONE]\n\n")
 
     def test_whole(self):
-        calls = [{"id": "c", "type": "function", "function": {"name": name, "arguments": text}}
-                 for name, text in (("f", "{}"), ("g", "1"))]
-        deltas = [{"reasoning_content": "th"}, {"reasoning_content": "ink"}, {"content": "a"},
-                  {"tool_calls": [{**calls[0], "index": 0, "function": {"name": "f"}}]},
-                  {"tool_calls": [{"index": 0, "function": {"arguments": "{"}}]},
-                  {"tool_calls": [{"index": 0, "function": {"arguments": "}"}}]},
-                  {"tool_calls": [{**calls[1], "index": 1}]}, {"annotations": [{"at": 1}]}]
+        calls = [
+            {"id": "c", "type": "function", "function": {"name": name, "arguments": text}}
+            for name, text in (("f", "{}"), ("g", "1"))
+        ]
+        deltas = [
+            {"reasoning_content": "th"},
+            {"reasoning_content": "ink"},
+            {"content": "a"},
+            {"tool_calls": [{**calls[0], "index": 0, "function": {"name": "f"}}]},
+            {"tool_calls": [{"index": 0, "function": {"arguments": "{"}}]},
+            {"tool_calls": [{"index": 0, "function": {"arguments": "}"}}]},
+            {"tool_calls": [{**calls[1], "index": 1}]},
+            {"annotations": [{"at": 1}]},
+        ]
         events = [*((0, delta, {"content": [1]}) for delta in deltas), (0, {}, None, "tool_calls")]
         answer, said = self.answer(*events, model="other")
         whole = answer.whole()
         self.assertEqual((said, whole["object"], whole["model"]), (b"", "chat.completion", "p/m"))
-        message = {"role": "assistant", "content": "a", "refusal": None, "tool_calls": calls,
-                   "reasoning_content": "think", "annotations": [{"at": 1}]}
+        message = {
+            "role": "assistant",
+            "content": "a",
+            "refusal": None,
+            "tool_calls": calls,
+            "reasoning_content": "think",
+            "annotations": [{"at": 1}],
+        }
         logprobs = {"content": [1] * len(deltas)}
-        self.assertEqual(whole["choices"], [{"index": 0, "finish_reason": "tool_calls",
-                                             "logprobs": logprobs, "message": message}])
+        self.assertEqual(
+            whole["choices"],
+            [{"index": 0, "finish_reason": "tool_calls", "logprobs": logprobs, "message": message}],
+        )
         empty = self.answer((0, {}, None, "stop"))[0].whole()["choices"][0]["message"]
         self.assertEqual(empty, {"role": "assistant", "content": "", "refusal": None})
         old = self.answer(*events, functions=[])[0].whole()["choices"][0]  # has room for one
@@ -1448,32 +2113,64 @@ class AnswerTest(unittest.TestCase):
         self.assertEqual(old["finish_reason"], "function_call")
 
     def test_usage(self):
-        told = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12, "cost": 0.5,
-                "prompt_tokens_details": {"cached_tokens": 2}, "is_byok": True}
-        for second, *counts, cached in ((told, 10, 14, 24, 1.0, 4), (None, 16, 10, 26, 0.5, 2),
-                                        ({"prompt_tokens": 1}, 6, 10, 16, 0.5, 2)):
-            answer = self.answer((0, {"content": "x"}), (1, {"content": "x" * 8}),
-                                 (1, {}, None, "stop", second), (0, {}, None, "stop", told), n=2)[0]
+        told = {
+            "prompt_tokens": 5,
+            "completion_tokens": 7,
+            "total_tokens": 12,
+            "cost": 0.5,
+            "prompt_tokens_details": {"cached_tokens": 2},
+            "is_byok": True,
+        }
+        for second, *counts, cached in (
+            (told, 10, 14, 24, 1.0, 4),
+            (None, 16, 10, 26, 0.5, 2),
+            ({"prompt_tokens": 1}, 6, 10, 16, 0.5, 2),
+        ):
+            answer = self.answer(
+                (0, {"content": "x"}),
+                (1, {"content": "x" * 8}),
+                (1, {}, None, "stop", second),
+                (0, {}, None, "stop", told),
+                n=2,
+            )[0]
             expected = dict(zip(told, (*counts, {"cached_tokens": cached}, True)))
             self.assertEqual(answer.usage, expected)
+
 
 # ------------------------------------------------------------------------------------- the catalog
 class CatalogTest(unittest.TestCase):
     def catalog(self, *names, wanted=None):
         able = dict.fromkeys(("temperature", "reasoning", "attachment", "toolcall"), True)
-        return proxy.make_catalog([{
-            "id": model, "providerID": provider, "api": {"id": model[:1], "npm": "n", "url": "u"},
-            "capabilities": {**able, "input": {}, "output": {}}, "limit": {"output": 9},
-            "options": {"serviceTier": "priority"}, "headers": {}}
-            for provider, _, model in (name.partition("/") for name in names)], ["login"], wanted)
+        return proxy.make_catalog(
+            [
+                {
+                    "id": model,
+                    "providerID": provider,
+                    "api": {"id": model[:1], "npm": "n", "url": "u"},
+                    "capabilities": {**able, "input": {}, "output": {}},
+                    "limit": {"output": 9},
+                    "options": {"serviceTier": "priority"},
+                    "headers": {},
+                }
+                for provider, _, model in (name.partition("/") for name in names)
+            ],
+            ["login"],
+            wanted,
+        )
 
     def test_names(self):
         own, newer = proxy.DEFAULT_MODEL, proxy.SUCCESSORS[0]
         for names, wanted, asked, found in (
-                ((newer, own), None, None, own), ((newer,), None, None, newer),
-                (("a/m", own), "a/m", None, "a/m"), ((own, newer), None, newer, newer),
-                ((own, newer), None, newer.partition("/")[2], newer), ((own,), None, "gpt-x", own),
-                ((own,), None, "a/m", 404), (("a/m",), None, None, 503), ((), "a/m", None, 503)):
+            ((newer, own), None, None, own),
+            ((newer,), None, None, newer),
+            (("a/m", own), "a/m", None, "a/m"),
+            ((own, newer), None, newer, newer),
+            ((own, newer), None, newer.partition("/")[2], newer),
+            ((own,), None, "gpt-x", own),
+            ((own,), None, "a/m", 404),
+            (("a/m",), None, None, 503),
+            ((), "a/m", None, 503),
+        ):
             with self.subTest(names=names, wanted=wanted, asked=asked):
                 try:
                     self.assertEqual(self.catalog(*names, wanted=wanted).resolve(asked).name, found)
@@ -1488,9 +2185,11 @@ class CatalogTest(unittest.TestCase):
         fast = {"provider": {"body": {"service_tier": "priority"}, "headers": {}}}
         self.assertEqual(trimmed["a"]["models"]["m"]["experimental"], {"modes": {"fast": fast}})
 
+
 # --------------------------------------------------------------------------------------- processes
 class FaultTest(FakeCase):
     """A process that does what it should not; the next request is answered all the same."""
+
     def fails(self, running, content, status, text):
         got, answer = running.chat(content)
         self.assertEqual(got, status, answer)
@@ -1524,8 +2223,10 @@ class FaultTest(FakeCase):
         self.assertEqual(running.content(f"do {noise}; say('well')"), "well")
         self.fails(running, f"do {noise}; os._exit(3)", 502, "opencode ended: has printed this")
         self.fails(running, "do write('x' * (32 << 20))", 502, "of over 16777216 bytes")
-        ask = ("do out(id=9, method='fs/read_text_file', params={})\n"
-               "while 'reply refused' not in open(HERE + '/journal').read(): rest(0.02)")
+        ask = (
+            "do out(id=9, method='fs/read_text_file', params={})\n"
+            "while 'reply refused' not in open(HERE + '/journal').read(): rest(0.02)"
+        )
         self.assertEqual(running.content(ask), "")
         on_stderr = "do write(('e' * 100000 + '\\n') * 200, 2); say('well')"
         self.assertEqual(running.content(on_stderr), "well")
@@ -1595,17 +2296,20 @@ class FaultTest(FakeCase):
             data = b"".join(iter(lambda: client.recv(1 << 20), b""))
         self.assertEqual(data.count(b'"content":"tok "'), 80000)
 
+
 class StartTest(FakeCase):
     def test_what_does_not_work_is_said(self):
         self.patch(proxy, START_SECONDS=0.7)
         invalid = "\\x1b[91mError: \\x1b[0mopencode.json is not valid JSON(C)"
-        for mode, text in ((f"ACP or sys.exit('{invalid}')", "Error: opencode.json is not valid"),
-                           ("ACP or sys.exit(print('a/b\\n{}'))", "opencode cannot be used: "),
-                           ("ACP and sys.exit('no memory')", "opencode ended: no memory"),
-                           ("ACP and time.sleep(9)", "opencode did not answer initialize within"),
-                           ("VERSION = '1.16.9'", "1.16.9 is too old: 1.17.0 or newer"),
-                           ("LOADS = False", "did not load the proxy's plugin"),
-                           ("WARMS = False", "did not reach the model in the start-up proof")):
+        for mode, text in (
+            (f"ACP or sys.exit('{invalid}')", "Error: opencode.json is not valid"),
+            ("ACP or sys.exit(print('a/b\\n{}'))", "opencode cannot be used: "),
+            ("ACP and sys.exit('no memory')", "opencode ended: no memory"),
+            ("ACP and time.sleep(9)", "opencode did not answer initialize within"),
+            ("VERSION = '1.16.9'", "1.16.9 is too old: 1.17.0 or newer"),
+            ("LOADS = False", "did not load the proxy's plugin"),
+            ("WARMS = False", "did not reach the model in the start-up proof"),
+        ):
             with self.subTest(mode), self.assertRaisesRegex(proxy.StartError, re.escape(text)):
                 self.mode(mode)
                 self.start()
@@ -1694,8 +2398,10 @@ class StartTest(FakeCase):
         self.assertTrue(gone)
         orphan.wait()
 
+
 class LoadTest(FakeCase):
     """Who is answered by which process, and when one starts or ends."""
+
     def only(self, running, **expected):
         """Wait until nothing is answered and one process is left; return its pid."""
         self.assertTrue(running.becomes(running=0, **expected))
@@ -1784,8 +2490,10 @@ class LoadTest(FakeCase):
         running = self.start(spares=1, requests_per_process=100)
         config = self.folder / ".config/opencode/opencode.json"
         config.parent.mkdir(parents=True)
-        for path, text in ((self.auth, '{"local":{"type":"api","key":"k"}}'),
-                           (config, '{"provider":{"local":{}}}')):
+        for path, text in (
+            (self.auth, '{"local":{"type":"api","key":"k"}}'),
+            (config, '{"provider":{"local":{}}}'),
+        ):
             old = self.only(running)
             with running.send(PAUSE):
                 self.assertTrue(running.becomes(running=1))
@@ -1804,24 +2512,35 @@ class LoadTest(FakeCase):
         self.mode("NAMES.append('one/model')")
         self.assertTrue(eventually(lambda: running.chat(model="one/model")[0] == 200))
 
+
 # --------------------------------------------------------------------------------------------- http
 COMPLETIONS = "/v1/chat/completions"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 END = "Connection: close"
 
+
 def post(body, *headers, path=COMPLETIONS, version="1.1", host="Host: localhost"):
     lines = "".join(header + "\r\n" for header in (host, *headers) if header)
     return f"POST {path} HTTP/{version}\r\n{lines}\r\n".encode() + body
+
 
 def post_chat(*headers, version="1.1", **fields):
     body = chat_body(**fields)
     return post(body, f"Content-Length: {len(body)}", *headers, version=version)
 
+
 class StubPool:
     """Answers what `respond(request)` yields, as a pool does."""
+
     content = (0, proxy.Event({"content": "yes"}))
-    finish = (0, proxy.Event({}, finish_reason="stop", usage={
-        "prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}))
+    finish = (
+        0,
+        proxy.Event(
+            {},
+            finish_reason="stop",
+            usage={"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
+        ),
+    )
     last_error, running = "", 0
 
     def __init__(self, *names):
@@ -1850,6 +2569,7 @@ class StubPool:
 
     def health(self):
         return {"status": "healthy", "reason": None, "opencode": "1.18.33", "last_error": None}
+
 
 class HTTPTest(unittest.TestCase):
     def setUp(self):
@@ -1881,7 +2601,7 @@ class HTTPTest(unittest.TestCase):
     def answer(self, data):
         """Return the status and body of the last answer to `data`, and how many came."""
         got = self.rest(self.connect(data))
-        head, _, body = got[got.rindex(b"HTTP/1.1 "):].partition(b"\r\n\r\n")
+        head, _, body = got[got.rindex(b"HTTP/1.1 ") :].partition(b"\r\n\r\n")
         return int(head.split()[1]), body, got.count(b"HTTP/1.1 ")
 
     def request(self, method, path, body=None, headers=()):
@@ -1901,29 +2621,44 @@ class HTTPTest(unittest.TestCase):
 
     def test_routes(self):
         self.start()
-        models = [{"id": name, "object": "model", "created": self.server.created,
-                   "owned_by": name[0]} for name in self.pool.catalog.names]
+        models = [
+            {"id": name, "object": "model", "created": self.server.created, "owned_by": name[0]}
+            for name in self.pool.catalog.names
+        ]
         health = {**self.pool.health(), "version": proxy.__version__}
         for path, expected in (
-                ("/v1/models", {"object": "list", "data": models}), ("/v1/models/b/m", models[2]),
-                ("/models/b%2Fm?x=1", models[2]), ("http://localhost/v1/models/b/m", models[2]),
-                ("//v1//models/b/m/", models[2]), ("/models/second", models[1]),
-                ("/health", health), ("/v1", health), ("/", health)):
+            ("/v1/models", {"object": "list", "data": models}),
+            ("/v1/models/b/m", models[2]),
+            ("/models/b%2Fm?x=1", models[2]),
+            ("http://localhost/v1/models/b/m", models[2]),
+            ("//v1//models/b/m/", models[2]),
+            ("/models/second", models[1]),
+            ("/health", health),
+            ("/v1", health),
+            ("/", health),
+        ):
             self.assertEqual(self.request("GET", path)[::2], (200, expected), path)
         self.assertEqual(self.error("GET", "/v1/models/none")[:2], (404, "model_not_found"))
         for path in ("//v1//chat/completions", "/chat/completions?x"):
             self.assertEqual(self.request("POST", path, chat_body())[0], 200, path)
-        for method, path, allow in (("GET", COMPLETIONS, "OPTIONS, POST"),
-                                    ("DELETE", "/v1/models", "GET, HEAD, OPTIONS")):
+        for method, path, allow in (
+            ("GET", COMPLETIONS, "OPTIONS, POST"),
+            ("DELETE", "/v1/models", "GET, HEAD, OPTIONS"),
+        ):
             status, headers, _ = self.request(method, path)
             self.assertEqual((status, headers["Allow"]), (405, allow))
         status, headers, body = self.request("HEAD", "/v1/models")
         self.assertEqual((status, body), (200, b""))
         self.assertGreater(int(headers["Content-Length"]), 100)
         use, chat = "the base URL to use is " + self.server.base_url, "this serves chat only, at "
-        for path, hint in (("/v1/v1/models/x", use), ("/v1/v1", use), ("/v1x", chat),
-                           ("/v1/chat/completions/chat/completions", use),
-                           ("/v1/embeddings", chat), ("/v1/completions", chat)):
+        for path, hint in (
+            ("/v1/v1/models/x", use),
+            ("/v1/v1", use),
+            ("/v1x", chat),
+            ("/v1/chat/completions/chat/completions", use),
+            ("/v1/embeddings", chat),
+            ("/v1/completions", chat),
+        ):
             status, code, message = self.error("POST", path + "?secret", b"{}")
             self.assertEqual((status, code), (404, "unknown_url"))
             self.assertTrue(message.startswith(f"There is nothing at {path}: {hint}"), message)
@@ -1935,8 +2670,10 @@ class HTTPTest(unittest.TestCase):
         unwanted = HEALTH.replace(b"\r\n\r\n", b"\r\nContent-Length: 5\r\n\r\nGET /")
         data = post_chat() + unwanted + post(b"{}", "Content-Length: 2") + post_chat(stream=True)
         self.assertEqual(self.answer(data + last)[::2], (200, 5))
-        for refused in (post(last, f"Content-Length: {len(last)}", path="/x"),
-                        post(last, f"Content-Length: {len(last)}", "Origin: https://x")):
+        for refused in (
+            post(last, f"Content-Length: {len(last)}", path="/x"),
+            post(last, f"Content-Length: {len(last)}", "Origin: https://x"),
+        ):
             self.assertEqual(self.answer(refused + last)[2], 1)
 
     def test_framing(self):
@@ -1944,37 +2681,66 @@ class HTTPTest(unittest.TestCase):
         body = chat_body()
         size, length = len(body), f"Content-Length: {len(body)}"
         for expected, *headers in (
-                (200, length), (200, length, length), (200, f"Content-Length: {size}, {size}"),
-                (200, length, "Content-Type: message/rfc822"), (413, "Content-Length: 99999999999"),
-                (415, length, "Content-Type: multipart/form-data; boundary=x"),
-                (400, "Content-Length: +5"), (400, "Content-Length: 1_0"), (400, "Content-Length:"),
-                (400, "Content-Length: \u0665"), (400, "Content-Length: 5", "Content-Length: 6"),
-                (400, "Content-Length: 5,55"), (400, "Content-Length : 5"), (400, "From x", length),
-                (400, "Content-Length: 99999999999999999999"), (400, "Transfer-Encoding: gzip"),
-                (400, length, "Transfer-Encoding: chunked"), (400, length, "Host: y"),
-                (400, "Transfer-Encoding: gzip, chunked"), (400, length, "no colon"),
-                (400, length, "X: a\rContent-Length: 3"), (400, length, "X: a\0b"),
-                (400, length, " folded: 1"), (400, length, "X: a\r"),
-                (431, length, "X: " + "y" * 70000), (431, length, *["X: y"] * 120)):
+            (200, length),
+            (200, length, length),
+            (200, f"Content-Length: {size}, {size}"),
+            (200, length, "Content-Type: message/rfc822"),
+            (413, "Content-Length: 99999999999"),
+            (415, length, "Content-Type: multipart/form-data; boundary=x"),
+            (400, "Content-Length: +5"),
+            (400, "Content-Length: 1_0"),
+            (400, "Content-Length:"),
+            (400, "Content-Length: \u0665"),
+            (400, "Content-Length: 5", "Content-Length: 6"),
+            (400, "Content-Length: 5,55"),
+            (400, "Content-Length : 5"),
+            (400, "From x", length),
+            (400, "Content-Length: 99999999999999999999"),
+            (400, "Transfer-Encoding: gzip"),
+            (400, length, "Transfer-Encoding: chunked"),
+            (400, length, "Host: y"),
+            (400, "Transfer-Encoding: gzip, chunked"),
+            (400, length, "no colon"),
+            (400, length, "X: a\rContent-Length: 3"),
+            (400, length, "X: a\0b"),
+            (400, length, " folded: 1"),
+            (400, length, "X: a\r"),
+            (431, length, "X: " + "y" * 70000),
+            (431, length, *["X: y"] * 120),
+        ):
             with self.subTest(headers=str(headers)[:60]):
                 status, answer, count = self.answer(post(body, *headers, END))
                 self.assertEqual((status, count), (expected, 1), answer)
                 self.assertIn("choices" if expected == 200 else "error", json.loads(answer))
         for expected, data in (
-                (200, post_chat(END).replace(b"\r\n", b"\n")), (400, post(body, length, host="")),
-                (400, b"GET\r\n\r\n"), (501, HEALTH.replace(b"GET", b"BREW")),
-                (505, b"GET /health HTTP/2.0\r\n\r\n"), (400, b"\x16\x03\0\r\n\r\n"),
-                (414, b"GET / " + b"x" * 70000), (400, b"GET /\rX HTTP/1.1\r\n\r\n")):
+            (200, post_chat(END).replace(b"\r\n", b"\n")),
+            (400, post(body, length, host="")),
+            (400, b"GET\r\n\r\n"),
+            (501, HEALTH.replace(b"GET", b"BREW")),
+            (505, b"GET /health HTTP/2.0\r\n\r\n"),
+            (400, b"\x16\x03\0\r\n\r\n"),
+            (414, b"GET / " + b"x" * 70000),
+            (400, b"GET /\rX HTTP/1.1\r\n\r\n"),
+        ):
             self.assertEqual(self.answer(data)[0], expected, data[:30])
-        chunks = b"".join(b"%x ;ext=1\r\n%b\r\n" % (len(body[n:n + 7]), body[n:n + 7])
-                          for n in range(0, size, 7))
+        chunks = b"".join(
+            b"%x ;ext=1\r\n%b\r\n" % (len(body[n : n + 7]), body[n : n + 7])
+            for n in range(0, size, 7)
+        )
         for expected, count, chunked in (
-                (200, 2, chunks + b"0\r\nTrailer: 1\r\n\r\n"), (400, 1, b"x\r\n"),
-                (400, 1, b"-1\r\n\r\n"), (400, 1, b"2\r\nabc\r\n0\r\n\r\n"),
-                (400, 1, b"2\n{}\r\n0\r\n\r\n"), (400, 1, b"2\r\n{}\n0\r\n\r\n"),
-                (400, 1, b"0\r\n\n"), (400, 1, b"2;a\rb\r\n{}\r\n0\r\n\r\n"),
-                (431, 1, b"2;" + b"x" * 70000 + b"\r\n{}\r\n0\r\n\r\n"),
-                (400, 1, b"0\r\nX y\r\n\r\n"), (400, 1, b"f" * 18), (413, 1, b"1389\r\n")):
+            (200, 2, chunks + b"0\r\nTrailer: 1\r\n\r\n"),
+            (400, 1, b"x\r\n"),
+            (400, 1, b"-1\r\n\r\n"),
+            (400, 1, b"2\r\nabc\r\n0\r\n\r\n"),
+            (400, 1, b"2\n{}\r\n0\r\n\r\n"),
+            (400, 1, b"2\r\n{}\n0\r\n\r\n"),
+            (400, 1, b"0\r\n\n"),
+            (400, 1, b"2;a\rb\r\n{}\r\n0\r\n\r\n"),
+            (431, 1, b"2;" + b"x" * 70000 + b"\r\n{}\r\n0\r\n\r\n"),
+            (400, 1, b"0\r\nX y\r\n\r\n"),
+            (400, 1, b"f" * 18),
+            (413, 1, b"1389\r\n"),
+        ):
             data = post(chunked, "Transfer-Encoding: Chunked") + post_chat(END)
             self.assertEqual(self.answer(data)[::2], (expected, count), chunked[:30])
 
@@ -2047,8 +2813,10 @@ class HTTPTest(unittest.TestCase):
             self.assertEqual(self.request("POST", COMPLETIONS, chat_body())[0], 200)
             for connection in idle[:20]:
                 self.assertEqual(self.rest(connection), b"")
-            busy = [self.connect(post(b"{", "Content-Length: 10", "Expect: 100-continue", END))
-                    for _ in range(20)]
+            busy = [
+                self.connect(post(b"{", "Content-Length: 10", "Expect: 100-continue", END))
+                for _ in range(20)
+            ]
             for connection in busy:
                 self.assertEqual(connection.recv(12), b"HTTP/1.1 100")
             with contextlib.suppress(ConnectionError):  # those that ask are not ended for it
@@ -2061,8 +2829,12 @@ class HTTPTest(unittest.TestCase):
         self.start()
         got = self.rest(self.connect(post_chat(END, stream=True)))
         self.assertTrue(got.endswith(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"), got[-60:])
-        for header in (b"Transfer-Encoding: chunked", b"Content-Type: text/event-stream",
-                       b"X-Accel-Buffering: no", b"Cache-Control: no-cache"):
+        for header in (
+            b"Transfer-Encoding: chunked",
+            b"Content-Type: text/event-stream",
+            b"X-Accel-Buffering: no",
+            b"Cache-Control: no-cache",
+        ):
             self.assertIn(header, got)
         got = self.rest(self.connect(post_chat(version="1.0", stream=True)))
         self.assertRegex(got, rb"(?s)\r\n\r\ndata: .*}\n\ndata: \[DONE]\n\n$")
@@ -2100,11 +2872,17 @@ class HTTPTest(unittest.TestCase):
         connection.sendall(chat_body())
         self.assertIn(b"HTTP/1.1 200", self.rest(connection))
         for expected, headers in (
-                (401, {}), (200, {"authorization": "bearer kee1"}), (200, {"X-Api-Key": "kee1"}),
-                (200, {"X-Api-Key": "se cond\u20ac".encode()}), (401, {"Authorization": "Bearer"}),
-                (200, {"Authorization": "Bearer x", "X-Api-Key": "kee1"}), (401, {"api-key": ""}),
-                (401, {"Authorization": "Basic kee1"}), (401, {"X-Api-Key": "\xff"}),
-                (401, {"api-key": "kee12"})):
+            (401, {}),
+            (200, {"authorization": "bearer kee1"}),
+            (200, {"X-Api-Key": "kee1"}),
+            (200, {"X-Api-Key": "se cond\u20ac".encode()}),
+            (401, {"Authorization": "Bearer"}),
+            (200, {"Authorization": "Bearer x", "X-Api-Key": "kee1"}),
+            (401, {"api-key": ""}),
+            (401, {"Authorization": "Basic kee1"}),
+            (401, {"X-Api-Key": "\xff"}),
+            (401, {"api-key": "kee12"}),
+        ):
             status, answered, _ = self.request("GET", "/v1/models", None, headers)
             self.assertEqual(status, expected, headers)
             self.assertEqual(answered["WWW-Authenticate"], "Bearer" if status == 401 else None)
@@ -2116,28 +2894,60 @@ class HTTPTest(unittest.TestCase):
         """Web pages of others get in neither under their own name nor under one of this machine."""
         own, free = "Access-Control-Allow-Origin", "http://localhost:3000"
         for changes, allowed, refused in (
-                ({"cors_origin": ["https://app.example"]},
-                 (free, "https://127.0.0.1", "http://[::1]:80", "app://x", "https://app.example",
-                  "tauri://localhost", "vscode-webview://1d", "vscode-file://vscode-app"),
-                 ("https://evil.example", "null", "http://localhost.evil.example", "",
-                  free + "\xe9")),
-                ({"cors_origin": ["*"]}, ("https://any.example",), ("null",))):
+            (
+                {"cors_origin": ["https://app.example"]},
+                (
+                    free,
+                    "https://127.0.0.1",
+                    "http://[::1]:80",
+                    "app://x",
+                    "https://app.example",
+                    "tauri://localhost",
+                    "vscode-webview://1d",
+                    "vscode-file://vscode-app",
+                ),
+                (
+                    "https://evil.example",
+                    "null",
+                    "http://localhost.evil.example",
+                    "",
+                    free + "\xe9",
+                ),
+            ),
+            ({"cors_origin": ["*"]}, ("https://any.example",), ("null",)),
+        ):
             self.start(**changes)
             for origin in (*allowed, *refused):
                 status, headers, _ = self.request("GET", "/v1/models", None, {"Origin": origin})
                 expected = (200, origin) if origin in allowed else (403, None)
                 self.assertEqual((status, headers[own]), expected, origin)
         self.assert_logged('403 error="Web pages of null may not .*--cors-origin null allows them"')
-        status, headers, body = self.request("OPTIONS", COMPLETIONS, None, {
-            "Origin": "app://x", "Access-Control-Request-Headers": "authorization,content-type"})
-        self.assertEqual((status, body, headers["Vary"], headers[own]),
-                         (204, b"", "Origin", "app://x"))
+        status, headers, body = self.request(
+            "OPTIONS",
+            COMPLETIONS,
+            None,
+            {"Origin": "app://x", "Access-Control-Request-Headers": "authorization,content-type"},
+        )
+        self.assertEqual(
+            (status, body, headers["Vary"], headers[own]), (204, b"", "Origin", "app://x")
+        )
         self.assertEqual(headers["Access-Control-Allow-Methods"], "OPTIONS, POST")
         self.assertEqual(headers["Access-Control-Allow-Headers"], "authorization,content-type")
         for expected, path, *hosts in (
-                (200, "/", "localhost", "LocalHost.:80", "x.localhost:1", "1.2.3.4", "[::1]:4141",
-                 socket.gethostname(), "host.docker.internal"), (200, "/health", "evil.example"),
-                (403, "/", "localhost.evil.example:4141", "1.2.3.4.x", "evil.example")):
+            (
+                200,
+                "/",
+                "localhost",
+                "LocalHost.:80",
+                "x.localhost:1",
+                "1.2.3.4",
+                "[::1]:4141",
+                socket.gethostname(),
+                "host.docker.internal",
+            ),
+            (200, "/health", "evil.example"),
+            (403, "/", "localhost.evil.example:4141", "1.2.3.4.x", "evil.example"),
+        ):
             for host in hosts:
                 self.assertEqual(self.request("GET", path, None, {"Host": host})[0], expected, host)
         self.start(host="0.0.0.0")
@@ -2159,26 +2969,44 @@ class HTTPTest(unittest.TestCase):
             self.assertTrue(self.rest(busy).startswith(expected))
             thread.join()
 
+
 # ----------------------------------------------------------------------- through the real opencode
-PNG = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJ"
-       "RU5ErkJggg==")
+PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJ"
+    "RU5ErkJggg=="
+)
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PNG}}
 HELLO = "Hello w\u00f6r\u2028ld"
 SYSTEM_PROMPT = re.compile(rb"agent|opencode|working directory", re.I)
 
+
 class RealTest(RealCase):
     """What the model receives and what the client gets, on the three wire formats."""
+
     def test_body_is_the_clients_own(self):
-        fields = {"temperature": 0, "top_p": 1.0, "max_completion_tokens": 6, "stop": ["zz"],
-                  "seed": 12345678901234567890, "logit_bias": {"7": 1}, "user": "u", "store": False,
-                  "metadata": {"a": "b"}, "unknown": {"2": [1, None], "1": 1.0}}
+        fields = {
+            "temperature": 0,
+            "top_p": 1.0,
+            "max_completion_tokens": 6,
+            "stop": ["zz"],
+            "seed": 12345678901234567890,
+            "logit_bias": {"7": 1},
+            "user": "u",
+            "store": False,
+            "metadata": {"a": "b"},
+            "unknown": {"2": [1, None], "1": 1.0},
+        }
         text = "w\u00f6rld \u2028 {file:/etc/passwd} {env:HOME} /help"
         for model in (CHAT, "local/m"):
             self.upstream.exchanges.clear()
             self.assertEqual(self.proxy.content(text, model=model, **fields), HELLO)
-            expected = {"model": model.partition("/")[2], "stream": True,
-                        "messages": [{"role": "user", "content": text}], **fields,
-                        "stream_options": {"include_usage": True}}
+            expected = {
+                "model": model.partition("/")[2],
+                "stream": True,
+                "messages": [{"role": "user", "content": text}],
+                **fields,
+                "stream_options": {"include_usage": True},
+            }
             self.assertEqual(self.exchange().raw.decode(), proxy.compact_json(expected))
         self.assertEqual(self.exchange().headers["x-opencode-proxy-session"], None)
 
@@ -2187,34 +3015,70 @@ class RealTest(RealCase):
         status, headers, data = self.proxy.request("POST", "/v1/chat/completions", body)
         head = json.loads(data.split(b"\n\n")[0][6:])
         self.assertRegex(head["id"], "^chatcmpl-[0-9a-f]{32}$")
-        frame = (f'data: {{"id":"{head["id"]}","object":"chat.completion.chunk",'
-                 f'"created":{head["created"]},"model":"{CHAT}",'
-                 '"system_fingerprint":"fp_opencode","choices":[')
+        frame = (
+            f'data: {{"id":"{head["id"]}","object":"chat.completion.chunk",'
+            f'"created":{head["created"]},"model":"{CHAT}",'
+            '"system_fingerprint":"fp_opencode","choices":['
+        )
         chunk = frame + '{"index":0,"delta":%s,"logprobs":null,"finish_reason":%s}],"usage":null}'
-        deltas = ('{"role":"assistant","content":""}', '{"content":"Hel"}', '{"content":"lo "}',
-                  '{"content":"w\\u00f6r\\u2028ld"}')
+        deltas = (
+            '{"role":"assistant","content":""}',
+            '{"content":"Hel"}',
+            '{"content":"lo "}',
+            '{"content":"w\\u00f6r\\u2028ld"}',
+        )
         usage = json.dumps(USAGE, separators=(",", ":"))
-        expected = [*(chunk % (delta, "null") for delta in deltas), chunk % ("{}", '"stop"'),
-                    f'{frame}],"usage":{usage}}}', "data: [DONE]", ""]
+        expected = [
+            *(chunk % (delta, "null") for delta in deltas),
+            chunk % ("{}", '"stop"'),
+            f'{frame}],"usage":{usage}}}',
+            "data: [DONE]",
+            "",
+        ]
         self.assertEqual(data.decode(), "\n\n".join(expected))
-        self.assertEqual((status, headers["Content-Type"], headers["Transfer-Encoding"]),
-                         (200, "text/event-stream; charset=utf-8", "chunked"))
+        self.assertEqual(
+            (status, headers["Content-Type"], headers["Transfer-Encoding"]),
+            (200, "text/event-stream; charset=utf-8", "chunked"),
+        )
 
     def test_answers(self):
         pieces = ['{"command": "x', '", "n": 1.0,', ' "big": 12345678901234567890}']
-        parts = (("thought", "hm"), ("text", "Let me "), ("call", "c1", "bash", pieces),
-                 ("call", "c2", "a.b", ["{}"]))
+        parts = (
+            ("thought", "hm"),
+            ("text", "Let me "),
+            ("call", "c1", "bash", pieces),
+            ("call", "c2", "a.b", ["{}"]),
+        )
         self.upstream.respond = answering(*parts, finish="tool_calls")
-        calls = [{"id": "c1", "type": "function",
-                  "function": {"name": "bash", "arguments": "".join(pieces)}},
-                 {"id": "c2", "type": "function", "function": {"name": "a.b", "arguments": "{}"}}]
+        calls = [
+            {
+                "id": "c1",
+                "type": "function",
+                "function": {"name": "bash", "arguments": "".join(pieces)},
+            },
+            {"id": "c2", "type": "function", "function": {"name": "a.b", "arguments": "{}"}},
+        ]
         tools = [{"type": "function", "function": {"name": name}} for name in ("bash", "a.b")]
         for name, model in FORMATS.items():
             _, answer = self.proxy.chat(model=model, tools=tools)
-            self.assertEqual(answer["choices"], [{
-                "index": 0, "logprobs": None, "finish_reason": "tool_calls", "message": {
-                    "role": "assistant", "content": "Let me ", "refusal": None,
-                    "reasoning_content": "hm", "tool_calls": calls}}], name)
+            self.assertEqual(
+                answer["choices"],
+                [
+                    {
+                        "index": 0,
+                        "logprobs": None,
+                        "finish_reason": "tool_calls",
+                        "message": {
+                            "role": "assistant",
+                            "content": "Let me ",
+                            "refusal": None,
+                            "reasoning_content": "hm",
+                            "tool_calls": calls,
+                        },
+                    }
+                ],
+                name,
+            )
             self.assertEqual((answer["model"], answer["usage"]["total_tokens"]), (model, 31))
             deltas = deltas_of(self.proxy.stream(model=model, tools=tools))
             self.assertEqual(deltas[1:3], [{"reasoning_content": "hm"}, {"content": "Let me "}])
@@ -2226,21 +3090,30 @@ class RealTest(RealCase):
 
     def test_headers_and_effort(self):
         call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-        history = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]},
-                   {"role": "tool", "tool_call_id": "c", "content": [PICTURE]}]
-        for messages, expected in (([{"role": "user", "content": "q"}], ("user", None)),
-                                   ([{"role": "user", "content": [PICTURE]}], ("user", "true")),
-                                   (history, ("agent", "true"))):
+        history = [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": [PICTURE]},
+        ]
+        for messages, expected in (
+            ([{"role": "user", "content": "q"}], ("user", None)),
+            ([{"role": "user", "content": [PICTURE]}], ("user", "true")),
+            (history, ("agent", "true")),
+        ):
             for name, model in FORMATS.items():
                 self.upstream.exchanges.clear()
-                status, answer = self.proxy.chat(model=model, messages=messages,
-                                                 reasoning_effort="high")
+                status, answer = self.proxy.chat(
+                    model=model, messages=messages, reasoning_effort="high"
+                )
                 self.assertEqual(status, 200, answer)
                 headers, body = self.exchange().headers, self.exchange().body
                 found = headers["x-initiator"], headers["Copilot-Vision-Request"]
                 self.assertEqual(found, expected, name)
-                efforts = (body.get("reasoning_effort"), body.get("reasoning", {}).get("effort"),
-                           body.get("output_config", {}).get("effort"))
+                efforts = (
+                    body.get("reasoning_effort"),
+                    body.get("reasoning", {}).get("effort"),
+                    body.get("output_config", {}).get("effort"),
+                )
                 self.assertIn("high", efforts, name)
 
     def test_finish_reasons_and_empty_answers(self):
@@ -2300,19 +3173,29 @@ class RealTest(RealCase):
             self.upstream.exchanges.clear()
             _, answer = self.proxy.chat(model=model, stop="STOP")
             choice = answer["choices"][0]
-            self.assertEqual((choice["message"]["content"], choice["finish_reason"]),
-                             ("one ", "stop"), name)
+            self.assertEqual(
+                (choice["message"]["content"], choice["finish_reason"]), ("one ", "stop"), name
+            )
             self.assertEqual(answer["usage"]["total_tokens"], 31, name)
             self.assertEqual([key] if key else [], [k for k in self.exchange().body if "stop" in k])
 
     def test_a_foreign_format(self):
         """What the proxy does not parse, opencode reads: text, reasoning, parameters, refusals."""
+
         def respond(exchange):
-            usage = {"promptTokenCount": 11, "candidatesTokenCount": 13, "thoughtsTokenCount": 7,
-                     "totalTokenCount": 31, "cachedContentTokenCount": 4}
+            usage = {
+                "promptTokenCount": 11,
+                "candidatesTokenCount": 13,
+                "thoughtsTokenCount": 7,
+                "totalTokenCount": 31,
+                "cachedContentTokenCount": 4,
+            }
             exchange.begin()
-            for part, more in (({"text": "hm", "thought": True}, {}), ({"text": "Hel"}, {}),
-                               ({"text": "lo"}, {"finishReason": "MAX_TOKENS"})):
+            for part, more in (
+                ({"text": "hm", "thought": True}, {}),
+                ({"text": "Hel"}, {}),
+                ({"text": "lo"}, {"finishReason": "MAX_TOKENS"}),
+            ):
                 content = {"role": "model", "parts": [part]}
                 candidates = [{"content": content, **more}]
                 exchange.send({"candidates": candidates, "usageMetadata": usage})
@@ -2322,10 +3205,22 @@ class RealTest(RealCase):
         for _ in range(2):  # the first one finds out that the format is foreign
             self.upstream.exchanges.clear()
             _, answer = self.proxy.chat(model="other/m", messages=messages, max_tokens=50)
-            self.assertEqual(answer["choices"], [{
-                "index": 0, "logprobs": None, "finish_reason": "length", "message": {
-                    "role": "assistant", "content": "Hello", "refusal": None,
-                    "reasoning_content": "hm"}}])
+            self.assertEqual(
+                answer["choices"],
+                [
+                    {
+                        "index": 0,
+                        "logprobs": None,
+                        "finish_reason": "length",
+                        "message": {
+                            "role": "assistant",
+                            "content": "Hello",
+                            "refusal": None,
+                            "reasoning_content": "hm",
+                        },
+                    }
+                ],
+            )
             self.assertEqual(answer["usage"], USAGE)
             sent = self.exchange().body
             self.assertEqual(sent["contents"], [{"role": "user", "parts": [{"text": "a"}]}])
@@ -2337,15 +3232,18 @@ class RealTest(RealCase):
         self.assertEqual((status, answer["error"]["message"]), (429, "slow down"))
         self.exchange()
         tool = {"type": "function", "function": {"name": "f"}}
-        for param, fields in (("messages", {"content": [PICTURE]}), ("tools", {"tools": [tool]}),
-                              ("response_format", {"response_format": {"type": "json_object"}})):
+        for param, fields in (
+            ("messages", {"content": [PICTURE]}),
+            ("tools", {"tools": [tool]}),
+            ("response_format", {"response_format": {"type": "json_object"}}),
+        ):
             status, answer = self.proxy.chat(model="other/m", **fields)
             self.assertEqual((status, answer["error"]["param"]), (400, param))
         self.exchange()
 
     def test_large_prompts(self):
         payload = PNG.rstrip("=") * 180000
-        payload = payload[:len(payload) // 4 * 4]
+        payload = payload[: len(payload) // 4 * 4]
         picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + payload}}
         for model in FORMATS.values():
             self.upstream.exchanges.clear()
@@ -2367,10 +3265,23 @@ class RealTest(RealCase):
 
     def test_pass_through(self):
         bodies = {
-            "/v1/responses": (RESPONSES, {"input": [{"role": "user", "content": "w\u00f6 1.0"}],
-                                          "reasoning": {"effort": "low"}, "metadata": {"a": "b"}}),
-            "/v1/messages": (MESSAGES, {"max_tokens": 7, "temperature": 1.0,
-                                        "messages": [{"role": "user", "content": "w\u00f6"}]})}
+            "/v1/responses": (
+                RESPONSES,
+                {
+                    "input": [{"role": "user", "content": "w\u00f6 1.0"}],
+                    "reasoning": {"effort": "low"},
+                    "metadata": {"a": "b"},
+                },
+            ),
+            "/v1/messages": (
+                MESSAGES,
+                {
+                    "max_tokens": 7,
+                    "temperature": 1.0,
+                    "messages": [{"role": "user", "content": "w\u00f6"}],
+                },
+            ),
+        }
         answer = b'event: a\r\ndata: {"text": "w\xc3\xb6r"}\r\n\r\n: odd\n\ndata: [DONE]\n\n'
 
         def respond(exchange):
@@ -2383,14 +3294,20 @@ class RealTest(RealCase):
                 self.upstream.respond = respond if stream else failing(200, '{"n": 1.0}')
                 body = {"model": model.partition("/")[2], **fields, "stream": stream}
                 status, headers, data = self.proxy.request(
-                    "POST", path, body, {"anthropic-beta": "a-1", "X-Private": "p"})
+                    "POST", path, body, {"anthropic-beta": "a-1", "X-Private": "p"}
+                )
                 expected = answer if stream else b'{"n": 1.0}'
                 self.assertEqual((status, data), (200, expected), path)
                 sent = dict(self.exchange().body)
                 self.assertIn(sent.pop("store", False), (False,))
                 self.assertEqual(sent, body)
-                self.assertEqual((self.exchange().headers["anthropic-beta"],
-                                  self.exchange().headers["X-Private"]), ("a-1", None))
+                self.assertEqual(
+                    (
+                        self.exchange().headers["anthropic-beta"],
+                        self.exchange().headers["X-Private"],
+                    ),
+                    ("a-1", None),
+                )
             self.upstream.respond = failing(429, '{"odd": 1}', Retry_After="3")
             status, headers, data = self.proxy.request("POST", path, body)
             self.assertEqual((status, data, headers["Retry-After"]), (429, b'{"odd": 1}', "3"))
@@ -2404,8 +3321,10 @@ class RealTest(RealCase):
             self.assertEqual("type" in json.loads(data), path == "/v1/messages")
             self.assertEqual(self.upstream.exchanges, [])
 
+
 class RealFaultTest(RealCase):
     """Every fault reaches the client at once, once, and with one POST."""
+
     changes = {"requests_per_process": 40, "timeout": 3.0}
     PART = chat_chunk({"content": "part"})
 
@@ -2417,8 +3336,9 @@ class RealFaultTest(RealCase):
         self.assertEqual((got, answer["error"]["code"]), (status, code), answer)
         self.assertIn(text, answer["error"]["message"])
         if broken is None:
-            got, _, data = self.proxy.request("POST", "/v1/chat/completions",
-                                              chat_body(model=model, stream=True))
+            got, _, data = self.proxy.request(
+                "POST", "/v1/chat/completions", chat_body(model=model, stream=True)
+            )
             self.assertEqual((got, json.loads(data)["error"]["code"]), (status, code))
         else:
             events = self.proxy.stream(model=model)
@@ -2443,20 +3363,32 @@ class RealFaultTest(RealCase):
                 exchange.send(*events)
                 time.sleep(0.2)
                 then(exchange)
+
             return respond
 
         error = {"error": {"message": "the words", "code": "c"}}
         for respond, status, code, text, broken in (
-                (lambda exchange: exchange.drop(), 502, "upstream_unreachable", "connection", None),
-                (begun(self.PART, then=Exchange.drop), 502, "incomplete_answer", "did not finish",
-                 "incomplete_answer"),
-                (begun(self.PART), 502, "incomplete_answer", "did not finish", "incomplete_answer"),
-                (begun(self.PART, error), 502, "c", "the words", "c"),
-                (begun("rubbish"), 502, "incomplete_answer", "bad data", None),
-                (failing(200, error), 502, "c", "the words", None),
-                (begun(then=Exchange.wait_closed), 504, "timeout", "nothing for 3 seconds", None),
-                (begun(self.PART, then=Exchange.wait_closed), 504, "timeout", "nothing for 3",
-                 "timeout")):
+            (lambda exchange: exchange.drop(), 502, "upstream_unreachable", "connection", None),
+            (
+                begun(self.PART, then=Exchange.drop),
+                502,
+                "incomplete_answer",
+                "did not finish",
+                "incomplete_answer",
+            ),
+            (begun(self.PART), 502, "incomplete_answer", "did not finish", "incomplete_answer"),
+            (begun(self.PART, error), 502, "c", "the words", "c"),
+            (begun("rubbish"), 502, "incomplete_answer", "bad data", None),
+            (failing(200, error), 502, "c", "the words", None),
+            (begun(then=Exchange.wait_closed), 504, "timeout", "nothing for 3 seconds", None),
+            (
+                begun(self.PART, then=Exchange.wait_closed),
+                504,
+                "timeout",
+                "nothing for 3",
+                "timeout",
+            ),
+        ):
             with self.subTest(text=text, broken=broken):
                 self.check(respond, status, code, text, broken)
 
@@ -2473,6 +3405,7 @@ class RealFaultTest(RealCase):
 
     def test_slow_answers(self):
         """opencode's own time-outs, a second in Upstream.login, cut nothing."""
+
         def respond(exchange):
             time.sleep(2)
             exchange.begin()
@@ -2484,8 +3417,10 @@ class RealFaultTest(RealCase):
         self.assertEqual(self.proxy.content(), "ab")
         self.exchange()
 
+
 class RealFilesTest(unittest.TestCase):
     """The user's files, and the program as a user runs it."""
+
     def setUp(self):
         self.path = real_opencode()
         self.stack = contextlib.ExitStack()
@@ -2556,8 +3491,9 @@ class RealFilesTest(unittest.TestCase):
 
     def test_nothing_of_the_machine_and_nothing_left(self):
         (self.folder / "AGENTS.md").write_text("Answer like a pirate.")
-        running = self.start({"spares": 0}, instructions=[str(self.folder / "AGENTS.md")],
-                             username="somebody")
+        running = self.start(
+            {"spares": 0}, instructions=[str(self.folder / "AGENTS.md")], username="somebody"
+        )
         known = set(self.folder.rglob("*"))
         self.assertEqual(running.content("a private prompt", tools=[]), HELLO)
         (exchange,) = self.upstream.exchanges
@@ -2601,9 +3537,20 @@ class RealFilesTest(unittest.TestCase):
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             program = subprocess.Popen(
-                [sys.executable, str(HERE / "opencode_proxy.py"), "--host", "127.0.0.1", "--port",
-                 str(port), "--opencode", self.path], stderr=subprocess.PIPE,
-                universal_newlines=True, env={**variables, "TMPDIR": str(temporary)})
+                [
+                    sys.executable,
+                    str(HERE / "opencode_proxy.py"),
+                    "--host",
+                    "127.0.0.1",
+                    "--port",
+                    str(port),
+                    "--opencode",
+                    self.path,
+                ],
+                stderr=subprocess.PIPE,
+                universal_newlines=True,
+                env={**variables, "TMPDIR": str(temporary)},
+            )
             self.stack.callback(program.stderr.close)
             self.stack.callback(program.kill)
             while "base URL" not in program.stderr.readline():
@@ -2615,8 +3562,10 @@ class RealFilesTest(unittest.TestCase):
             self.assertTrue(eventually(lambda: not self.living_in(temporary)))
         self.assertEqual(list(temporary.glob("opencode-proxy-*")), [])
 
+
 class RealLoginTest(RealCase):
     """With a login as it really is: GPT over /responses, Claude over /messages, ChatGPT."""
+
     provider = Services
 
     def test_live_models_choose_their_formats(self):
@@ -2626,19 +3575,36 @@ class RealLoginTest(RealCase):
         self.assertEqual(live, {"github-copilot/" + row[0] for row in OFFERS})
         for name, model in LIVE.items():
             self.upstream.exchanges.clear()
-            for fields in ({}, {"max_tokens": 1, "temperature": 0.5, "top_p": 0.5, "user": "u",
-                                "stop": ["\n\n"], "metadata": {"a": "b"}},
-                           {"messages": [{"role": "system", "content": "S"},
-                                         {"role": "user", "content": "q"}]}):
+            for fields in (
+                {},
+                {
+                    "max_tokens": 1,
+                    "temperature": 0.5,
+                    "top_p": 0.5,
+                    "user": "u",
+                    "stop": ["\n\n"],
+                    "metadata": {"a": "b"},
+                },
+                {
+                    "messages": [
+                        {"role": "system", "content": "S"},
+                        {"role": "user", "content": "q"},
+                    ]
+                },
+            ):
                 status, answer = self.proxy.chat(model=model, **fields)
-                self.assertEqual((status, answer.get("usage", {}).get("total_tokens")), (200, 31),
-                                 (model, answer))
+                self.assertEqual(
+                    (status, answer.get("usage", {}).get("total_tokens")),
+                    (200, 31),
+                    (model, answer),
+                )
             formats = {exchange.format for exchange in self.upstream.exchanges}
             self.assertEqual(formats, {"responses" if name == "chatgpt" else name})
         last = self.upstream.exchanges[-1].body
         self.assertEqual((last["instructions"], last["store"]), ("S", False))
-        self.assertEqual(last["input"], [{"role": "user", "content": [
-            {"type": "input_text", "text": "q"}]}])
+        self.assertEqual(
+            last["input"], [{"role": "user", "content": [{"type": "input_text", "text": "q"}]}]
+        )
         self.assertLessEqual(set(self.upstream.hosts), {COPILOT, CHATGPT})
 
     def test_claude_is_asked_for_no_more_than_it_has(self):
@@ -2654,9 +3620,11 @@ class RealLoginTest(RealCase):
         self.assertEqual((body["reasoning"]["effort"], "temperature" in body), ("low", False))
         self.assertNotIn("prompt_cache_key", body)
 
+
 # ------------------------------------------------------------------------------------- real clients
 class RealOpenAITest(RealCase):
     """The `openai` library, unchanged, on all wire formats."""
+
     HELLO = [{"role": "user", "content": "hi"}]
 
     @classmethod
@@ -2680,15 +3648,20 @@ class RealOpenAITest(RealCase):
             url = str(self.client.base_url)
             async with self.openai.AsyncOpenAI(base_url=url, api_key="any") as client:
                 stream = await client.chat.completions.create(
-                    model=model, messages=self.HELLO, stream=True)
+                    model=model, messages=self.HELLO, stream=True
+                )
                 return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
         for model in FORMATS.values():
             answer = self.create(model=model, messages=self.HELLO)
             text = answer.choices[0].message.content
             self.assertEqual((text, answer.usage.total_tokens), (HELLO, 31))
-            with self.create(model=model, messages=self.HELLO, stream=True,
-                             stream_options={"include_usage": True}) as stream:
+            with self.create(
+                model=model,
+                messages=self.HELLO,
+                stream=True,
+                stream_options={"include_usage": True},
+            ) as stream:
                 *chunks, last = list(stream)
             text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
             self.assertEqual((text, last.usage.total_tokens), (HELLO, 31))
@@ -2700,22 +3673,34 @@ class RealOpenAITest(RealCase):
         def respond(exchange):
             if b"sunny" in exchange.raw:
                 return answering(("text", "It is sunny"))(exchange)
-            return answering(("call", "call_1", "weather", ['{"city": "Par', 'is"}']),
-                             finish="tool_calls")(exchange)
+            return answering(
+                ("call", "call_1", "weather", ['{"city": "Par', 'is"}']), finish="tool_calls"
+            )(exchange)
 
         self.upstream.respond = respond
-        tools = [{"type": "function", "function": {"name": "weather", "parameters": {
-            "type": "object", "properties": {"city": {"type": "string"}}}}}]
+        tools = [
+            {
+                "type": "function",
+                "function": {
+                    "name": "weather",
+                    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+                },
+            }
+        ]
         for model in FORMATS.values():
             messages = list(self.HELLO)
             with self.client.chat.completions.stream(
-                    model=model, messages=messages, tools=tools) as stream:
+                model=model, messages=messages, tools=tools
+            ) as stream:
                 message = stream.get_final_completion().choices[0].message
             call = message.tool_calls[0]
-            self.assertEqual((call.function.name, call.function.arguments),
-                             ("weather", '{"city": "Paris"}'))
-            messages += [message.model_dump(exclude_none=True, exclude={"parsed"}),
-                         {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
+            self.assertEqual(
+                (call.function.name, call.function.arguments), ("weather", '{"city": "Paris"}')
+            )
+            messages += [
+                message.model_dump(exclude_none=True, exclude={"parsed"}),
+                {"role": "tool", "tool_call_id": call.id, "content": "sunny"},
+            ]
             answer = self.create(model=model, messages=messages, tools=tools)
             self.assertEqual(answer.choices[0].message.content, "It is sunny")
 
@@ -2728,16 +3713,19 @@ class RealOpenAITest(RealCase):
         self.upstream.respond = answering(("text", '{"name":'), ("text", '"Paris"}'))
         for model in FORMATS.values():
             answer = self.client.chat.completions.parse(
-                model=model, messages=self.HELLO, response_format=City)
+                model=model, messages=self.HELLO, response_format=City
+            )
             self.assertEqual(answer.choices[0].message.parsed, City(name="Paris"))
             self.assertIn(b'"json_schema"', self.upstream.exchanges[-1].raw)
 
     def test_responses(self):
         stream = self.client.responses.create(model="gpt-5.4-mini", input="hi", stream=True)
         events = list(stream)
-        text = "".join(event.delta for event in events
-                       if event.type == "response.output_text.delta")
+        text = "".join(
+            event.delta for event in events if event.type == "response.output_text.delta"
+        )
         self.assertEqual((text, events[-1].response.usage.total_tokens), (HELLO, 31))
+
 
 NPM = os.environ.get("OPENCODE_PROXY_TEST_NPM")
 AI_SDK = r"""
@@ -2760,8 +3748,10 @@ out.object = (await generateObject({ model, prompt: "object", schema })).object
 console.log(JSON.stringify(out))
 """
 
+
 class RealAISDKTest(RealCase):
     """The `ai` SDK, unchanged, on all wire formats."""
+
     def test_text_stream_tools_and_object(self):
         if not NPM or not shutil.which("node"):
             missing("the npm packages ai and @ai-sdk/openai-compatible")
@@ -2781,12 +3771,25 @@ class RealAISDKTest(RealCase):
         script.write_text(AI_SDK)
         url = f"http://127.0.0.1:{self.proxy.port}/v1"
         for model in FORMATS.values():
-            run = subprocess.run(["node", str(script), url, model], stdout=subprocess.PIPE,
-                                 stderr=subprocess.STDOUT, timeout=DEADLINE, check=False)
+            run = subprocess.run(
+                ["node", str(script), url, model],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=DEADLINE,
+                check=False,
+            )
             self.assertEqual(run.returncode, 0, run.stdout)
-            self.assertEqual(json.loads(run.stdout.splitlines()[-1]), {
-                "text": "Hello", "tokens": 31, "pieces": ["Hel", "lo"], "tools": "It is sunny",
-                "object": {"name": "Paris"}})
+            self.assertEqual(
+                json.loads(run.stdout.splitlines()[-1]),
+                {
+                    "text": "Hello",
+                    "tokens": 31,
+                    "pieces": ["Hel", "lo"],
+                    "tools": "It is sunny",
+                    "object": {"name": "Paris"},
+                },
+            )
+
 
 if __name__ == "__main__":
     unittest.main()

@@ -7,6 +7,7 @@ See rig.py for what runs. Times are medians, in seconds; an answer takes one sec
 of the measure says nothing else. Of several requests at once "all done" is when the last one was.
 "Spaced" means that a fresh process was ready and nothing else went on.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -32,8 +33,19 @@ import rig
 
 IDLE_CONNECTIONS = 500
 DELTAS = 20_000
-COLUMNS = ("", "requests", "first content", "more than direct", "ms per token", "all done",
-           "POSTs", "prompt bytes", "CPU s", "PSS MB", "correct")
+COLUMNS = (
+    "",
+    "requests",
+    "first content",
+    "more than direct",
+    "ms per token",
+    "all done",
+    "POSTs",
+    "prompt bytes",
+    "CPU s",
+    "PSS MB",
+    "correct",
+)
 
 
 class Answer(typing.NamedTuple):
@@ -59,8 +71,11 @@ def ask(url, question):
             text = choice["delta" if question.stream else "message"].get("content")
             if text:
                 texts.append((arrival, text))
-    delays = [arrival - float(token.rpartition(":")[2])
-              for arrival, text in texts for token in text.split()]
+    delays = [
+        arrival - float(token.rpartition(":")[2])
+        for arrival, text in texts
+        for token in text.split()
+    ]
     correct = question.is_answered_by("".join(text for _, text in texts))
     return Answer(texts[0][0] - start if texts else math.nan, delays, end - start, correct)
 
@@ -91,7 +106,7 @@ class Cost:
     def __exit__(self, *_):
         self._ended.set()
         self._watcher.join()
-        self.sizes = [size for _, size in self.bench.posts()[self._posts:]]
+        self.sizes = [size for _, size in self.bench.posts()[self._posts :]]
         if self.pid:
             self.cpu = rig.cpu_seconds(self.pid) - self._cpu
 
@@ -105,7 +120,8 @@ class Bench:
         self.many = 3 if options.quick else 10
         command = [sys.executable, rig.__file__]
         self.provider = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.direct = self.provider.stdout.readline().strip()
         self.environment = rig.make_home(folder, self.direct)
 
@@ -143,8 +159,19 @@ class Bench:
         end = median(max(answer.end for answer in wave) for wave in waves)
         if name.startswith("direct"):
             self.baseline = first
-        row = (name, count, first, first - self.baseline, delay, end, len(cost.sizes) / count,
-               median(cost.sizes), cost.cpu / count, cost.memory, correct)
+        row = (
+            name,
+            count,
+            first,
+            first - self.baseline,
+            delay,
+            end,
+            len(cost.sizes) / count,
+            median(cost.sizes),
+            cost.cpu / count,
+            cost.memory,
+            correct,
+        )
         self.rows.append(row)
         print(f"  {name}: first content {first:.3f}, all done {end:.2f}", file=sys.stderr)
 
@@ -174,8 +201,9 @@ class Bench:
 
     def cold(self):
         with self.proxy("--spares", "0") as proxy:
-            self.measure("cold (--spares 0)", proxy.url, self.many // 2 + 1,
-                         before=proxy.settle, proxy=proxy)
+            self.measure(
+                "cold (--spares 0)", proxy.url, self.many // 2 + 1, before=proxy.settle, proxy=proxy
+            )
 
     def reuse(self):
         count = 15 if self.options.quick else 50
@@ -187,7 +215,8 @@ class Bench:
         self.notes.append(
             f"CPU seconds per request, {count} in a row with --requests-per-process {count}, all "
             f"starts included: {done / count:.2f}; with the start of the next process, that has "
-            f"served nothing yet: {settled / count:.2f}")
+            f"served nothing yet: {settled / count:.2f}"
+        )
 
     def open_webui(self):
         """A message; when it is answered 3 tasks at once; the next message 1 s later."""
@@ -197,8 +226,9 @@ class Bench:
             for _ in range(2 if self.options.quick else 5):
                 others.append(ask(proxy.url, rig.Question()))
                 with concurrent.futures.ThreadPoolExecutor(3) as threads:
-                    tasks = [threads.submit(ask, proxy.url, rig.Question(stream=False))
-                             for _ in range(3)]
+                    tasks = [
+                        threads.submit(ask, proxy.url, rig.Question(stream=False)) for _ in range(3)
+                    ]
                     time.sleep(1)
                     messages.append([ask(proxy.url, rig.Question())])
                 others += [task.result() for task in tasks]
@@ -227,8 +257,10 @@ class Bench:
                 connection = socket.create_connection((address.hostname, address.port))
                 stack.enter_context(connection)
             time.sleep(1)
-            self.notes.append(f"the proxy's own memory: {before:.0f} MB, with {IDLE_CONNECTIONS} "
-                              f"idle connections {rig.pss([proxy.pid]):.0f} MB")
+            self.notes.append(
+                f"the proxy's own memory: {before:.0f} MB, with {IDLE_CONNECTIONS} "
+                f"idle connections {rig.pss([proxy.pid]):.0f} MB"
+            )
 
     def opencode_run(self):
         """`opencode run`, a process for each request, prints the answer when it is complete."""
@@ -238,8 +270,13 @@ class Bench:
                 question, start = rig.Question(), time.monotonic()
                 command = [self.options.opencode, "run", "--model", "github-copilot/gpt-5-mini"]
                 done = subprocess.run(
-                    [*command, question.text], env=self.environment, cwd=self.folder, text=True,
-                    stdin=subprocess.DEVNULL, capture_output=True)
+                    [*command, question.text],
+                    env=self.environment,
+                    cwd=self.folder,
+                    text=True,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                )
                 taken = time.monotonic() - start
                 waves.append([Answer(taken, [], taken, question.is_answered_by(done.stdout))])
         self.add("opencode run", waves, cost)
@@ -257,23 +294,40 @@ class Bench:
                 size = megabytes * 1_000_000
                 image = "data:image/png;base64,iVBORw0KGgo" + "A" * (size + 1)
                 for kind, part in (
-                        ("image", {"type": "image_url", "image_url": {"url": image}}),
-                        ("text", {"type": "text", "text": "a word " * (size // 7)})):
+                    ("image", {"type": "image_url", "image_url": {"url": image}}),
+                    ("text", {"type": "text", "text": "a word " * (size // 7)}),
+                ):
                     name = f"{megabytes} MB of {kind}"
                     question = {"tokens": 4, "parts": [part]}
                     self.measure(f"direct, {name}", self.direct, 3, **question)
                     self.measure(name, proxy.url, 3, before=proxy.settle, proxy=proxy, **question)
 
 
-MEASURES = ("spaced", "back_to_back", "at_once", "cold", "reuse", "open_webui", "deltas", "idle",
-            "rivals", "prompts", "opencode_run")
+MEASURES = (
+    "spaced",
+    "back_to_back",
+    "at_once",
+    "cold",
+    "reuse",
+    "open_webui",
+    "deltas",
+    "idle",
+    "rivals",
+    "prompts",
+    "opencode_run",
+)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     rig.add_options(parser)
-    parser.add_argument("--url", action="append", default=[], metavar="NAME=URL",
-                        help="another server to measure, with its base URL")
+    parser.add_argument(
+        "--url",
+        action="append",
+        default=[],
+        metavar="NAME=URL",
+        help="another server to measure, with its base URL",
+    )
     parser.add_argument("--only", metavar="NAME,...", help=f"some of: {', '.join(MEASURES)}")
     parser.add_argument("--quick", action="store_true", help="a third of the requests")
     options = parser.parse_args()

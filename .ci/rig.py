@@ -5,6 +5,7 @@ seconds (one second in all where nothing else is said). Each token carries the q
 mark, so that an answer to somebody else is noticed, and says when it was sent, so that its delay
 is known. The program runs as a user runs it, with the real opencode, in a HOME of its own.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -35,6 +36,7 @@ QUIET_SECONDS, QUIET_SHARE = 0.3, 0.1  # what uses less of a processor for so lo
 
 
 # ---------------------------------------------------------------------------------- the provider
+
 
 class Provider(http.server.BaseHTTPRequestHandler):
     """Answers questions in chat completions; `GET /posts` tells the marks and sizes so far."""
@@ -102,6 +104,7 @@ def serve(handler):
 
 # ------------------------------------------------------------------------------------ the client
 
+
 class Question:
     """A request whose answer is known; `parts` are more parts of its message."""
 
@@ -143,10 +146,11 @@ def events(pieces):
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             if line.startswith((b"data: {", b"{")):
-                yield arrival, json.loads(line[line.index(b"{"):])
+                yield arrival, json.loads(line[line.index(b"{") :])
 
 
 # --------------------------------------------------------------------------------- the processes
+
 
 def stat(pid):
     """Return the fields of a process in the kernel's list from its state on; [] if it is gone."""
@@ -188,8 +192,11 @@ def ports_of(pid):
     sockets = {os.readlink(path) for path in pathlib.Path(f"/proc/{pid}/fd").iterdir()}
     _, *rows = pathlib.Path(f"/proc/{pid}/net/tcp").read_text().splitlines()
     connections = [row.split() for row in rows]  # its own and those of everybody else
-    return {int(connection[1].rpartition(":")[2], 16) for connection in connections
-            if f"socket:[{connection[9]}]" in sockets}
+    return {
+        int(connection[1].rpartition(":")[2], 16)
+        for connection in connections
+        if f"socket:[{connection[9]}]" in sockets
+    }
 
 
 def wait_until(condition, seconds=PATIENCE_SECONDS):
@@ -207,12 +214,17 @@ def make_home(folder, url):
     login = {"type": "oauth", "refresh": "x", "access": "x", "expires": 0}
     config = {"provider": {"github-copilot": {"options": {"baseURL": url}}}}
     (folder / "tmp").mkdir()
-    for name, content in ((".local/share/opencode/auth.json", {"github-copilot": login}),
-                          (".config/opencode/opencode.json", config)):
+    for name, content in (
+        (".local/share/opencode/auth.json", {"github-copilot": login}),
+        (".config/opencode/opencode.json", config),
+    ):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text(json.dumps(content))
-    environment = {name: value for name, value in os.environ.items()
-                   if not name.startswith(("XDG_", "OPENCODE"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("XDG_", "OPENCODE"))
+    }
     return {**environment, "HOME": str(folder), "TMPDIR": str(folder / "tmp")}
 
 
@@ -224,8 +236,17 @@ class Proxy:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.address = f"http://127.0.0.1:{free.getsockname()[1]}"
         self.url = self.address + "/v1"
-        command = [sys.executable, program, "--host", "127.0.0.1", "--opencode", opencode,
-                   "--port", self.address.rpartition(":")[2], *arguments]
+        command = [
+            sys.executable,
+            program,
+            "--host",
+            "127.0.0.1",
+            "--opencode",
+            opencode,
+            "--port",
+            self.address.rpartition(":")[2],
+            *arguments,
+        ]
         self.log = pathlib.Path(environment["HOME"], "proxy.log")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, env=environment, stderr=log)

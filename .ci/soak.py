@@ -7,6 +7,7 @@ Some clients hang up, and now and then a process of the real opencode gets SIGKI
 Every answer must be its own, no choice may be POSTed twice, nothing may be lost but what was
 killed after its body had been handed over, and nothing may be left over.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,12 +37,21 @@ SOON_SECONDS = 2.0  # after a kill its victims' clients have been told
 LEAVE_SECONDS = 1.5  # within which a client hangs up
 SPARES = 1  # the default
 MORE_FILES = 4  # and threads than at first may be there at the end
-KINDS = ("whole", "stream", "whole tools", "stream tools", "whole choices", "stream choices",
-         "whole hang-up", "stream hang-up")
+KINDS = (
+    "whole",
+    "stream",
+    "whole tools",
+    "stream tools",
+    "whole choices",
+    "stream choices",
+    "whole hang-up",
+    "stream hang-up",
+)
 TEXT = {"type": "object", "properties": {"text": {"type": "string"}}}
-FIELDS = {"tools": {"tools": [{"type": "function",
-                               "function": {"name": "tell", "parameters": TEXT}}]},
-          "choices": {"n": 2}}
+FIELDS = {
+    "tools": {"tools": [{"type": "function", "function": {"name": "tell", "parameters": TEXT}}]},
+    "choices": {"n": 2},
+}
 
 
 class Provider(rig.Provider):
@@ -68,9 +78,12 @@ class Client:
     def __init__(self, chance):
         self.kind = chance.choice(KINDS)
         self.choices = 2 if "choices" in self.kind else 1
-        self.question = rig.Question(chance.randint(1, 30), chance.uniform(0, 0.05),
-                                     stream="stream" in self.kind,
-                                     **FIELDS.get(self.kind.split()[-1], {}))
+        self.question = rig.Question(
+            chance.randint(1, 30),
+            chance.uniform(0, 0.05),
+            stream="stream" in self.kind,
+            **FIELDS.get(self.kind.split()[-1], {}),
+        )
         self.leaves = "hang-up" in self.kind and chance.uniform(0.001, LEAVE_SECONDS)
         self.lost, self.wrong, self.ended = "", "", 0.0
 
@@ -203,9 +216,11 @@ def main():
         faults += [f"{client.kind} was lost without a POST: {client.lost}" for client in unseen]
     print(*faults, sep="\n", end="\n" if faults else "")
     lost, left = sum(bool(client.lost) for client in asked), sum(bool(c.leaves) for c in asked)
-    print(f"{len(asked)} requests in {time.monotonic() - start:.0f} s, {left} hung up, {lost} lost "
-          f"to {len(killer.times)} kills ({len(unseen)} before the POST): {len(faults)} faults "
-          f"(seed {options.seed})")
+    print(
+        f"{len(asked)} requests in {time.monotonic() - start:.0f} s, {left} hung up, {lost} lost "
+        f"to {len(killer.times)} kills ({len(unseen)} before the POST): {len(faults)} faults "
+        f"(seed {options.seed})"
+    )
     return 1 if faults else 0
 
 
