@@ -62,31 +62,48 @@ SUCCESSORS = ("github-copilot/gpt-5-mini", "github-copilot/gpt-5.4-mini", "githu
 MIN_OPENCODE = (1, 17, 0)  # older ones send no session header or keep sessions on disk
 LOOK_SECONDS = 0.25  # the longest wait of any kind: then somebody looks whether to go on waiting
 
-# requests and connections: threads, open files, memory, and one client's share of the processes
-MAX_CHOICES, MAX_STOP_SEQUENCES = 8, 64  # each is a turn; each is looked for in every delta
-MAX_CONNECTIONS, RESERVED_FILES = 2000, 200  # files: of those allowed, for the processes' pipes
-MAX_BODIES_BYTES = 512 << 20  # bodies held for all requests that are read, wait or are answered
-MAX_READ_AHEAD_BYTES = 64 << 10  # what a client sends while its request is being answered
-MAX_DRAIN_BYTES, DRAIN_SECONDS = 64 << 20, 5.0  # a refused body is read: so is the refusal then
-IDLE_SECONDS, BODY_SECONDS = 60.0, 120.0  # without a complete head of a request; until its body
-WRITE_SECONDS = 60.0  # in which a client takes nothing of its answer
-SEND_BUFFER_BYTES = 256 << 10  # of an answer that a client has not taken yet
-PING_SECONDS = 15.0  # of silence in a stream: middleboxes close what is silent
+# ------------------------------------------------------------------------------------------- limits
+# Each says what it protects, or what it protects against.
 
-# opencode: a process that runs away, hangs or grows
-MAX_LINE_BYTES = MAX_EVENT_BYTES = 16 << 20  # of its output; one event of a provider's stream
-MAX_STDERR_BYTES, MAX_ERROR_CHARACTERS = 4 << 10, 64 << 10  # errors: an answer that is no stream
-MAX_TURNS_PER_PROCESS = 32
-MIN_MEMORY_BYTES = 3 << 30  # of the machine, for processes that collect no garbage
-WORN_PROCESS_BYTES = 1 << 30  # a fresh process takes the place of one that has grown past this
-MAX_PROCESS_BYTES = 3 << 29  # ... and past this it serves nothing more
-START_SECONDS = 60.0  # for each answer of a process to the proxy
-FIFO_SECONDS, STOP_SECONDS = 30.0, 2.0  # it takes nothing of a body; from SIGTERM to SIGKILL
-WORN_SECONDS, CATALOG_SECONDS = 1800.0, 6 * 3600.0  # of this age they are renewed: models change
-KEEP_WARM_SECONDS = 300.0  # processes beyond --spares that could serve more end when idle so long
-TEND_SECONDS, MAX_RETRY_SECONDS = 5.0, 60.0  # between looks at the spares; ... while starts fail
+# What one client may ask for.
+MAX_CHOICES = 8  # each is a turn of its own
+MAX_STOP_SEQUENCES = 64  # each is looked for in every delta
+MAX_BODIES_BYTES = 512 << 20  # memory: bodies of all requests that are read, wait or are answered
+MAX_READ_AHEAD_BYTES = 64 << 10  # memory: what a client sends while its request is being answered
+MAX_DRAIN_BYTES = 64 << 20  # of a refused body that is read, so that the client reads the refusal
+DRAIN_SECONDS = 5.0  # ... and the time for it
+
+# Connections: threads and open files.
+MAX_CONNECTIONS = 2000  # each has a thread
+RESERVED_FILES = 200  # of the open files that are allowed, for the pipes of the processes
+IDLE_SECONDS = 60.0  # a connection without a complete head of a request
+BODY_SECONDS = 120.0  # a request whose body does not arrive
+WRITE_SECONDS = 60.0  # a client that takes nothing of its answer
+SEND_BUFFER_BYTES = 256 << 10  # memory: what a client has not taken of its answer yet
+PING_SECONDS = 15.0  # middleboxes close a stream that is silent for long
+
+# Processes that run away, hang or grow.
+MAX_LINE_BYTES = 16 << 20  # memory: a line of a process's output
+MAX_EVENT_BYTES = 16 << 20  # memory: an event of a provider's stream
+MAX_STDERR_BYTES = 4 << 10  # memory: the end of what a process says on stderr
+MAX_ERROR_CHARACTERS = 64 << 10  # memory: the beginning of an answer that may be no stream
+MAX_TURNS_PER_PROCESS = 32  # answers that a process which ends takes with it
+MIN_MEMORY_BYTES = 3 << 30  # a machine with less does not bear processes that collect no garbage
+WORN_PROCESS_BYTES = 1 << 30  # memory: a fresh process takes the place of one that is larger
+MAX_PROCESS_BYTES = 3 << 29  # memory: a larger one serves nothing more
 MAX_ATTEMPTS = 3  # processes that may fail a request before it fails
-FINISH_SECONDS, CUT_SECONDS = 3.0, 1.0  # for the rest after a finish_reason; after a stop sequence
+START_SECONDS = 60.0  # a process that does not answer the proxy
+FIFO_SECONDS = 30.0  # a process that takes nothing of a body
+STOP_SECONDS = 2.0  # a process that does not end: from SIGTERM to SIGKILL
+
+# When things are done again.
+WORN_SECONDS = 1800.0  # a process of this age is replaced
+CATALOG_SECONDS = 6 * 3600.0  # the catalog is read again: providers change their models
+KEEP_WARM_SECONDS = 300.0  # processes beyond --spares that could serve more end when idle so long
+TEND_SECONDS = 5.0  # between looks at the user's files and the processes
+MAX_RETRY_SECONDS = 60.0  # between starts while they fail
+FINISH_SECONDS = 3.0  # for the rest of an answer (its usage) after the finish_reason
+CUT_SECONDS = 1.0  # ... and after a stop sequence
 TAKEN_CHARACTERS = 256 << 10  # of an answer, told to the plugin: it relays 1 MiB ahead
 QUEUE_RETRY_SECONDS = 5  # told to clients that are refused for want of room
 
