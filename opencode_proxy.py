@@ -1119,128 +1119,121 @@ class NativeExchange:
         yield Piece(body, finish_reason="stop")
 
 
-# ------------------------------------------------------------------------------------------- plugin
-# JavaScript that every opencode process loads. It reports the request that opencode wants to send,
-# sends Python's body instead, once for each session, and relays the answer; opencode is refused.
-PLUGIN = r"""
-import { createReadStream } from "node:fs"
-const HEADER = "x-opencode-proxy-session"
-const MAX_AHEAD = 1 << 20 // characters of an answer that Python has not taken yet
-const proxy = (globalThis.opencodeProxy ??= { turns: new Map(), fetch: globalThis.fetch })
-const report = (kind, sessionId, params) => process.stdout.write(JSON.stringify(
-  { jsonrpc: "2.0", method: "proxy/" + kind, params: { sessionId, ...params } }) + "\n")
-const turnOf = (id) => proxy.turns.get(id) ?? proxy.turns.set(id, { // for Python's line or a hook
-  ahead: 0, types: {}, known: Promise.withResolvers(), body: Promise.withResolvers() }).get(id)
-const obey = {
-  turn: (turn, payload) => turn.known.resolve(Object.assign(turn, JSON.parse(payload))),
-  headers: (turn, payload) => (turn.headers = JSON.parse(payload)),
-  body: (turn, payload) => turn.body.resolve(payload),
-  taken: (turn, payload) => { turn.ahead -= Number(payload); turn.room?.resolve() },
-}
-const listen = async (path) => {
-  const blocks = []
-  for await (let block of createReadStream(path, { highWaterMark: 1 << 20 })) {
-    for (let end; (end = block.indexOf(10)) >= 0; block = block.subarray(end + 1)) {
-      const line = Buffer.concat([...blocks.splice(0), block.subarray(0, end)])
-      const [kind, id] = line.toString("latin1", 0, 200).split(" ", 2)
-      if (kind !== "turn" && !proxy.turns.has(id)) continue // over already
-      try { obey[kind](turnOf(id), line.subarray(kind.length + id.length + 2)) } catch {} // torn
-    }
-    blocks.push(Buffer.from(block))
-  }
-}
-const exchange = async (sessionId, turn, target, init) => {
-  const abort = () => [turn.body, turn.room].map((wait) => wait?.reject(init.signal.reason))
-  init.signal?.addEventListener("abort", abort)
-  const { messages, input, instructions, system, contents, prompt, ...body } = JSON.parse(init.body)
-  report("outgoing", sessionId, { url: String(target?.url ?? target), body }) // no conversation
-  const ours = await turn.body.promise
-  for (const [name, value] of Object.entries(turn.headers ?? {})) init.headers.set(name, value)
-  const answer = await proxy.fetch(target, ours.length ? { ...init, body: ours } : init)
-  const head = { status: answer.status, headers: Object.fromEntries(answer.headers) }
-  if (!answer.ok)
-    return report("refused", sessionId, { ...head, body: (await answer.text()).slice(0, 65536) })
-  report("upstream", sessionId, head)
-  if (!(turn.relayed = ours.length > 0)) return answer // opencode reads it: the event hook tells
-  const decoder = new TextDecoder()
-  for await (const bytes of answer.body) {
-    const text = decoder.decode(bytes, { stream: true })
-    report("data", sessionId, { text, size: text.length })
-    for (turn.ahead += text.length; turn.ahead > MAX_AHEAD; await turn.room.promise)
-      turn.room = Promise.withResolvers()
-  }
-  report("end", sessionId)
-}
-const fetchOnce = async (input, init) => {
-  if (input instanceof Request && input.headers.has(HEADER)) // so do some login plugins
-    return fetchOnce(input.url, { method: "POST", headers: input.headers, signal: input.signal,
-      body: await input.text() })
-  const session = new URL(input?.url ?? input).pathname.split("/")[2]
-  if (proxy.turns.get(session)?.preparing) return Response.json({}) // to opencode's Copilot hook
-  const headers = new Headers(init?.headers)
-  const sessionId = headers.get(HEADER)
-  if (!sessionId) return proxy.fetch(input, init)
-  headers.delete(HEADER)
-  const refusal = Response.json({ error: { message: "answered by the proxy" } }, { status: 400 })
-  const turn = proxy.turns.get(sessionId)
-  if (!turn || turn.asked || turn.warmup) return refusal // a status that opencode does not retry
-  turn.asked = true
-  const answer = await exchange(sessionId, turn, input, { ...init, headers }).catch((error) =>
-    report("error", sessionId, { network: error?.code, message: String(error?.message ?? error) }))
-  return answer instanceof Response ? answer : refusal
-}
-if (globalThis.fetch === proxy.fetch) globalThis.fetch = Object.assign(fetchOnce, proxy.fetch)
-const asMessages = (user) => turnOf(user.sessionID).conversation.map(({ role, parts }, m) => {
-  const [id, sessionID] = [`${user.id}_${m}`, user.sessionID]
-  const reply = { parentID: user.id, mode: user.agent, ...user.model, path: { cwd: "/", root: "/" },
-    cost: 0, tokens: { input: 0, output: 0, reasoning: 0, cache: { read: 0, write: 0 } } }
-  return { info: { ...user, ...(role !== "user" && reply), id, role },
-    parts: parts.map((part, p) => ({ id: `prt_${m}_${p}`, sessionID, messageID: id, ...part })) }
-})
-const tell = ({ type, properties }) => { // what an answer that opencode reads says
-  const { info, part, partID, delta, status, error } = properties
-  const id = properties.sessionID ?? part?.sessionID ?? info?.sessionID
-  const turn = proxy.turns.get(id)
-  if (status?.type === "idle" && (turn?.asked || turn?.warmup)) proxy.turns.delete(id)
-  if (!turn || turn.relayed || turn.warmup) return
-  if (type === "message.part.updated") turn.types[part.id] = part.type
-  if (type === "message.part.delta") report("delta", id, { type: turn.types[partID], text: delta })
-  if (info?.finish) report("finish", id, { finish: info.finish, tokens: info.tokens })
-  if (type === "session.error" || status?.type === "retry")
-    report("error", id, { message: status?.message ?? error?.data?.message ?? error?.name })
-}
-const hooks = {
-  config: async (config) => // nothing of the user's coding set-up runs
-    Object.assign(config, { mcp: {}, instructions: [], command: {}, lsp: false, formatter: false }),
-  "chat.message": async (_, { message }) => turnOf(message.sessionID).known.promise,
-  "experimental.chat.messages.transform": async (_, { messages: all }) =>
-    all.splice(0, all.length, ...asMessages(all.find(({ info }) => info.role === "user").info)),
-  "experimental.chat.system.transform": async ({ sessionID }, { system }) =>
-    system.splice(0, system.length, ...turnOf(sessionID).system),
-  "chat.params": async ({ sessionID, model, message }, output) => {
-    const turn = turnOf(sessionID)
-    Object.assign(output, { temperature: undefined, topP: undefined, topK: undefined }, turn.params)
-    // the effort that opencode picks by itself goes, the client's comes
-    const { [message.model.variant]: picked, [turn.effort]: chosen } = model.variants ?? {}
-    for (const key of ["reasoningEffort", "textVerbosity", ...Object.keys(picked ?? {})])
-      delete output.options[key]
-    if (turn.effort) Object.assign(output.options, chosen ?? { reasoningEffort: turn.effort })
-    model.capabilities.input.image = true // the provider judges, not opencode
-    turn.preparing = true
-    if (turn.warmup) report("warm", sessionID)
-  },
-  "chat.headers": async ({ sessionID }, { headers }) => { // runs after opencode's own
-    turnOf(sessionID).preparing = false
-    headers[HEADER] = sessionID
-  },
-  event: async ({ event }) => tell(event),
-}
-export const OpencodeProxy = async () => { // called more than once: all share `proxy`
-  proxy.listening ??= listen(process.env.OPENCODE_PROXY_FIFO)
-  report("loaded")
-  return hooks
-}
-"""
+# ------------------------------------------------------------------------------------------- answer
+# Frames the events of all choices of a request as OpenAI does: chunks of a stream, or one object.
+
+SSE_DONE, SSE_PING = b"data: [DONE]\n\n", b": keep-alive\n\n"
+SSE_JSON = json.JSONEncoder(separators=(",", ":")).encode  # made once, not for every event
+CHARACTERS_PER_TOKEN = 4  # about, where a provider does not count
+
+
+def sse_data(value: Json) -> bytes:
+    """Return one server-sent event that carries `value`."""
+    return b"data: " + SSE_JSON(value).encode() + b"\n\n"
+
+
+class Answer:
+    """One answer: what its chunks, or the whole of it, have in common, and what it adds up to."""
+
+    def __init__(self, request: ChatRequest, model: Model) -> None:
+        self._request = request
+        is_known = request.model in (model.name, model.name.partition("/")[2])
+        name = request.model if is_known else model.name
+        self._frame: Json = {
+            "id": "chatcmpl-" + uuid.uuid4().hex,
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": name,
+            "system_fingerprint": "fp_opencode",
+            "choices": [],
+        }
+        self._pieces: list[list[Json]] = [[] for _ in range(request.choices)]  # of the whole
+        self._characters = [0] * request.choices
+        self.usage: Json = {}  # of the choices that have ended
+        self._chunk_head = "data: " + SSE_JSON(self._frame)[:-2]  # what is the same in all chunks
+        self._chunk_tail = '],"usage":null}\n\n' if request.include_usage else "]}\n\n"
+
+    def take(self, index: int, event: Event) -> bytes:
+        """Return the chunks that an event of a choice means; nothing where the whole is wanted."""
+        delta, finish_reason = event.delta, event.finish_reason
+        if self._request.legacy_functions:
+            first = next(
+                (call["function"] for call in delta.get("tool_calls", ()) if call["index"] == 0),
+                None,
+            )  # there is room for no other
+            delta = drop_empty({**delta, "tool_calls": None, "function_call": first})
+            finish_reason = "function_call" if finish_reason == "tool_calls" else finish_reason
+        self._characters[index] += sum(len(str(value)) for value in delta.values())
+        if finish_reason is not None:
+            self.usage = merge([self.usage, self._count(event.usage or {}, index)])
+        if not self._request.stream:
+            piece = {"message": delta, "logprobs": event.logprobs, "finish_reason": finish_reason}
+            self._pieces[index].append(piece)
+            return b""
+        chunk = self._chunk(index, delta, event.logprobs, None) if delta else b""
+        return chunk + (self._chunk(index, {}, None, finish_reason) if finish_reason else b"")
+
+    def _count(self, told: Json, index: int) -> Json:
+        asked = sum(len(text_of(message.get("content"))) for message in self._request.messages)
+        usage = {
+            "prompt_tokens": 1 + asked // CHARACTERS_PER_TOKEN,
+            "completion_tokens": 1 + self._characters[index] // CHARACTERS_PER_TOKEN,
+            **{name: count for name, count in told.items() if count is not None},
+        }
+        total = usage["prompt_tokens"] + usage["completion_tokens"]
+        return {**usage, "total_tokens": usage.get("total_tokens") or total}
+
+    def _chunk(self, index: int, delta: Json, logprobs: Any, finish: str | None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return (self._chunk_head + SSE_JSON(choice) + self._chunk_tail).encode()
+
+    def head(self) -> bytes:
+        """Return the chunks that name the role, the first ones of a stream."""
+        role = {"role": "assistant", "content": ""}
+        return b"".join(self._chunk(index, role, None, None) for index in range(len(self._pieces)))
+
+    def tail(self) -> bytes:
+        """Return the last events of a stream: the usage where it was asked for, and the end."""
+        usage = sse_data({**self._frame, "usage": self.usage})
+        return usage + SSE_DONE if self._request.include_usage else SSE_DONE
+
+    def whole(self) -> Json:
+        """Return the chat.completion."""
+        choices: list[Json] = [
+            {"index": index, "message": {}, "logprobs": None, **merge(pieces)}
+            for index, pieces in enumerate(self._pieces)
+        ]
+        for choice in choices:
+            said = choice["message"] or {"content": ""}
+            choice["message"] = {"role": "assistant", "content": None, "refusal": None, **said}
+        return {**self._frame, "object": "chat.completion", "choices": choices, "usage": self.usage}
+
+
+def merge(deltas: list[Json]) -> Json:
+    """Return what deltas or usages add up to, without what is null."""
+    keys = dict.fromkeys(key for delta in deltas for key in delta)  # in this order
+    pieces = {key: [delta[key] for delta in deltas if delta.get(key) is not None] for key in keys}
+    return {key: join(key, values) for key, values in pieces.items() if values}
+
+
+def join(key: str, values: list[Any]) -> Any:
+    """Return what the pieces of one field add up to: text is joined, numbers and lists added."""
+    if all(isinstance(value, str) for value in values):
+        return values[-1] if key in ("id", "type", "name") else "".join(values)
+    if all(isinstance(value, dict) for value in values):
+        return merge(values)
+    if all(type(value) in (int, float) for value in values):
+        return sum(values)
+    if not all(isinstance(value, list) for value in values):
+        return values[-1]
+    items = [item for value in values for item in value]
+    if not all(isinstance(item, dict) and "index" in item for item in items):
+        return items
+    by_index: dict[Any, list[Json]] = {}
+    for item in items:
+        by_index.setdefault(item["index"], []).append({**item, "index": None})
+    return [merge(same) for same in by_index.values()]
+
 
 # ----------------------------------------------------------------------------------------- opencode
 # Where opencode is, which models it offers, and what a process of it is started with. Nothing here
@@ -2223,122 +2216,6 @@ def reap_orphans(own: set[int]) -> None:
             os.waitpid(ended.si_pid, 0)
 
 
-# ------------------------------------------------------------------------------------------- answer
-# Frames the events of all choices of a request as OpenAI does: chunks of a stream, or one object.
-
-SSE_DONE, SSE_PING = b"data: [DONE]\n\n", b": keep-alive\n\n"
-SSE_JSON = json.JSONEncoder(separators=(",", ":")).encode  # made once, not for every event
-CHARACTERS_PER_TOKEN = 4  # about, where a provider does not count
-
-
-def sse_data(value: Json) -> bytes:
-    """Return one server-sent event that carries `value`."""
-    return b"data: " + SSE_JSON(value).encode() + b"\n\n"
-
-
-class Answer:
-    """One answer: what its chunks, or the whole of it, have in common, and what it adds up to."""
-
-    def __init__(self, request: ChatRequest, model: Model) -> None:
-        self._request = request
-        is_known = request.model in (model.name, model.name.partition("/")[2])
-        name = request.model if is_known else model.name
-        self._frame: Json = {
-            "id": "chatcmpl-" + uuid.uuid4().hex,
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": name,
-            "system_fingerprint": "fp_opencode",
-            "choices": [],
-        }
-        self._pieces: list[list[Json]] = [[] for _ in range(request.choices)]  # of the whole
-        self._characters = [0] * request.choices
-        self.usage: Json = {}  # of the choices that have ended
-        self._chunk_head = "data: " + SSE_JSON(self._frame)[:-2]  # what is the same in all chunks
-        self._chunk_tail = '],"usage":null}\n\n' if request.include_usage else "]}\n\n"
-
-    def take(self, index: int, event: Event) -> bytes:
-        """Return the chunks that an event of a choice means; nothing where the whole is wanted."""
-        delta, finish_reason = event.delta, event.finish_reason
-        if self._request.legacy_functions:
-            first = next(
-                (call["function"] for call in delta.get("tool_calls", ()) if call["index"] == 0),
-                None,
-            )  # there is room for no other
-            delta = drop_empty({**delta, "tool_calls": None, "function_call": first})
-            finish_reason = "function_call" if finish_reason == "tool_calls" else finish_reason
-        self._characters[index] += sum(len(str(value)) for value in delta.values())
-        if finish_reason is not None:
-            self.usage = merge([self.usage, self._count(event.usage or {}, index)])
-        if not self._request.stream:
-            piece = {"message": delta, "logprobs": event.logprobs, "finish_reason": finish_reason}
-            self._pieces[index].append(piece)
-            return b""
-        chunk = self._chunk(index, delta, event.logprobs, None) if delta else b""
-        return chunk + (self._chunk(index, {}, None, finish_reason) if finish_reason else b"")
-
-    def _count(self, told: Json, index: int) -> Json:
-        asked = sum(len(text_of(message.get("content"))) for message in self._request.messages)
-        usage = {
-            "prompt_tokens": 1 + asked // CHARACTERS_PER_TOKEN,
-            "completion_tokens": 1 + self._characters[index] // CHARACTERS_PER_TOKEN,
-            **{name: count for name, count in told.items() if count is not None},
-        }
-        total = usage["prompt_tokens"] + usage["completion_tokens"]
-        return {**usage, "total_tokens": usage.get("total_tokens") or total}
-
-    def _chunk(self, index: int, delta: Json, logprobs: Any, finish: str | None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return (self._chunk_head + SSE_JSON(choice) + self._chunk_tail).encode()
-
-    def head(self) -> bytes:
-        """Return the chunks that name the role, the first ones of a stream."""
-        role = {"role": "assistant", "content": ""}
-        return b"".join(self._chunk(index, role, None, None) for index in range(len(self._pieces)))
-
-    def tail(self) -> bytes:
-        """Return the last events of a stream: the usage where it was asked for, and the end."""
-        usage = sse_data({**self._frame, "usage": self.usage})
-        return usage + SSE_DONE if self._request.include_usage else SSE_DONE
-
-    def whole(self) -> Json:
-        """Return the chat.completion."""
-        choices: list[Json] = [
-            {"index": index, "message": {}, "logprobs": None, **merge(pieces)}
-            for index, pieces in enumerate(self._pieces)
-        ]
-        for choice in choices:
-            said = choice["message"] or {"content": ""}
-            choice["message"] = {"role": "assistant", "content": None, "refusal": None, **said}
-        return {**self._frame, "object": "chat.completion", "choices": choices, "usage": self.usage}
-
-
-def merge(deltas: list[Json]) -> Json:
-    """Return what deltas or usages add up to, without what is null."""
-    keys = dict.fromkeys(key for delta in deltas for key in delta)  # in this order
-    pieces = {key: [delta[key] for delta in deltas if delta.get(key) is not None] for key in keys}
-    return {key: join(key, values) for key, values in pieces.items() if values}
-
-
-def join(key: str, values: list[Any]) -> Any:
-    """Return what the pieces of one field add up to: text is joined, numbers and lists added."""
-    if all(isinstance(value, str) for value in values):
-        return values[-1] if key in ("id", "type", "name") else "".join(values)
-    if all(isinstance(value, dict) for value in values):
-        return merge(values)
-    if all(type(value) in (int, float) for value in values):
-        return sum(values)
-    if not all(isinstance(value, list) for value in values):
-        return values[-1]
-    items = [item for value in values for item in value]
-    if not all(isinstance(item, dict) and "index" in item for item in items):
-        return items
-    by_index: dict[Any, list[Json]] = {}
-    for item in items:
-        by_index.setdefault(item["index"], []).append({**item, "index": None})
-    return [merge(same) for same in by_index.values()]
-
-
 # --------------------------------------------------------------------------------------------- http
 # From sockets to requests and back. A connection has one thread, which alone uses its socket.
 # http.server parses a head from the lines that ClientConnection lets pass; what _dispatch does not
@@ -3037,6 +2914,130 @@ def main(argv: Sequence[str] | None = None) -> None:
             serve(settings)
     except StartError as error:
         raise SystemExit(f"opencode_proxy: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------- plugin
+# JavaScript that every opencode process loads. It reports the request that opencode wants to send,
+# sends Python's body instead, once for each session, and relays the answer; opencode is refused.
+PLUGIN = r"""
+import { createReadStream } from "node:fs"
+const HEADER = "x-opencode-proxy-session"
+const MAX_AHEAD = 1 << 20 // characters of an answer that Python has not taken yet
+const proxy = (globalThis.opencodeProxy ??= { turns: new Map(), fetch: globalThis.fetch })
+const report = (kind, sessionId, params) => process.stdout.write(JSON.stringify(
+  { jsonrpc: "2.0", method: "proxy/" + kind, params: { sessionId, ...params } }) + "\n")
+const turnOf = (id) => proxy.turns.get(id) ?? proxy.turns.set(id, { // for Python's line or a hook
+  ahead: 0, types: {}, known: Promise.withResolvers(), body: Promise.withResolvers() }).get(id)
+const obey = {
+  turn: (turn, payload) => turn.known.resolve(Object.assign(turn, JSON.parse(payload))),
+  headers: (turn, payload) => (turn.headers = JSON.parse(payload)),
+  body: (turn, payload) => turn.body.resolve(payload),
+  taken: (turn, payload) => { turn.ahead -= Number(payload); turn.room?.resolve() },
+}
+const listen = async (path) => {
+  const blocks = []
+  for await (let block of createReadStream(path, { highWaterMark: 1 << 20 })) {
+    for (let end; (end = block.indexOf(10)) >= 0; block = block.subarray(end + 1)) {
+      const line = Buffer.concat([...blocks.splice(0), block.subarray(0, end)])
+      const [kind, id] = line.toString("latin1", 0, 200).split(" ", 2)
+      if (kind !== "turn" && !proxy.turns.has(id)) continue // over already
+      try { obey[kind](turnOf(id), line.subarray(kind.length + id.length + 2)) } catch {} // torn
+    }
+    blocks.push(Buffer.from(block))
+  }
+}
+const exchange = async (sessionId, turn, target, init) => {
+  const abort = () => [turn.body, turn.room].map((wait) => wait?.reject(init.signal.reason))
+  init.signal?.addEventListener("abort", abort)
+  const { messages, input, instructions, system, contents, prompt, ...body } = JSON.parse(init.body)
+  report("outgoing", sessionId, { url: String(target?.url ?? target), body }) // no conversation
+  const ours = await turn.body.promise
+  for (const [name, value] of Object.entries(turn.headers ?? {})) init.headers.set(name, value)
+  const answer = await proxy.fetch(target, ours.length ? { ...init, body: ours } : init)
+  const head = { status: answer.status, headers: Object.fromEntries(answer.headers) }
+  if (!answer.ok)
+    return report("refused", sessionId, { ...head, body: (await answer.text()).slice(0, 65536) })
+  report("upstream", sessionId, head)
+  if (!(turn.relayed = ours.length > 0)) return answer // opencode reads it: the event hook tells
+  const decoder = new TextDecoder()
+  for await (const bytes of answer.body) {
+    const text = decoder.decode(bytes, { stream: true })
+    report("data", sessionId, { text, size: text.length })
+    for (turn.ahead += text.length; turn.ahead > MAX_AHEAD; await turn.room.promise)
+      turn.room = Promise.withResolvers()
+  }
+  report("end", sessionId)
+}
+const fetchOnce = async (input, init) => {
+  if (input instanceof Request && input.headers.has(HEADER)) // so do some login plugins
+    return fetchOnce(input.url, { method: "POST", headers: input.headers, signal: input.signal,
+      body: await input.text() })
+  const session = new URL(input?.url ?? input).pathname.split("/")[2]
+  if (proxy.turns.get(session)?.preparing) return Response.json({}) // to opencode's Copilot hook
+  const headers = new Headers(init?.headers)
+  const sessionId = headers.get(HEADER)
+  if (!sessionId) return proxy.fetch(input, init)
+  headers.delete(HEADER)
+  const refusal = Response.json({ error: { message: "answered by the proxy" } }, { status: 400 })
+  const turn = proxy.turns.get(sessionId)
+  if (!turn || turn.asked || turn.warmup) return refusal // a status that opencode does not retry
+  turn.asked = true
+  const answer = await exchange(sessionId, turn, input, { ...init, headers }).catch((error) =>
+    report("error", sessionId, { network: error?.code, message: String(error?.message ?? error) }))
+  return answer instanceof Response ? answer : refusal
+}
+if (globalThis.fetch === proxy.fetch) globalThis.fetch = Object.assign(fetchOnce, proxy.fetch)
+const asMessages = (user) => turnOf(user.sessionID).conversation.map(({ role, parts }, m) => {
+  const [id, sessionID] = [`${user.id}_${m}`, user.sessionID]
+  const reply = { parentID: user.id, mode: user.agent, ...user.model, path: { cwd: "/", root: "/" },
+    cost: 0, tokens: { input: 0, output: 0, reasoning: 0, cache: { read: 0, write: 0 } } }
+  return { info: { ...user, ...(role !== "user" && reply), id, role },
+    parts: parts.map((part, p) => ({ id: `prt_${m}_${p}`, sessionID, messageID: id, ...part })) }
+})
+const tell = ({ type, properties }) => { // what an answer that opencode reads says
+  const { info, part, partID, delta, status, error } = properties
+  const id = properties.sessionID ?? part?.sessionID ?? info?.sessionID
+  const turn = proxy.turns.get(id)
+  if (status?.type === "idle" && (turn?.asked || turn?.warmup)) proxy.turns.delete(id)
+  if (!turn || turn.relayed || turn.warmup) return
+  if (type === "message.part.updated") turn.types[part.id] = part.type
+  if (type === "message.part.delta") report("delta", id, { type: turn.types[partID], text: delta })
+  if (info?.finish) report("finish", id, { finish: info.finish, tokens: info.tokens })
+  if (type === "session.error" || status?.type === "retry")
+    report("error", id, { message: status?.message ?? error?.data?.message ?? error?.name })
+}
+const hooks = {
+  config: async (config) => // nothing of the user's coding set-up runs
+    Object.assign(config, { mcp: {}, instructions: [], command: {}, lsp: false, formatter: false }),
+  "chat.message": async (_, { message }) => turnOf(message.sessionID).known.promise,
+  "experimental.chat.messages.transform": async (_, { messages: all }) =>
+    all.splice(0, all.length, ...asMessages(all.find(({ info }) => info.role === "user").info)),
+  "experimental.chat.system.transform": async ({ sessionID }, { system }) =>
+    system.splice(0, system.length, ...turnOf(sessionID).system),
+  "chat.params": async ({ sessionID, model, message }, output) => {
+    const turn = turnOf(sessionID)
+    Object.assign(output, { temperature: undefined, topP: undefined, topK: undefined }, turn.params)
+    // the effort that opencode picks by itself goes, the client's comes
+    const { [message.model.variant]: picked, [turn.effort]: chosen } = model.variants ?? {}
+    for (const key of ["reasoningEffort", "textVerbosity", ...Object.keys(picked ?? {})])
+      delete output.options[key]
+    if (turn.effort) Object.assign(output.options, chosen ?? { reasoningEffort: turn.effort })
+    model.capabilities.input.image = true // the provider judges, not opencode
+    turn.preparing = true
+    if (turn.warmup) report("warm", sessionID)
+  },
+  "chat.headers": async ({ sessionID }, { headers }) => { // runs after opencode's own
+    turnOf(sessionID).preparing = false
+    headers[HEADER] = sessionID
+  },
+  event: async ({ event }) => tell(event),
+}
+export const OpencodeProxy = async () => { // called more than once: all share `proxy`
+  proxy.listening ??= listen(process.env.OPENCODE_PROXY_FIFO)
+  report("loaded")
+  return hooks
+}
+"""
 
 
 if __name__ == "__main__":
