@@ -189,12 +189,13 @@ def turn_error(error: Json) -> APIError:
 
 # ------------------------------------------------------------------------------------------ request
 # From the bytes of a body to a ChatRequest, or to an APIError 400 whose `param` names the field.
-# Checked is what the wire formats rely on, and what would change an answer's meaning.
+# Checked is what the wire formats rely on, and what would change an answer's meaning; fields that
+# the program does not know pass. One function checks one kind of object, `Fields` knows its place.
 
 MAX_DIGITS = 4300  # of a number: reading it takes quadratic time on some Pythons
 MAX_TOKENS = (1 << 31) - 1  # what every provider's integer holds
-LIMITS = {"n": MAX_CHOICES, "max_tokens": MAX_TOKENS, "max_completion_tokens": MAX_TOKENS}
-KINDS = {
+
+KIND_NAMES = {
     bool: "a boolean",
     int: "an integer",
     float: "a number",
@@ -202,72 +203,58 @@ KINDS = {
     list: "an array",
     dict: "an object",
 }
-# The fields of a request whose kinds are known; null means absent, as at OpenAI. Others pass.
-FIELDS_OF_KINDS: dict[tuple[type, ...], str] = {
-    (str,): "model user reasoning_effort verbosity service_tier prompt_cache_key safety_identifier",
-    (dict,): "stream_options response_format logit_bias metadata prediction audio"
-    " web_search_options",
-    (bool,): "stream logprobs parallel_tool_calls store",
-    (list,): "messages tools functions modalities",
-    (str, list): "stop",
-    (int,): "n max_tokens max_completion_tokens seed top_logprobs",
-    (float,): "temperature top_p presence_penalty frequency_penalty",
-    (str, dict): "tool_choice function_call",
+
+# The fields of a request whose kinds are known; null means absent, as at OpenAI.
+FIELDS: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "messages": (list,),
+    "n": (int,),
+    "stream": (bool,),
+    "stream_options": (dict,),
+    "max_tokens": (int,),
+    "max_completion_tokens": (int,),
+    "stop": (str, list),
+    "seed": (int,),
+    "temperature": (float,),
+    "top_p": (float,),
+    "presence_penalty": (float,),
+    "frequency_penalty": (float,),
+    "logit_bias": (dict,),
+    "logprobs": (bool,),
+    "top_logprobs": (int,),
+    "reasoning_effort": (str,),
+    "verbosity": (str,),
+    "response_format": (dict,),
+    "tools": (list,),
+    "tool_choice": (str, dict),
+    "parallel_tool_calls": (bool,),
+    "functions": (list,),
+    "function_call": (str, dict),
+    "modalities": (list,),
+    "audio": (dict,),
+    "prediction": (dict,),
+    "web_search_options": (dict,),
+    "metadata": (dict,),
+    "store": (bool,),
+    "service_tier": (str,),
+    "prompt_cache_key": (str,),
+    "safety_identifier": (str,),
+    "user": (str,),
 }
-FIELDS = {name: kinds for kinds, names in FIELDS_OF_KINDS.items() for name in names.split()}
-
-
-class Words(dict[str, Any]):
-    """The words for a field, the usual one first, and the schema that each means for its object."""
-
-
-# A schema is a kind; (a, b), either of two; [a], an array; {"name": a}, an object with such a
-# field, or {"name?": a} perhaps with one; Words; or the pattern of a URL.
-SCHEMA_KINDS: dict[type, type] = {list: list, dict: dict, Words: str, re.Pattern: str}
-CALL, AUDIO = {"name": str, "arguments": str}, {"data": str, "format": str}
-CALLS = Words(function={"function": CALL}, custom={"custom": {"name": str, "input": str}})
-FUNCTION = {"name": str, "parameters?": dict, "format?": dict}
-TOOLS = Words(function={"function": FUNCTION}, custom={"custom": FUNCTION})
-ALLOWED = {"mode": Words(auto={}, required={}), "tools": [{"type?": TOOLS}]}
-CHOICES = Words(**TOOLS, allowed_tools={"allowed_tools": ALLOWED})
-IMAGE = {"url": re.compile(r"(?i)(https?://|data:[^,]*,)"), "detail?": str}
-FILE = {"file_data?": str, "file_id?": str, "filename?": str}
-CONTENT = (
-    str,
-    [
-        {
-            "type": Words(
-                text={"text": str},
-                refusal={"refusal": str},
-                image_url={"image_url": IMAGE},
-                input_audio={"input_audio": AUDIO},
-                file={"file": FILE},
-            )
-        }
-    ],
-)
-SAID = {"content": CONTENT}
-ROLES = Words(
-    system=SAID,
-    developer=SAID,
-    user=SAID,
-    assistant={"content?": CONTENT},
-    tool={"tool_call_id": str, **SAID},
-    function={"name": str, **SAID},
-)
-MODES = Words(none={}, auto={}, required={})
-MESSAGE = {"role": ROLES, "tool_calls?": [{"id": str, "type?": CALLS}], "function_call?": CALL}
-FORMATS = Words(text={}, json_object={}, json_schema={"json_schema": dict})
-SCHEMAS: Json = {
-    **FIELDS,
-    "messages": [MESSAGE],
-    "stop": (str, [str]),
-    "response_format": {"type": FORMATS},
-    "tools": [{"type": str}],
-    "tool_choice": (MODES, {"type?": CHOICES}),
-    "functions": [FUNCTION],
-    "function_call": (MODES, FUNCTION),
+LIMITS = {
+    "n": MAX_CHOICES,
+    "max_tokens": MAX_TOKENS,
+    "max_completion_tokens": MAX_TOKENS,
 }
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+PART_TYPES = ("text", "refusal", "image_url", "input_audio", "file")
+TOOL_TYPES = ("function", "custom")  # the first is meant where none is given
+TOOL_MODES = ("none", "auto", "required")
+RESPONSE_FORMATS = ("text", "json_object", "json_schema")
+CALL_TEXT = {"function": "arguments", "custom": "input"}  # where a call of each type has its text
+FILE_FIELDS = ("file_data", "file_id", "filename")
+IMAGE_URL = re.compile(r"(?i)(https?://|data:[^,]*,)")
 
 
 class ChatRequest(NamedTuple):
@@ -286,34 +273,33 @@ class ChatRequest(NamedTuple):
 
 def parse_chat_request(data: bytes) -> ChatRequest:
     """Return the request that `data`, a JSON body, holds; raise APIError 400 where it is wrong."""
-    body = {key: value for key, value in parse_json_object(data).items() if value is not None}
-    for name, schema in SCHEMAS.items():
-        if name in body:
-            check(body[name], name, schema)
-    for name, most in LIMITS.items():
-        if not 1 <= body.get(name, 1) <= most:
-            raise invalid(f"{name} must be from 1 to {most}", name)
-    if not body.get("messages"):
-        raise invalid("messages is required, and must not be empty", "messages")
-    for tool, param in items(body.get("tools", []), "tools"):
-        if tool["type"] in TOOLS:  # others are some provider's own
-            check(tool, param, {"type": TOOLS})
-    stop = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop", [])
-    if len(stop) > MAX_STOP_SEQUENCES:
-        raise invalid(f"stop may have at most {MAX_STOP_SEQUENCES} sequences", "stop")
+    body = {}
+    for name, value in parse_json_object(data).items():
+        if value is not None:
+            body[name] = value
+    check_body(body)
+
     legacy_functions = "functions" in body and "tools" not in body
     modernize(body)
     return ChatRequest(
-        body,
-        body["messages"],
-        body.get("model") or None,
-        body.get("stream", False),
-        body.get("stream_options", {}).get("include_usage") is True,
-        body.get("n", 1),
-        tuple(filter(None, stop)),
-        body.get("max_completion_tokens", body.get("max_tokens")),
-        legacy_functions,
+        body=body,
+        messages=body["messages"],
+        model=body.get("model") or None,
+        stream=body.get("stream", False),
+        include_usage=body.get("stream_options", {}).get("include_usage") is True,
+        choices=body.get("n", 1),
+        stop=stop_sequences(body),
+        max_tokens=body.get("max_completion_tokens", body.get("max_tokens")),
+        legacy_functions=legacy_functions,
     )
+
+
+def stop_sequences(body: Json) -> tuple[str, ...]:
+    """Return what ends an answer; an empty sequence means nothing."""
+    stop = body.get("stop", [])
+    if isinstance(stop, str):
+        stop = [stop]
+    return tuple(text for text in stop if text)
 
 
 def parse_json_object(data: bytes) -> Json:
@@ -337,62 +323,240 @@ def read_number(text: str) -> float:
     return float(text)
 
 
+read_json = json.JSONDecoder(
+    parse_int=read_number,
+    parse_float=read_number,
+    parse_constant=read_number,
+).decode
+
+
+class Fields:
+    """An object in a request: its fields, and the param by which an error names each of them.
+
+    Every method raises APIError 400 where a field is not what it must be.
+    """
+
+    def __init__(self, value: Any, param: str = "") -> None:
+        if param:
+            require(value, param, dict)
+        self.value: Json = value
+        self.param = param  # "" for the body itself
+
+    def param_of(self, name: str) -> str:
+        return f"{self.param}.{name}" if self.param else name
+
+    def has(self, name: str) -> bool:
+        return self.value.get(name) is not None
+
+    def need(self, name: str, *kinds: type) -> Any:
+        """Return a field that must be there, and of one of `kinds`."""
+        value = self.value.get(name)
+        require(value, self.param_of(name), *kinds)
+        return value
+
+    def may(self, name: str, *kinds: type) -> None:
+        """Check a field that may be absent, or null."""
+        if self.has(name):
+            self.need(name, *kinds)
+
+    def word(self, name: str, words: Sequence[str], default: str | None = None) -> str:
+        """Return a field that must be one of `words`, or `default` where it is absent or empty."""
+        value = self.value.get(name) or default
+        if value not in words:
+            param = self.param_of(name)
+            raise invalid(f"{param} must be one of {', '.join(words)}", param)
+        return str(value)
+
+    def inner(self, name: str) -> Fields:
+        """Return the object in a field that must be there."""
+        return Fields(self.value.get(name), self.param_of(name))
+
+    def each(self, name: str) -> Iterator[Fields]:
+        """Yield the objects in an array that may be absent."""
+        if self.has(name):
+            for item, param in numbered(self.value[name], self.param_of(name)):
+                yield Fields(item, param)
+
+
 def require(value: Any, param: str, *kinds: type) -> None:
     """Raise APIError 400 unless `value` is of one of `kinds`; an int is a float too."""
-    found = type(value)  # not isinstance: True would be an int
-    if found not in kinds and not (found is int and float in kinds):
-        raise invalid(f"{param} must be {' or '.join(KINDS[kind] for kind in kinds)}", param)
+    kind = type(value)  # not isinstance: True would be an int
+    if kind in kinds or (kind is int and float in kinds):
+        return
+    names = " or ".join(KIND_NAMES[kind] for kind in kinds)
+    raise invalid(f"{param} must be {names}", param)
 
 
-def items(value: Any, param: str) -> Iterator[tuple[Any, str]]:
+def numbered(value: Any, param: str) -> Iterator[tuple[Any, str]]:
     """Yield each item of an array with the param that names it; raise APIError 400 for no array."""
     require(value, param, list)
     for index, item in enumerate(value):
         yield item, f"{param}[{index}]"
 
 
-def check(value: Any, param: str, schema: Any) -> None:
-    """Raise APIError 400 unless `value` is as `schema` says."""
-    schemas = schema if isinstance(schema, tuple) else (schema,)
-    by_kind: dict[Any, Any] = {SCHEMA_KINDS.get(type(each), each): each for each in schemas}
-    if not isinstance(schema, Words):
-        require(value, param, *by_kind)
-    schema = by_kind.get(type(value), schema)
-    if isinstance(schema, re.Pattern) and not schema.match(value):
+def check_body(body: Json) -> None:
+    """Raise APIError 400 unless the fields that the program knows are as OpenAI has them."""
+    for name, kinds in FIELDS.items():
+        if name in body:
+            require(body[name], name, *kinds)
+    for name, limit in LIMITS.items():
+        if not 1 <= body.get(name, 1) <= limit:
+            raise invalid(f"{name} must be from 1 to {limit}", name)
+    if not body.get("messages"):
+        raise invalid("messages is required, and must not be empty", "messages")
+
+    fields = Fields(body)
+    for message in fields.each("messages"):
+        check_message(message)
+    for tool in fields.each("tools"):
+        if tool.need("type", str) in TOOL_TYPES:  # others are some provider's own
+            check_tool(tool)
+    for function in fields.each("functions"):
+        check_function(function)
+    check_tool_choice(fields)
+    check_function_choice(fields)
+    check_response_format(fields)
+    check_stop(fields)
+
+
+def check_message(message: Fields) -> None:
+    role = message.word("role", ROLES)
+    if role != "assistant" or message.has("content"):
+        check_content(message)
+    if role == "tool":
+        message.need("tool_call_id", str)
+    if role == "function":
+        message.need("name", str)
+
+    for call in message.each("tool_calls"):
+        check_call(call)
+    if message.has("function_call"):
+        call = message.inner("function_call")
+        call.need("name", str)
+        call.need("arguments", str)
+
+
+def check_content(message: Fields) -> None:
+    content = message.need("content", str, list)
+    if isinstance(content, list):
+        for part in message.each("content"):
+            check_part(part)
+
+
+def check_part(part: Fields) -> None:
+    """Check a part of a content; what it holds is in the field that its type names."""
+    part_type = part.word("type", PART_TYPES)
+    if part_type in ("text", "refusal"):
+        part.need(part_type, str)
+        return
+    inner = part.inner(part_type)
+    if part_type == "image_url":
+        check_image(inner)
+    elif part_type == "input_audio":
+        inner.need("data", str)
+        inner.need("format", str)
+    else:
+        for name in FILE_FIELDS:
+            inner.may(name, str)
+
+
+def check_image(image: Fields) -> None:
+    image.may("detail", str)
+    if not IMAGE_URL.match(image.need("url", str)):
+        param = image.param_of("url")
         raise invalid(f"{param} must be an http, https or data URL", param)
-    if isinstance(schema, Words):
-        if value not in tuple(schema):
-            raise invalid(f"{param} must be one of {', '.join(schema)}", param)
-    elif isinstance(schema, list):
-        for item, where in items(value, param):
-            check(item, where, schema[0])
-    elif isinstance(schema, dict):
-        for key, inner in schema.items():
-            name = key.rstrip("?")
-            held = value.get(name)
-            if isinstance(inner, Words) and name != key:
-                held = held or next(iter(inner))
-            if held is not None or name == key:
-                check(held, f"{param}.{name}", inner)
-            if isinstance(inner, Words):
-                check(value, param, inner[held])
+
+
+def check_call(call: Fields) -> None:
+    call.need("id", str)
+    call_type = call.word("type", TOOL_TYPES, default="function")
+    inner = call.inner(call_type)
+    inner.need("name", str)
+    inner.need(CALL_TEXT[call_type], str)
+
+
+def check_tool(tool: Fields) -> None:
+    tool_type = tool.word("type", TOOL_TYPES, default="function")
+    check_function(tool.inner(tool_type))
+
+
+def check_function(function: Fields) -> None:
+    function.need("name", str)
+    function.may("parameters", dict)
+    function.may("format", dict)
+
+
+def check_tool_choice(fields: Fields) -> None:
+    """Check `tool_choice`: a mode, a tool, or a list of tools that are allowed."""
+    if not fields.has("tool_choice"):
+        return
+    if isinstance(fields.value["tool_choice"], str):
+        fields.word("tool_choice", TOOL_MODES)
+        return
+    choice = fields.inner("tool_choice")
+    choice_type = choice.word("type", (*TOOL_TYPES, "allowed_tools"), default="function")
+    if choice_type != "allowed_tools":
+        check_tool(choice)
+        return
+    allowed = choice.inner("allowed_tools")
+    allowed.word("mode", ("auto", "required"))
+    allowed.need("tools", list)
+    for tool in allowed.each("tools"):
+        check_tool(tool)
+
+
+def check_function_choice(fields: Fields) -> None:
+    """Check `function_call`, the deprecated `tool_choice`."""
+    if not fields.has("function_call"):
+        return
+    if isinstance(fields.value["function_call"], str):
+        fields.word("function_call", TOOL_MODES)
+    else:
+        check_function(fields.inner("function_call"))
+
+
+def check_response_format(fields: Fields) -> None:
+    if fields.has("response_format"):
+        response_format = fields.inner("response_format")
+        if response_format.word("type", RESPONSE_FORMATS) == "json_schema":
+            response_format.need("json_schema", dict)
+
+
+def check_stop(fields: Fields) -> None:
+    stop = fields.value.get("stop")
+    if not isinstance(stop, list):
+        return
+    for text, param in numbered(stop, "stop"):
+        require(text, param, str)
+    if len(stop) > MAX_STOP_SEQUENCES:
+        raise invalid(f"stop may have at most {MAX_STOP_SEQUENCES} sequences", "stop")
 
 
 def modernize(body: Json) -> None:
     """Say the deprecated functions, function_call and role "function" in `body` as tools."""
-    functions, choice = body.pop("functions", None), body.pop("function_call", None)
+    functions = body.pop("functions", None)
+    choice = body.pop("function_call", None)
     if functions is not None and "tools" not in body:
-        body["tools"] = [{"type": "function", "function": function} for function in functions]
+        body["tools"] = []
+        for function in functions:
+            body["tools"].append({"type": "function", "function": function})
+        if isinstance(choice, dict):
+            choice = {"type": "function", "function": choice}
         if choice is not None:
-            named = {"type": "function", "function": choice}
-            body["tool_choice"] = named if isinstance(choice, dict) else choice
+            body["tool_choice"] = choice
     for index, message in enumerate(body["messages"]):
-        call = message.pop("function_call", None)
-        if call is not None:
-            message["tool_calls"] = [{"id": f"call_{index}", "type": "function", "function": call}]
-        if message["role"] == "function":  # answers the call in the message before it
-            message.update(role="tool", tool_call_id=f"call_{index - 1}")
-            del message["name"]
+        modernize_message(message, index)
+
+
+def modernize_message(message: Json, index: int) -> None:
+    """Say a message's deprecated words in today's; a call's id is made of its place."""
+    call = message.pop("function_call", None)
+    if call is not None:
+        message["tool_calls"] = [{"id": f"call_{index}", "type": "function", "function": call}]
+    if message["role"] == "function":  # answers the call in the message before it
+        del message["name"]
+        message["role"] = "tool"
+        message["tool_call_id"] = f"call_{index - 1}"
 
 
 # ------------------------------------------------------------------------------------- wire formats
@@ -427,7 +591,6 @@ PASSED_TO_RESPONSES = (
     "prompt_cache_key",
 )
 REFUSED_BY_CHATGPT = (*TEMPERATURES, "max_output_tokens", "user", "metadata", "safety_identifier")
-CALL_TEXT = {"function": "arguments", "custom": "input"}  # where a call of each type has its text
 CALL_ITEMS = {"function": "function_call", "custom": "custom_tool_call"}  # in /responses
 FUNCTION_DEFAULTS: Json = {"strict": False, "parameters": {"type": "object", "properties": {}}}
 CALL_DELTA = {"function_call_arguments": "function", "custom_tool_call_input": "custom"}
@@ -462,9 +625,6 @@ COUNTS = (  # of tokens in prompt and completion; cached and reasoning ones amon
     ("cached_tokens", "cache_read_input_tokens", "read"),
     ("reasoning_tokens", "reasoning"),
 )
-read_json = json.JSONDecoder(
-    parse_int=read_number, parse_float=read_number, parse_constant=read_number
-).decode
 
 
 class Event(NamedTuple):
@@ -540,7 +700,7 @@ def flatten(value: Any) -> Any:
 def convert_messages(request: ChatRequest) -> Iterator[tuple[str, list[Json], str]]:
     """Yield each message's role, what it says as parts and items of /responses, and its param."""
     kinds: dict[Any, str] = {}  # of calls, by id
-    for message, where in items(request.messages, "messages"):
+    for message, where in numbered(request.messages, "messages"):
         role, call_id, found = message["role"], message.get("tool_call_id"), []
         for part in parts_of(message):
             kind, held = part["type"], part[part["type"]]
@@ -810,7 +970,7 @@ class Messages(WireFormat):
         body["stop_sequences"] = [text for text in self.request.stop if text.strip()]
         body["metadata"] = drop_empty({"user_id": asked.get("user")})
         body["tools"], choice = [], flatten(asked.get("tool_choice", "auto"))
-        for tool, where in items(flatten(asked.get("tools", [])), "tools"):
+        for tool, where in numbered(flatten(asked.get("tools", [])), "tools"):
             if tool["type"] == "custom":
                 raise invalid("This model takes no custom tools", where)
             if tool["type"] == "function":
