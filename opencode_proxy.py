@@ -22,6 +22,7 @@ about it were observed with versions 1.17.0 and 1.18.33.
 
 from __future__ import annotations
 
+import abc
 import argparse
 import collections
 import contextlib
@@ -52,7 +53,7 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 __version__ = "2.0.0"
 Json = dict[str, Any]
@@ -565,33 +566,54 @@ def modernize_message(message: Json, index: int) -> None:
 # no place for is a 400, here or from the provider.
 
 MAX_CLAUDE_TOKENS = 32000  # asked of /messages where the client sets no limit, as opencode does
-MIN_RESPONSES_TOKENS = 16  # /responses refuses less; apps try their connection with 1 or 5
-INSTRUCTIONS = "Answer the user."  # chatgpt.com insists on some
 PIXEL = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9Q"
     "DwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
-SYSTEM_ROLES, TEMPERATURES = ("system", "developer"), ("temperature", "top_p")
-# Of a body of opencode's: what it decides for its own agent. (The plugin takes the conversation.)
-NOT_THEIRS = frozenset(
-    re.findall(
-        "[a-z_]+",
-        "tools tool_choice parallel_tool_calls max_tokens user"
-        " max_completion_tokens max_output_tokens temperature top_p top_k stop stop_sequences verbosity"
-        " reasoning_effort response_format metadata stream_options prompt_cache_key",
-    )
-)
-PASSED_TO_RESPONSES = (
-    "parallel_tool_calls",
+SYSTEM_ROLES = ("system", "developer")
+# Fields of opencode's body that it sets for its own agent: they say nothing about the client's
+# request. (The plugin leaves the conversation out before it asks.)
+AGENT_FIELDS = (
+    "max_completion_tokens",
+    "max_output_tokens",
+    "max_tokens",
     "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "reasoning_effort",
+    "response_format",
+    "stop",
+    "stop_sequences",
+    "stream_options",
+    "temperature",
+    "tool_choice",
+    "tools",
+    "top_k",
+    "top_p",
+    "user",
+    "verbosity",
+)
+# Fields of a chat completion that the proxy or opencode sets itself.
+PROXY_FIELDS = ("model", "stream", "n", "stream_options")
+PASSED_TO_RESPONSES = (
+    "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "safety_identifier",
     "service_tier",
     "store",
+    "temperature",
+    "top_p",
     "user",
-    "safety_identifier",
-    "prompt_cache_key",
 )
-REFUSED_BY_CHATGPT = (*TEMPERATURES, "max_output_tokens", "user", "metadata", "safety_identifier")
 CALL_ITEMS = {"function": "function_call", "custom": "custom_tool_call"}  # in /responses
+# What /messages calls the choices of tools.
+CLAUDE_CHOICES = {
+    "none": "none",
+    "auto": "auto",
+    "required": "any",
+    "function": "tool",
+}
 FUNCTION_DEFAULTS: Json = {"strict": False, "parameters": {"type": "object", "properties": {}}}
 CALL_DELTA = {"function_call_arguments": "function", "custom_tool_call_input": "custom"}
 TEXT_DELTA = {
@@ -665,87 +687,184 @@ def compact_json(value: Any) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def parts_of(message: Json) -> list[Json]:
-    content, refusal = message.get("content") or [], message.get("refusal")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return [*parts, {"type": "refusal", "refusal": refusal}] if isinstance(refusal, str) else parts
+def copy_json(value: Any) -> Any:
+    """Return a copy of a JSON value that shares nothing with it that could be changed."""
+    if isinstance(value, dict):
+        fields = {}
+        for name, item in value.items():
+            fields[name] = copy_json(item)
+        return fields
+    if isinstance(value, list):
+        items = []
+        for item in value:
+            items.append(copy_json(item))
+        return items
+    return value
 
 
-def text_of(content: Any) -> str:
-    parts = parts_of({"content": content})
-    return "".join(part[part["type"]] for part in parts if part["type"] in ("text", "refusal"))
+def objects_in(value: Any) -> Iterator[Json]:
+    """Yield every object in a JSON value, at any depth."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield value
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+
+
+def has_type(value: Any, *types: str) -> bool:
+    """Tell whether an object of one of these types is in a JSON value."""
+    return any(each.get("type") in types for each in objects_in(value))
 
 
 def drop_empty(fields: Json) -> Json:
     return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
 
 
-def flatten(value: Any) -> Any:
-    """Return a tool, choice or format with its inner object's keys on top, as /responses has it."""
-    if isinstance(value, list):
-        return [flatten(item) for item in value]
-    kind = (value.get("type") or "function") if isinstance(value, dict) else ""
-    if not kind or not isinstance(value.get(kind), dict):
-        return value
-    return {
-        "type": kind,
-        **{
-            key: flatten(item) if key in ("format", "tools") else item
-            for key, item in value[kind].items()
-            if item is not None
-        },
-    }
+def parts_of(message: Json) -> list[Json]:
+    """Return what a message says as a list of content parts, its refusal among them."""
+    content = message.get("content")
+    parts: list[Json] = []
+    if isinstance(content, str) and content:
+        parts.append({"type": "text", "text": content})
+    elif isinstance(content, list):
+        parts.extend(content)
+    if isinstance(message.get("refusal"), str):
+        parts.append({"type": "refusal", "refusal": message["refusal"]})
+    return parts
+
+
+def text_of(content: Any) -> str:
+    """Return the text of a content, be it a string or a list of parts."""
+    texts = []
+    for part in parts_of({"content": content}):
+        if part["type"] in ("text", "refusal"):
+            texts.append(part[part["type"]])
+    return "".join(texts)
+
+
+def flatten(outer: Json) -> Json:
+    """Return a tool, choice or format as /responses has it: the inner object's fields on top."""
+    outer_type = outer.get("type") or "function"
+    inner = outer.get(outer_type)
+    if not isinstance(inner, dict):
+        return outer  # it is flat, or some provider's own
+
+    flat: Json = {"type": outer_type}
+    for name, value in inner.items():
+        if value is not None:
+            flat[name] = value
+    return flat
+
+
+def flatten_tool(tool: Json) -> Json:
+    """Return a tool as /responses has it; the format of a custom one may hold a grammar."""
+    flat = flatten(tool)
+    if isinstance(flat.get("format"), dict):
+        flat = {**flat, "format": flatten(flat["format"])}
+    return flat
+
+
+def flat_tools(request: ChatRequest) -> list[Json]:
+    return [flatten_tool(tool) for tool in request.body.get("tools", [])]
+
+
+def flat_tool_choice(request: ChatRequest) -> Any:
+    """Return the choice of tools as /responses has it: a mode, a tool, or those allowed."""
+    choice = request.body.get("tool_choice", "auto")
+    if isinstance(choice, str):
+        return choice
+    flat = flatten(choice)
+    if flat["type"] == "allowed_tools":
+        flat["tools"] = [flatten_tool(tool) for tool in flat["tools"]]
+    return flat
 
 
 def convert_messages(request: ChatRequest) -> Iterator[tuple[str, list[Json], str]]:
     """Yield each message's role, what it says as parts and items of /responses, and its param."""
-    kinds: dict[Any, str] = {}  # of calls, by id
-    for message, where in numbered(request.messages, "messages"):
-        role, call_id, found = message["role"], message.get("tool_call_id"), []
-        for part in parts_of(message):
-            kind, held = part["type"], part[part["type"]]
-            if kind == "input_audio":
-                raise invalid("This model takes no audio", where)
-            if kind == "image_url":
-                found.append(
-                    drop_empty(
-                        {**held, "type": "input_image", "url": None, "image_url": held["url"]}
-                    )
-                )
-            elif kind == "file":
-                found.append(drop_empty({**held, "type": "input_file"}))
-            elif kind == "refusal" and role == "assistant":
-                found.append({"type": "refusal", "refusal": held})
-            elif held.strip():
-                kind = "output_text" if role == "assistant" else "input_text"
-                found.append({"type": kind, "text": held})
+    call_types: dict[str, str] = {}  # by the calls' ids
+    for message, param in numbered(request.messages, "messages"):
+        said = convert_parts(message, param)
         for call in message.get("tool_calls") or ():
-            kind = kinds[call["id"]] = call.get("type") or "function"
-            found.append(
-                {
-                    "type": CALL_ITEMS[kind],
-                    "call_id": call["id"],
-                    "name": call[kind]["name"],
-                    CALL_TEXT[kind]: call[kind][CALL_TEXT[kind]],
-                }
+            call_type = call.get("type") or "function"
+            call_types[call["id"]] = call_type
+            said.append(convert_call(call, call_type))
+        if message["role"] == "tool":
+            call_type = call_types.get(message["tool_call_id"], "function")
+            said = [convert_result(message, call_type, said)]
+        yield message["role"], said, param
+
+
+def convert_parts(message: Json, param: str) -> list[Json]:
+    """Return a message's content parts in /responses' words, without texts that say nothing."""
+    is_assistant = message["role"] == "assistant"
+    converted = []
+    for part in parts_of(message):
+        part_type = part["type"]
+        inner = part[part_type]
+        if part_type == "input_audio":
+            raise invalid("This model takes no audio", param)
+        if part_type == "image_url":
+            image = {**inner, "type": "input_image", "image_url": inner["url"], "url": None}
+            converted.append(drop_empty(image))
+        elif part_type == "file":
+            converted.append(drop_empty({**inner, "type": "input_file"}))
+        elif part_type == "refusal" and is_assistant:
+            converted.append({"type": "refusal", "refusal": inner})
+        elif inner.strip():
+            converted.append(
+                {"type": "output_text" if is_assistant else "input_text", "text": inner}
             )
-        if role == "tool":
-            output = found if isinstance(message["content"], list) else message["content"]
-            kind = CALL_ITEMS[kinds.get(call_id, "function")] + "_output"
-            found = [{"type": kind, "call_id": call_id, "output": output}]
-        yield role, found, where
+    return converted
 
 
-class WireFormat:
-    """One choice's exchange in an HTTP dialect; by itself for those that opencode alone knows."""
+def convert_call(call: Json, call_type: str) -> Json:
+    """Return a call of a tool as an item of /responses."""
+    text_name = CALL_TEXT[call_type]
+    inner = call[call_type]
+    return {
+        "type": CALL_ITEMS[call_type],
+        "call_id": call["id"],
+        "name": inner["name"],
+        text_name: inner[text_name],
+    }
+
+
+def convert_result(message: Json, call_type: str, parts: list[Json]) -> Json:
+    """Return what a tool has answered as an item of /responses."""
+    output = message["content"]
+    if isinstance(output, list):
+        output = parts
+    return {
+        "type": CALL_ITEMS[call_type] + "_output",
+        "call_id": message["tool_call_id"],
+        "output": output,
+    }
+
+
+class Target(NamedTuple):
+    """Where a body goes: the wire format, the model, opencode's name for the provider, the host."""
+
+    wire_format: type[WireFormat]
+    model: Model
+    provider: str
+    host: str
+
+
+class WireFormat(abc.ABC):
+    """One choice's exchange with a provider in an HTTP dialect, in both directions.
+
+    An encoder says what the format says and nothing else: what a service insists on beyond that
+    is a quirk. Only the thread of the request uses it.
+    """
 
     ending = ""  # of the URL's path
-    _encode: Callable[[Json, int | None], Json]  # from what is kept of opencode's: what is sent
-    _decode: Callable[[Json], Iterator[Event]]  # what a provider's message means
 
-    def __init__(self, request: ChatRequest, model: Model, url: str) -> None:
-        self.request, self.model = request, model
-        self.host = urllib.parse.urlsplit(url).hostname or ""
+    def __init__(self, request: ChatRequest, target: Target) -> None:
+        self.request = request
+        self.target = target
         self.finish_reason: str | None = None
         self.usage: Json | None = None
         self._ids: list[str] = []  # of the calls, or ""; their places are our indexes
@@ -753,13 +872,17 @@ class WireFormat:
         self._told: set[Any] = set()  # the provider's indexes of calls whose text has begun
         self._tokens: collections.Counter[str] = collections.Counter()  # by the provider's names
 
-    def body(self, theirs: Json) -> str:
+    def body(self, theirs: Json) -> bytes:
         """Return the JSON to send in place of `theirs`; raise APIError 400 where that cannot be."""
-        kept = {name: value for name, value in theirs.items() if name not in NOT_THEIRS}
-        try:
-            return compact_json(self._encode(kept, theirs.get("max_tokens")))
-        except RecursionError:
-            raise invalid("The body is too deeply nested") from None
+        return finished_body(self._encode(theirs), self.target)
+
+    @abc.abstractmethod
+    def _encode(self, theirs: Json) -> Json:
+        """Return the client's request in this format, with what opencode says of the model."""
+
+    @abc.abstractmethod
+    def _decode(self, message: Json) -> Iterator[Event]:
+        """Yield what a message of the provider's means."""
 
     def events(self, data: str) -> Iterator[Event]:
         """Yield what one SSE datum means; raise APIError where it is a failure or rubbish."""
@@ -776,16 +899,6 @@ class WireFormat:
             yield from self._decode(message)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise APIError(502, "The provider sent bad data", code="incomplete_answer") from error
-
-    def report(self, params: Json) -> Iterator[Event]:
-        """Yield what a `delta` or a `finish` of the plugin means."""
-        if "finish" in params:
-            self._count(params.get("tokens"))
-            self._finish(params["finish"])
-            yield self.end()
-        else:
-            name = "reasoning_content" if params.get("type") == "reasoning" else "content"
-            yield Event({name: params.get("text") or ""})
 
     def end(self) -> Event:
         """Return the last event; raise APIError when the answer is not complete."""
@@ -838,16 +951,14 @@ class ChatCompletions(WireFormat):
 
     ending = "/chat/completions"
 
-    def _encode(self, body: Json, max_tokens: int | None) -> Json:
-        asked, others = self.request.body, ("model", "stream", "n", "stream_options")
-        own = {name: value for name, value in asked.items() if name not in others}
-        if "reasoning_effort" in own:
-            body.pop("reasoning", None)  # the same, in OpenRouter's words
-        if re.match(r"github-copilot/(gpt-[5-9]|o\d)", self.model.name) and "max_tokens" in own:
-            own = {"max_completion_tokens": own.pop("max_tokens"), **own}
-        if not self.host.endswith("mistral.ai") and not self.model.name.startswith("mistral/"):
-            own["stream_options"] = {**asked.get("stream_options", {}), "include_usage": True}
-        return {**body, **own}
+    def _encode(self, theirs: Json) -> Json:
+        body = without_agent_fields(theirs)
+        for name, value in self.request.body.items():
+            if name not in PROXY_FIELDS:
+                body[name] = value
+        stream_options = self.request.body.get("stream_options", {})
+        body["stream_options"] = {**stream_options, "include_usage": True}
+        return body
 
     def _decode(self, message: Json) -> Iterator[Event]:
         self._count(message.get("usage"))
@@ -876,34 +987,51 @@ class Responses(WireFormat):
 
     ending = "/responses"
 
-    def _encode(self, body: Json, max_tokens: int | None) -> Json:
-        asked, is_chatgpt = self.request.body, self.host.endswith("chatgpt.com")
-        names = (*PASSED_TO_RESPONSES, *(TEMPERATURES if self.model.takes_temperature else ()))
-        body.update({name: asked[name] for name in names if name in asked}, input=[])
-        for role, found, _ in convert_messages(self.request):
-            content = [part for part in found if "call_id" not in part]
-            if content or role not in ("assistant", "tool"):
-                role = "developer" if is_chatgpt and role == "system" else role
-                content = content or [{"type": "input_text", "text": ""}]
-                body["input"].append({"role": role, "content": content})
-            body["input"] += [item for item in found if "call_id" in item]
-        texts = []
-        while is_chatgpt and len(body["input"]) > 1 and body["input"][0].get("role") == "developer":
-            texts += [part.get("text", "") for part in body["input"].pop(0)["content"]]
-        body["instructions"] = "\n\n".join(texts)
-        if self.request.max_tokens:
-            body["max_output_tokens"] = max(self.request.max_tokens, MIN_RESPONSES_TOKENS)
-        body["tools"] = [
-            {**FUNCTION_DEFAULTS, **tool} if tool["type"] == "function" else tool
-            for tool in flatten(asked.get("tools", []))
-        ]
-        body["tool_choice"] = flatten(asked.get("tool_choice", "auto")) if body["tools"] else None
-        own = {"verbosity": asked.get("verbosity"), "format": flatten(asked.get("response_format"))}
-        body["text"] = {**(body.get("text") or {}), **drop_empty(own)}
-        if asked.get("logprobs"):
+    def _encode(self, theirs: Json) -> Json:
+        request = self.request.body
+        body = without_agent_fields(theirs)
+        for name in PASSED_TO_RESPONSES:
+            if name in request:
+                body[name] = request[name]
+
+        body["input"] = self._input()
+        body["max_output_tokens"] = self.request.max_tokens
+        body["text"] = self._text(body.get("text"))
+        body["tools"] = self._tools()
+        if body["tools"]:
+            body["tool_choice"] = flat_tool_choice(self.request)
+        if request.get("logprobs"):
             body["include"] = [*body.get("include", ()), "message.output_text.logprobs"]
-            body["top_logprobs"] = asked.get("top_logprobs", 0)
-        return drop_empty(for_chatgpt(body) if is_chatgpt else body)
+            body["top_logprobs"] = request.get("top_logprobs", 0)
+        return drop_empty(body)
+
+    def _input(self) -> list[Json]:
+        """Return the conversation: what a message says, then the calls that it makes."""
+        items = []
+        for role, said, _ in convert_messages(self.request):
+            parts = [item for item in said if "call_id" not in item]
+            if parts or role not in ("assistant", "tool"):
+                nothing = {"type": "input_text", "text": ""}
+                items.append({"role": role, "content": parts or [nothing]})
+            items += [item for item in said if "call_id" in item]
+        return items
+
+    def _text(self, theirs: Json | None) -> Json:
+        """Return how the text shall be: its verbosity and its format."""
+        text = {**(theirs or {})}
+        if self.request.body.get("verbosity"):
+            text["verbosity"] = self.request.body["verbosity"]
+        if "response_format" in self.request.body:
+            text["format"] = flatten(self.request.body["response_format"])
+        return text
+
+    def _tools(self) -> list[Json]:
+        tools = []
+        for tool in flat_tools(self.request):
+            if tool["type"] == "function":
+                tool = {**FUNCTION_DEFAULTS, **tool}
+            tools.append(tool)
+        return tools
 
     def _decode(self, message: Json) -> Iterator[Event]:
         kind = str(message.get("type")).partition("response.")[2].removesuffix(".delta")
@@ -940,9 +1068,97 @@ class Responses(WireFormat):
             yield self.end()
 
 
-def for_chatgpt(body: Json) -> Json:
-    kept = {name: value for name, value in body.items() if name not in REFUSED_BY_CHATGPT}
-    return {**kept, "instructions": body.get("instructions") or INSTRUCTIONS, "store": False}
+def turns_of(request: ChatRequest) -> tuple[list[Json], list[Json]]:
+    """Return alternating turns, results first in each, and the blocks of the system's text."""
+    turns: list[Json] = []
+    system: list[Json] = []
+    for role, said, param in convert_messages(request):
+        blocks = [block_of(item, param) for item in said]
+        if role in SYSTEM_ROLES:
+            system += blocks
+        elif role == "assistant":
+            add_blocks(turns, "assistant", blocks)
+        else:
+            add_blocks(turns, "user", blocks or [{"type": "text", "text": "."}])  # never ""
+    if not turns:
+        raise invalid("This model needs a message of the user", "messages")
+    for turn in turns:
+        turn["content"].sort(key=lambda block: block["type"] != "tool_result")
+    return turns, system
+
+
+def add_blocks(turns: list[Json], role: str, blocks: list[Json]) -> None:
+    """Add blocks to the last turn, or in a new one where the last is of the other role."""
+    if not blocks:
+        return
+    if not turns or turns[-1]["role"] != role:
+        turns.append({"role": role, "content": []})
+    turns[-1]["content"] += blocks
+
+
+def mark_for_cache(block: Json) -> None:
+    """Let the provider keep all up to this block for the next request."""
+    block["cache_control"] = {"type": "ephemeral"}
+
+
+def block_of(item: Json, param: str) -> Json:
+    """Return a part or item of /responses as a content block; `param` names its message."""
+    item_type = item["type"]
+    if item_type in ("input_text", "output_text"):
+        return {"type": "text", "text": item["text"]}
+    if item_type == "refusal":
+        return {"type": "text", "text": item["refusal"]}
+    if item_type == "function_call":
+        return tool_use_block(item, param)
+    if item_type == "function_call_output":
+        return tool_result_block(item, param)
+    if item_type == "input_image":
+        return {"type": "image", "source": source_of(item["image_url"])}
+    if item_type == "input_file" and item.get("file_data"):
+        document = {"type": "document", "source": source_of(item["file_data"])}
+        return drop_empty({**document, "title": item.get("filename")})
+    raise invalid("This model takes no custom tools, nor files by their ids", param)
+
+
+def tool_use_block(item: Json, param: str) -> Json:
+    text = item["arguments"].strip() or "{}"
+    try:
+        arguments = parse_json_object(text.encode("utf-8", "surrogatepass"))
+    except APIError:
+        raise invalid("Arguments must be an object", f"{param}.tool_calls") from None
+    return {
+        "type": "tool_use",
+        "id": claude_id(item["call_id"]),
+        "name": item["name"],
+        "input": arguments,
+    }
+
+
+def tool_result_block(item: Json, param: str) -> Json:
+    content = item["output"]
+    if isinstance(content, list):
+        content = [block_of(part, param) for part in content]
+    return {
+        "type": "tool_result",
+        "tool_use_id": claude_id(item["call_id"]),
+        "content": content,
+    }
+
+
+def claude_id(call_id: str) -> str:
+    """Return the id of a call in the characters that the format allows."""
+    return re.sub("[^a-zA-Z0-9_-]|^$", "_", call_id)
+
+
+def source_of(url: str) -> Json:
+    """Return where an image or a document is: in the request itself, or at a URL."""
+    head, _, data = url.partition(";base64,")
+    if not data:
+        return {"type": "url", "url": url}
+    media_type = head.partition(":")[2].partition(";")[0].lower()
+    if media_type == "image/jpg":
+        media_type = "image/jpeg"
+    return {"type": "base64", "media_type": media_type, "data": data}
 
 
 class Messages(WireFormat):
@@ -950,87 +1166,72 @@ class Messages(WireFormat):
 
     ending = "/messages"
 
-    def _encode(self, body: Json, max_tokens: int | None) -> Json:
-        asked, (turns, system) = self.request.body, self.turns()
-        for block in (*system[-1:], turns[-1]["content"][-1]):
-            block["cache_control"] = {"type": "ephemeral"}
-        thinking = body.get("thinking") or {}
-        if thinking.get("type") == "enabled" and turns[-1]["content"][0]["type"] == "tool_result":
-            thinking = body["thinking"] = {}  # it wants its thoughts before the call: none has them
-        if self.model.takes_temperature and not thinking:
-            given = [name for name in TEMPERATURES if name in asked]
-            body.update({name: min(asked[name], 1) for name in given[:1]})
-        schema = asked.get("response_format", {}).get("json_schema")
-        if schema:
-            form = {"type": "json_schema", "schema": schema.get("schema", {})}
-            body["output_config"] = {**body.get("output_config", {}), "format": form}
-        ceiling = self.model.output_limit or max_tokens or MAX_CLAUDE_TOKENS
-        most = self.request.max_tokens or min(ceiling, MAX_CLAUDE_TOKENS)
-        body["max_tokens"] = max(most, min(most + thinking.get("budget_tokens", 0), ceiling))
+    def _encode(self, theirs: Json) -> Json:
+        turns, system = turns_of(self.request)
+        if system:
+            mark_for_cache(system[-1])
+        mark_for_cache(turns[-1]["content"][-1])
+
+        body = without_agent_fields(theirs)
+        body.update(self._sampling())
+        body["system"] = system
+        body["messages"] = turns
+        body["max_tokens"] = self._max_tokens(theirs)
         body["stop_sequences"] = [text for text in self.request.stop if text.strip()]
-        body["metadata"] = drop_empty({"user_id": asked.get("user")})
-        body["tools"], choice = [], flatten(asked.get("tool_choice", "auto"))
-        for tool, where in numbered(flatten(asked.get("tools", [])), "tools"):
+        body["metadata"] = drop_empty({"user_id": self.request.body.get("user")})
+        body["output_config"] = self._output_config(body.get("output_config"))
+        choice = self._tool_choice()  # a wrong one is an error even where there are no tools
+        body["tools"] = self._tools()
+        if body["tools"]:
+            body["tool_choice"] = choice
+        return drop_empty(body)
+
+    def _sampling(self) -> Json:
+        """Return how words are picked: the temperature ends at 1, where OpenAI's ends at 2."""
+        sampling = {}
+        if "temperature" in self.request.body:
+            sampling["temperature"] = min(self.request.body["temperature"], 1)
+        if "top_p" in self.request.body:
+            sampling["top_p"] = self.request.body["top_p"]
+        return sampling
+
+    def _max_tokens(self, theirs: Json) -> int:
+        """Return the limit, which must be there: the client's, and room to think where there is."""
+        limit = self.target.model.output_limit or theirs.get("max_tokens") or MAX_CLAUDE_TOKENS
+        requested = self.request.max_tokens or min(limit, MAX_CLAUDE_TOKENS)
+        thinking = theirs.get("thinking") or {}
+        with_thinking = requested + thinking.get("budget_tokens", 0)
+        return int(max(requested, min(with_thinking, limit)))
+
+    def _output_config(self, theirs: Json | None) -> Json:
+        """Return opencode's, which holds the effort, and the schema of the answer."""
+        config = {**(theirs or {})}
+        json_schema = self.request.body.get("response_format", {}).get("json_schema")
+        if json_schema:
+            config["format"] = {"type": "json_schema", "schema": json_schema.get("schema", {})}
+        return config
+
+    def _tools(self) -> list[Json]:
+        tools = []
+        for tool, param in numbered(flat_tools(self.request), "tools"):
             if tool["type"] == "custom":
-                raise invalid("This model takes no custom tools", where)
+                raise invalid("This model takes no custom tools", param)
             if tool["type"] == "function":
-                form = {"type": "object", **tool.pop("parameters", {})}
-                tool = {**tool, "type": None, "input_schema": form}
-            body["tools"].append(drop_empty(tool))
-        choice = {"type": choice} if isinstance(choice, str) else choice
+                schema = {"type": "object", **tool.get("parameters", {})}
+                tool = {**tool, "input_schema": schema, "parameters": None, "type": None}
+            tools.append(drop_empty(tool))
+        return tools
+
+    def _tool_choice(self) -> Json:
+        choice = flat_tool_choice(self.request)
+        if isinstance(choice, str):
+            choice = {"type": choice}
         if choice["type"] in ("allowed_tools", "custom"):
             raise invalid("This model takes no such choice of tools", "tool_choice")
-        choice["type"] = {"required": "any", "function": "tool"}.get(choice["type"], choice["type"])
-        if asked.get("parallel_tool_calls") is False and choice["type"] != "none":
+        choice = {**choice, "type": CLAUDE_CHOICES[choice["type"]]}
+        if self.request.body.get("parallel_tool_calls") is False and choice["type"] != "none":
             choice["disable_parallel_tool_use"] = True
-        body["tool_choice"] = choice if body["tools"] else None
-        return drop_empty({**body, "system": system, "messages": turns})
-
-    def turns(self) -> tuple[list[Json], list[Json]]:
-        """Return alternating turns, results first in each, and the blocks of the system text."""
-        turns: list[Json] = []
-        system: list[Json] = []
-        for role, found, where in convert_messages(self.request):
-            side = "assistant" if role == "assistant" else "user"
-            blocks = [self._block(item, where) for item in found]
-            if role in SYSTEM_ROLES:
-                system += blocks
-            elif blocks or side == "user":
-                if not turns or turns[-1]["role"] != side:
-                    turns.append({"role": side, "content": []})
-                turns[-1]["content"] += blocks or [{"type": "text", "text": "."}]  # never ""
-                turns[-1]["content"].sort(key=lambda block: block["type"] != "tool_result")
-        if not turns:
-            raise invalid("This model needs a message of the user", "messages")
-        last = turns[-1]["content"][-1]
-        if turns[-1]["role"] == "assistant" and last["type"] == "text":
-            last["text"] = last["text"].rstrip()  # or it is refused
-        return turns, system
-
-    def _block(self, item: Json, where: str) -> Json:
-        kind, url = item["type"], item.get("image_url") or item.get("file_data")
-        call_id = re.sub("[^a-zA-Z0-9_-]|^$", "_", item.get("call_id", ""))
-        if kind == "function_call":
-            try:
-                text = item["arguments"].strip() or "{}"
-                value = parse_json_object(text.encode("utf-8", "surrogatepass"))
-            except APIError:
-                raise invalid("Arguments must be an object", where + ".tool_calls") from None
-            return {"type": "tool_use", "id": call_id, "name": item["name"], "input": value}
-        if kind == "function_call_output":
-            told = item["output"]
-            told = [self._block(part, where) for part in told] if isinstance(told, list) else told
-            return {"type": "tool_result", "tool_use_id": call_id, "content": told}
-        if kind in ("input_text", "output_text", "refusal"):
-            return {"type": "text", "text": item.get("text") or item["refusal"]}
-        if not url:
-            raise invalid("This model takes no custom tools, nor files by their ids", where)
-        head, _, data = url.partition(";base64,")
-        media = head[5:].partition(";")[0].lower().replace("image/jpg", "image/jpeg")
-        source = {"type": "base64", "media_type": media, "data": data}
-        source = source if data else {"type": "url", "url": url}
-        kind = "image" if kind == "input_image" else "document"
-        return drop_empty({"type": kind, "source": source, "title": item.get("filename")})
+        return choice
 
     def _decode(self, message: Json) -> Iterator[Event]:
         kind, key = message.get("type"), message.get("index")
@@ -1051,61 +1252,377 @@ class Messages(WireFormat):
             yield self.end()
 
 
-def wire_format_of(url: str) -> type[WireFormat] | None:
-    path, forms = urllib.parse.urlsplit(url).path, WireFormat.__subclasses__()
-    return next((form for form in forms if path.endswith(form.ending)), None)
+WIRE_FORMATS = (ChatCompletions, Responses, Messages)
 
 
-def foreign_turn(request: ChatRequest) -> Json:
-    """Return a turn for a format that only opencode knows; raise APIError 400 for non-text."""
-    asked, (turns, system) = request.body, Messages(request, Model(""), "").turns()
-    if any(block["type"] != "text" for turn in turns for block in turn["content"] + system):
-        raise invalid("This program sends this model nothing but text", "messages")
+def target_of(url: str, model: Model) -> Target | None:
+    """Return where a body for `url` goes, None where only opencode knows its wire format."""
+    parts = urllib.parse.urlsplit(url)
+    for wire_format in WIRE_FORMATS:
+        if parts.path.endswith(wire_format.ending):
+            return Target(wire_format, model, provider_of(model.name), parts.hostname or "")
+    return None
+
+
+def without_agent_fields(theirs: Json) -> Json:
+    """Return what opencode's body says of the model: its name there, its effort, `store`..."""
+    return {name: value for name, value in theirs.items() if name not in AGENT_FIELDS}
+
+
+def finished_body(body: Json, target: Target) -> bytes:
+    """Return a body as its service takes it, as JSON; `body` itself stays as it is."""
+    try:
+        finished = copy_json(body)
+        repair(finished, target)
+        return compact_json(finished).encode()
+    except RecursionError:
+        raise invalid("The body is too deeply nested") from None
+
+
+class OpencodeFormat:
+    """An answer in a format that opencode alone knows: it reads it, and the plugin reports.
+
+    The conversation was handed to opencode as text; see `foreign_conversation`.
+    """
+
+    def __init__(self) -> None:
+        self.finish_reason: str | None = None
+        self.usage: Json | None = None
+
+    def report(self, params: Json) -> Iterator[Event]:
+        """Yield what a `delta` or a `finish` of the plugin means."""
+        if "finish" not in params:
+            name = "reasoning_content" if params.get("type") == "reasoning" else "content"
+            yield Event({name: params.get("text") or ""})
+            return
+        self._count(params.get("tokens"))
+        reason = params["finish"]
+        if reason and reason not in ("unknown", "error"):
+            self.finish_reason = FINISH_REASONS.get(reason.replace("-", "_"), "stop")
+        yield self.end()
+
+    def end(self) -> Event:
+        """Return the last event; raise APIError when the answer is not complete."""
+        if self.finish_reason is None:
+            raise APIError(502, "The provider did not finish its answer", code="incomplete_answer")
+        return Event({}, None, self.finish_reason, self.usage)
+
+    def _count(self, tokens: Json | None) -> None:
+        """Take opencode's counts, in which neither cached nor reasoning tokens are in another."""
+        if not tokens:
+            return
+        cache = tokens.get("cache") or {}
+        cached = cache.get("read", 0)
+        reasoning = tokens.get("reasoning", 0)
+        prompt = tokens.get("input", 0) + cached + cache.get("write", 0)
+        completion = tokens.get("output", 0) + reasoning
+        self.usage = {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": reasoning},
+        }
+
+
+def foreign_conversation(request: ChatRequest) -> Json:
+    """Return what opencode needs to ask in a format that it alone knows.
+
+    Raises:
+        APIError: 400 for what is more than text.
+    """
+    turns, system = turns_of(request)
+    conversation = []
+    for turn in turns:
+        conversation.append({"role": turn["role"], "parts": turn["content"]})
+        require_text(turn["content"])
+    require_text(system)
     for name in ("tools", "response_format"):
-        if asked.get(name) not in (None, [], {"type": "text"}):
+        if request.body.get(name) not in (None, [], {"type": "text"}):
             raise invalid(f"This program sends this model no {name}", name)
     params = {
-        "temperature": asked.get("temperature"),
-        "topP": asked.get("top_p"),
+        "temperature": request.body.get("temperature"),
+        "topP": request.body.get("top_p"),
         "maxOutputTokens": request.max_tokens,
     }
-    conversation = [{"role": turn["role"], "parts": turn["content"]} for turn in turns]
     return {
         "system": [block["text"] for block in system],
         "conversation": conversation,
         "params": drop_empty(params),
-        "effort": asked.get("reasoning_effort"),
-    }
-
-
-def stub_turn(request: ChatRequest) -> Json:
-    """Return a turn for opencode with the least from which it derives the same headers."""
-    roles = [message["role"] for message in request.messages if message["role"] not in SYSTEM_ROLES]
-    has_image = any(
-        part["type"] == "image_url" for message in request.messages for part in parts_of(message)
-    )
-    return {
-        "system": [],
-        "params": {},
         "effort": request.body.get("reasoning_effort"),
-        "conversation": stub_conversation(roles[-1:] not in ([], ["user"]), has_image),
     }
 
 
-def stub_conversation(is_agent: bool, has_image: bool) -> list[Json]:
-    """Return a conversation that ends with a tool's result where `is_agent`, else with a user."""
-    text, image = {"type": "text", "text": "-"}, {"type": "file", "mime": "image/png", "url": PIXEL}
-    user = {"role": "user", "parts": [text, image] if has_image else [text]}
-    state = {
-        "status": "completed",
-        "input": {},
-        "output": "-",
-        "title": "",
-        "metadata": {},
-        "time": {"start": 0, "end": 0},
-    }
-    call = {"type": "tool", "callID": "call", "tool": "t", "state": state}
-    return [user, {"role": "assistant", "parts": [call]}] if is_agent else [user]
+def require_text(blocks: list[Json]) -> None:
+    for block in blocks:
+        if block["type"] != "text":
+            raise invalid("This program sends this model nothing but text", "messages")
+
+
+def chat_conversation(request: ChatRequest) -> Json:
+    """Return the least from which opencode derives the same headers as from the whole request."""
+    last_role = "user"
+    has_image = False
+    for message in request.messages:
+        if message["role"] not in SYSTEM_ROLES:
+            last_role = message["role"]
+        for part in parts_of(message):
+            has_image = has_image or part["type"] == "image_url"
+    return stub_conversation(last_role != "user", has_image, request.body.get("reasoning_effort"))
+
+
+def stub_conversation(is_agent: bool, has_image: bool, effort: str | None = None) -> Json:
+    """Return a conversation of no content for opencode.
+
+    It ends with a tool's result where `is_agent`, else with the user, and shows an image or none:
+    Copilot's headers tell such requests apart.
+    """
+    parts: list[Json] = [{"type": "text", "text": "-"}]
+    if has_image:
+        parts.append({"type": "file", "mime": "image/png", "url": PIXEL})
+    conversation: list[Json] = [{"role": "user", "parts": parts}]
+    if is_agent:
+        state = {
+            "status": "completed",
+            "input": {},
+            "output": "-",
+            "title": "",
+            "metadata": {},
+            "time": {"start": 0, "end": 0},
+        }
+        call = {"type": "tool", "callID": "call", "tool": "t", "state": state}
+        conversation.append({"role": "assistant", "parts": [call]})
+    return {"system": [], "conversation": conversation, "params": {}, "effort": effort}
+
+
+# ------------------------------------------------------------------------------------------- quirks
+# What services insist on beyond their formats: a catalogue of small functions, each with the format
+# and the condition that it applies under, and what was observed of whom. `repair` applies those
+# that match in the order of this file, to converted and to passed-through bodies alike. A body is
+# the repairer's own, to be changed in place; of a passed-through one `parse_native_request` has
+# checked what quirks rely on, all else may be anything.
+
+INSTRUCTIONS = "Answer the user."  # where a client has none, and the service insists on some
+MIN_RESPONSES_TOKENS = 16
+CHATGPT_REFUSES = (
+    "max_output_tokens",
+    "metadata",
+    "safety_identifier",
+    "temperature",
+    "top_p",
+    "user",
+)
+
+
+Formats = Union[type[WireFormat], tuple[type[WireFormat], ...]]
+Condition = Callable[[Target], bool]
+Repair = Callable[[Json, Target], None]
+
+
+class Quirk(NamedTuple):
+    """A fact about a service: where it holds, and what makes a body right there."""
+
+    wire_format: Formats
+    condition: Condition
+    repair: Repair
+
+
+QUIRKS: list[Quirk] = []
+
+
+def quirk(wire_format: Formats, condition: Condition) -> Callable[[Repair], Repair]:
+    """Put the function that follows into the catalogue, for one wire format or several."""
+
+    def register(function: Repair) -> Repair:
+        QUIRKS.append(Quirk(wire_format, condition, function))
+        return function
+
+    return register
+
+
+def repair(body: Json, target: Target) -> None:
+    """Change a body in its own format to what the target is known to take."""
+    for each in QUIRKS:
+        if issubclass(target.wire_format, each.wire_format) and each.condition(target):
+            each.repair(body, target)
+
+
+# -- conditions
+
+
+def always(target: Target) -> bool:
+    return True
+
+
+def is_at(target: Target, domain: str) -> bool:
+    return target.host == domain or target.host.endswith("." + domain)
+
+
+def is_chatgpt(target: Target) -> bool:
+    """Tell whether a ChatGPT subscription answers."""
+    return is_at(target, "chatgpt.com")
+
+
+def is_copilot(target: Target) -> bool:
+    return target.provider.startswith("github-copilot")
+
+
+def is_copilot_reasoner(target: Target) -> bool:
+    """Tell whether it is GPT-5 or newer, or a model of the o series, at Copilot."""
+    model = target.model.name.partition("/")[2]
+    return is_copilot(target) and re.match(r"gpt-[5-9]|o\d", model) is not None
+
+
+def is_mistral(target: Target) -> bool:
+    return target.provider == "mistral" or is_at(target, "mistral.ai")
+
+
+def takes_no_temperature(target: Target) -> bool:
+    return not target.model.takes_temperature
+
+
+# -- /chat/completions
+
+
+@quirk(ChatCompletions, is_copilot_reasoner)
+def rename_max_tokens(body: Json, target: Target) -> None:
+    """Copilot: "Unsupported parameter: 'max_tokens'... Use 'max_completion_tokens' instead"."""
+    limit = body.pop("max_tokens", None)
+    if limit is not None:
+        body.setdefault("max_completion_tokens", limit)
+
+
+@quirk(ChatCompletions, is_mistral)
+def drop_stream_options(body: Json, target: Target) -> None:
+    """Mistral refuses `stream_options`, and tells the usage without it."""
+    body.pop("stream_options", None)
+
+
+@quirk(ChatCompletions, always)
+def say_effort_once(body: Json, target: Target) -> None:
+    """OpenRouter refuses `reasoning`, which opencode sets there, beside a `reasoning_effort`."""
+    if "reasoning_effort" in body:
+        body.pop("reasoning", None)
+
+
+# -- /responses
+
+
+@quirk((Responses, Messages), takes_no_temperature)
+def drop_sampling(body: Json, target: Target) -> None:
+    """Models that the catalog says so of refuse `temperature` and `top_p` at any value."""
+    body.pop("temperature", None)
+    body.pop("top_p", None)
+
+
+@quirk(Responses, always)
+def raise_max_output_tokens(body: Json, target: Target) -> None:
+    """OpenAI refuses less than 16 on /responses; apps try their connection with 1 or 5."""
+    limit = body.get("max_output_tokens")
+    if limit is not None:
+        body["max_output_tokens"] = max(limit, MIN_RESPONSES_TOKENS)
+
+
+@quirk(Responses, is_chatgpt)
+def take_system_messages_as_instructions(body: Json, target: Target) -> None:
+    """chatgpt.com: "System messages are not allowed"; it has `instructions` for them."""
+    items = body.get("input")
+    if not isinstance(items, list):
+        return
+    for item in items:
+        if item.get("role") == "system":
+            item["role"] = "developer"
+    if body.get("instructions"):
+        return
+    texts = []
+    while len(items) > 1 and items[0].get("role") == "developer":
+        texts.append(responses_text(items.pop(0)))
+    body["instructions"] = "\n\n".join(texts)
+
+
+@quirk(Responses, is_chatgpt)
+def add_instructions(body: Json, target: Target) -> None:
+    """chatgpt.com: "Instructions are required"."""
+    if not body.get("instructions"):
+        body["instructions"] = INSTRUCTIONS
+
+
+@quirk(Responses, is_chatgpt)
+def store_nothing(body: Json, target: Target) -> None:
+    """chatgpt.com: "Store must be set to false"."""
+    body["store"] = False
+
+
+@quirk(Responses, is_chatgpt)
+def drop_what_chatgpt_refuses(body: Json, target: Target) -> None:
+    """chatgpt.com: "Unsupported parameter" for what a subscription cannot choose."""
+    for name in CHATGPT_REFUSES:
+        body.pop(name, None)
+
+
+def responses_text(item: Json) -> str:
+    """Return the text of an input message."""
+    content = item.get("content")
+    if not isinstance(content, list):
+        return str(content)
+    return "\n\n".join(str(part.get("text", "")) for part in content)
+
+
+# -- /messages
+
+
+def is_thinking(body: Json) -> bool:
+    thinking = body.get("thinking")
+    return thinking is not None and thinking.get("type") in ("enabled", "adaptive")
+
+
+def first_block(message: Json) -> str:
+    """Return the type of a turn's first block, "text" where its content is a string."""
+    content = message["content"]
+    if not isinstance(content, list) or not content:
+        return "text"
+    return str(content[0].get("type"))
+
+
+@quirk(Messages, always)
+def think_only_with_earlier_thoughts(body: Json, target: Target) -> None:
+    """Claude, told to think, refuses a tool's result whose call has no thinking before it."""
+    thinking = body.get("thinking")
+    if thinking is None or thinking.get("type") != "enabled":
+        return
+    messages = body["messages"]
+    if not messages or first_block(messages[-1]) != "tool_result":
+        return
+    if len(messages) < 2 or first_block(messages[-2]) not in ("thinking", "redacted_thinking"):
+        del body["thinking"]
+
+
+@quirk(Messages, always)
+def drop_sampling_while_thinking(body: Json, target: Target) -> None:
+    """Claude, told to think, takes no `temperature` but 1, and nearly no `top_p`."""
+    if is_thinking(body):
+        body.pop("temperature", None)
+        body.pop("top_p", None)
+
+
+@quirk(Messages, always)
+def choose_temperature_or_top_p(body: Json, target: Target) -> None:
+    """Claude since 4.1: "`temperature` and `top_p` cannot both be specified for this model"."""
+    if body.get("temperature") is not None:
+        body.pop("top_p", None)
+
+
+@quirk(Messages, always)
+def strip_end_of_prefill(body: Json, target: Target) -> None:
+    """Anthropic: "final assistant content cannot end with trailing whitespace"."""
+    if not body["messages"] or body["messages"][-1].get("role") != "assistant":
+        return
+    last = body["messages"][-1]
+    if isinstance(last["content"], str):
+        last["content"] = last["content"].rstrip()
+    elif last["content"] and last["content"][-1].get("type") == "text":
+        block = last["content"][-1]
+        block["text"] = str(block.get("text", "")).rstrip()
 
 
 # ----------------------------------------------------------------------------------------- exchange
@@ -1120,20 +1637,25 @@ class ChatExchange:
 
     def __init__(self, request: ChatRequest, model: Model) -> None:
         self._request, self._model = request, model
-        self._format = WireFormat(request, model, "")
+        self._format: Any = OpencodeFormat()
         self._sse, self._beginning = SSEReader(), ""  # of the answer: it may be no stream
         self._held = ""  # what may be the beginning of a stop sequence
         self._cut = False  # at one: not every wire format does it itself
 
-    def needs(self, foreign: bool) -> Json:
+    def conversation(self, is_foreign: bool) -> Json:
         """Return what the plugin tells opencode of the conversation; raise APIError 400."""
-        return foreign_turn(self._request) if foreign else stub_turn(self._request)
+        if is_foreign:
+            return foreign_conversation(self._request)
+        return chat_conversation(self._request)
 
-    def body(self, url: str, theirs: Json) -> str | None:
-        """Return the body to send, None where the wire format of `url` is not known."""
-        known = wire_format_of(url)
-        self._format = (known or WireFormat)(self._request, self._model, url)
-        return self._format.body(theirs) if known else None
+    def body(self, url: str, theirs: Json) -> bytes | None:
+        """Return the body to send, None where only opencode knows the wire format of `url`."""
+        target = target_of(url, self._model)
+        if target is None:
+            return None
+        self._format = target.wire_format(self._request, target)
+        body: bytes = self._format.body(theirs)
+        return body
 
     def begin(self, status: int, headers: Json) -> Iterator[Event]:
         """Yield what the head of the provider's answer means: nothing yet."""
@@ -1200,7 +1722,7 @@ class NativeRequest(NamedTuple):
     body: Json
     wire_format: type[WireFormat]
     model: str
-    headers: Json
+    headers: dict[str, str]
     choices: int = 1
 
 
@@ -1213,22 +1735,60 @@ class Piece(NamedTuple):
     finish_reason: str | None = None
 
 
-def parse_native_request(data: bytes, form: type[WireFormat], headers: Json) -> NativeRequest:
+# What quirks rely on in a body that is passed through; a null is the provider's to judge.
+NATIVE_FIELDS: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "messages": (list,),
+    "input": (str, list),
+    "system": (str, list),
+    "instructions": (str, list),
+    "tools": (list,),
+    "tool_choice": (str, dict),
+    "thinking": (dict,),
+    "reasoning": (dict,),
+    "text": (dict,),
+    "output_config": (dict,),
+    "max_tokens": (int,),
+    "max_output_tokens": (int,),
+    "temperature": (float,),
+    "top_p": (float,),
+}
+NEEDS_STORE = ("previous_response_id", "conversation", "background", "store")
+PASSED_ANSWER_HEADERS = ("content-type", "retry-after", "retry-after-ms")
+
+
+def parse_native_request(
+    data: bytes, wire_format: type[WireFormat], headers: dict[str, str]
+) -> NativeRequest:
     """Return the request in `data`; raise APIError 400 for what needs a store, or no model."""
     body = parse_json_object(data)
-    require(body.get("model"), "model", str)
-    for name in ("previous_response_id", "conversation", "background", "store"):
-        if body.get(name) and (name != "store" or form is Responses):
+    check_native_body(Fields(body))
+    for name in NEEDS_STORE:
+        is_asked_for = body.get(name) and (name != "store" or wire_format is Responses)
+        if is_asked_for:
             raise invalid(f"{name} needs a store of responses, and there is none here", name)
-    return NativeRequest(body, form, body["model"], headers)
+    return NativeRequest(body, wire_format, body["model"], headers)
 
 
-def native_json(value: Any) -> str:
-    """Return a part of a native body as JSON; raise APIError 400 where it is too deep for that."""
-    try:
-        return compact_json(value)
-    except RecursionError:
-        raise invalid("The body is too deeply nested") from None
+def check_native_body(fields: Fields) -> None:
+    """Raise APIError 400 unless the fields that quirks look at are of the kinds they must be."""
+    fields.need("model", str)
+    for name, kinds in NATIVE_FIELDS.items():
+        fields.may(name, *kinds)
+    for name in ("messages", "input", "tools", "system"):
+        if not isinstance(fields.value.get(name), list):
+            continue
+        for item in fields.each(name):
+            check_native_content(item, is_needed=name == "messages")
+
+
+def check_native_content(item: Fields, is_needed: bool) -> None:
+    """Check that what a turn or an item says is a text, or objects."""
+    if is_needed:
+        item.need("content", str, list)
+    if isinstance(item.value.get("content"), list):
+        for part in item.each("content"):
+            check_native_content(part, is_needed=False)
 
 
 class NativeExchange:
@@ -1237,36 +1797,37 @@ class NativeExchange:
     patience = None
 
     def __init__(self, request: NativeRequest, model: Model) -> None:
-        self._request, self._model, self.headers = request, model, request.headers
+        self.headers = request.headers
+        self._request = request
+        self._model = model
 
-    def needs(self, foreign: bool) -> Json:
+    def conversation(self, is_foreign: bool) -> Json:
         """Return the least from which opencode derives the request's headers."""
-        said = self._request.body.get("input") or self._request.body.get("messages")
-        last = said[-1] if isinstance(said, list) and said else None
-        role = last.get("role") if isinstance(last, dict) else "user"
-        is_agent = role != "user" or '"tool_result"' in native_json(last)
-        has_image = re.search('"(input_)?image"', native_json(said)) is not None
-        conversation = stub_conversation(is_agent, has_image)
-        return {"system": [], "params": {}, "effort": None, "conversation": conversation}
+        body = self._request.body
+        said = body.get("input") or body.get("messages")
+        is_agent = False
+        if isinstance(said, list) and said:
+            is_agent = said[-1].get("role") != "user" or has_type(said[-1], "tool_result")
+        has_image = has_type(said, "image", "input_image")
+        return stub_conversation(is_agent, has_image)
 
-    def body(self, url: str, theirs: Json) -> str | None:
+    def body(self, url: str, theirs: Json) -> bytes | None:
         """Return the client's body for the real model; raise APIError 400 for another format."""
-        found = wire_format_of(url)
-        if found is not self._request.wire_format:
-            ending = found.ending if found else "a format of its own"
-            raise invalid(
-                f"The model {self._model.name} speaks {ending}: use /v1/chat/completions,"
-                " which serves every model",
-                "model",
-                "wrong_endpoint",
-            )
-        own: Json = {name: theirs[name] for name in ("model", "store") if name in theirs}
-        body = {**self._request.body, **own}
-        return native_json(for_chatgpt(body) if "//chatgpt.com/" in url else body)
+        target = target_of(url, self._model)
+        if target is None or target.wire_format is not self._request.wire_format:
+            raise self._wrong_endpoint(target)
+        body = {**self._request.body}
+        for name in ("model", "store"):
+            if name in theirs:
+                body[name] = theirs[name]
+        return finished_body(body, target)
 
     def begin(self, status: int, headers: Json) -> Iterator[Piece]:
-        kept = ("content-type", "retry-after", "retry-after-ms")
-        yield Piece("", status, {name: headers[name] for name in kept if name in headers})
+        passed = {}
+        for name in PASSED_ANSWER_HEADERS:
+            if name in headers:
+                passed[name] = headers[name]
+        yield Piece("", status, passed)
 
     def feed(self, text: str) -> Iterator[Piece]:
         yield Piece(text)
@@ -1277,6 +1838,15 @@ class NativeExchange:
     def refused(self, status: int, headers: Json, body: str) -> Iterator[Piece]:
         yield from self.begin(status, headers)
         yield Piece(body, finish_reason="stop")
+
+    def _wrong_endpoint(self, target: Target | None) -> APIError:
+        spoken = target.wire_format.ending if target else "a format of its own"
+        return invalid(
+            f"The model {self._model.name} speaks {spoken}: use /v1/chat/completions,"
+            " which serves every model",
+            "model",
+            "wrong_endpoint",
+        )
 
 
 # ------------------------------------------------------------------------------------------- answer
@@ -2005,8 +2575,8 @@ class Turn:
         process.listeners[self.session_id] = self
         if current != name:
             yield from self._ask("session/set_model", {**own, "modelId": name})
-        needs = json.dumps(self._exchange.needs(name in foreign))
-        yield from process.hand_over("turn", self.session_id, needs)
+        conversation = json.dumps(self._exchange.conversation(name in foreign))
+        yield from process.hand_over("turn", self.session_id, conversation)
         self.running = True
         theirs = yield from self._ask("session/prompt", {**own, "prompt": PROMPT})
         body = self._exchange.body(theirs["url"], theirs["body"])
@@ -2015,7 +2585,10 @@ class Turn:
             process.abandon(self)
             self.session_id, self.running = "", False
             return (yield from self._talk())
-        for kind, text in (("headers", json.dumps(self._exchange.headers)), ("body", body or "")):
+        for kind, text in (
+            ("headers", json.dumps(self._exchange.headers)),
+            ("body", (body or b"").decode()),
+        ):
             yield from process.hand_over(kind, self.session_id, text)
         self.handed_over = True
         yield from self._relay()

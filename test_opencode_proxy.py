@@ -1391,7 +1391,8 @@ def asks(call_id, arguments, kind="function"):
 
 def wire(url=AT_CHAT, messages=(USER,), model=WARM, **fields):
     body = json.dumps({"messages": list(messages), **fields}).encode()
-    return proxy.wire_format_of(url)(proxy.parse_chat_request(body), model, url)
+    target = proxy.target_of(url, model)
+    return target.wire_format(proxy.parse_chat_request(body), target)
 
 
 def events(url, *messages, **fields):
@@ -1482,8 +1483,8 @@ class BodyTest(unittest.TestCase):
                 "stream_options": {"include_usage": True},
             },
         )
-        self.assertIn('"arguments":' + json.dumps(ARGUMENTS), body)
-        self.assertIn('"\\ud800 \u2028é"', body)
+        self.assertIn(('"arguments":' + json.dumps(ARGUMENTS)).encode(), body)
+        self.assertIn('"\\ud800 \u2028é"'.encode(), body)
 
     def test_responses_has_everything(self):
         theirs = {**THEIRS, "store": False, "include": ["i"], "reasoning": {"effort": "low"}}
@@ -1557,8 +1558,8 @@ class BodyTest(unittest.TestCase):
     def test_messages_has_everything(self):
         theirs = {**THEIRS, "output_config": {"effort": "low"}}
         body = wire(AT_MESSAGES, CONVERSATION, **FIELDS).body(theirs)
-        self.assertIn('"input":{"b":1.0,"a":12345678901234567890}', body)
-        self.assertIn('"properties":{"2":{},"1":{}}', body)
+        self.assertIn(b'"input":{"b":1.0,"a":12345678901234567890}', body)
+        self.assertIn(b'"properties":{"2":{},"1":{}}', body)
         png, pdf = (
             {"type": "base64", "media_type": media, "data": data}
             for media, data in (("image/png", "QUJD"), ("application/pdf", "UERG"))
@@ -1717,7 +1718,7 @@ class BodyTest(unittest.TestCase):
             (None, said("user", WIRE_IMAGE), {}, "messages"),
         ):
             made = wire(url or AT_CHAT, [message], **fields)
-            found = error(made.body, {}) if url else error(proxy.foreign_turn, made.request)
+            found = error(made.body, {}) if url else error(proxy.foreign_conversation, made.request)
             self.assertEqual(found[:2], (400, param))
 
 
