@@ -847,6 +847,9 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}
 AUDIO = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
 FILE = {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:a/b;base64,AAAA"}}
 TEXT = {"type": "text", "text": "a"}
+TOOL = {"type": "function", "function": {"name": "f"}}
+CUSTOM_TOOL = {"type": "custom", "custom": {"name": "f"}}
+MAX_INT = (1 << 31) - 1
 
 
 def changed(part, **fields):
@@ -858,7 +861,6 @@ def allowed(*tools, mode="auto"):
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
 
 
-TOOL, CUSTOM_TOOL = ({"type": kind, kind: {"name": "f"}} for kind in ("function", "custom"))
 GOOD = {
     "messages": [
         {"role": "system", "content": "s"},
@@ -888,98 +890,212 @@ GOOD = {
     "functions": [{"name": "f"}],
     "stop": ["x"] * proxy.MAX_STOP_SEQUENCES,
     "n": proxy.MAX_CHOICES,
-    "max_tokens": (1 << 31) - 1,
-    "max_completion_tokens": (1 << 31) - 1,
+    "max_tokens": MAX_INT,
+    "max_completion_tokens": MAX_INT,
     "stream_options": {"include_usage": True},
     "response_format": {"type": "json_schema", "json_schema": {}},
 }
-# Values of a field, and where below it they are wrong.
-BAD = {
-    "messages": (
-        ("x", ""),
-        ([], ""),
-        ({}, ""),
-        ({"a": 1}, ""),
-        ([1], "[0]"),
-        ([{"role": "user"}], "[0].content"),
-        ([{"content": "x"}], "[0].role"),
-        ([{"role": "user", "content": None}], "[0].content"),
-        ([{"role": ["user"], "content": "x"}], "[0].role"),
-        ([{"role": "tool", "content": "x"}], "[0].tool_call_id"),
-        ([{"role": "function", "content": "x"}], "[0].name"),
-        ([{"role": "assistant"}, {"role": "robot"}], "[1].role"),
-    ),
-    "messages[0].content": (
-        (1, ""),
-        (["x"], "[0]"),
-        ([TEXT, {"type": "video"}], "[1].type"),
-        ([{"type": ["text"]}], "[0].type"),
-        ([{"type": "text"}], "[0].text"),
-        ([{"type": "image_url", "image_url": "x"}], "[0].image_url"),
-        ([changed(IMAGE, url="file:///etc/passwd")], "[0].image_url.url"),
-        ([changed(IMAGE, detail=1)], "[0].image_url.detail"),
-        ([{"type": "file"}], "[0].file"),
-        ([changed(AUDIO, format=None)], "[0].input_audio.format"),
-        ([changed(FILE, file_data=[])], "[0].file.file_data"),
-    ),
-    "messages[0].function_call": (({"name": "f"}, ".arguments"),),
-    "messages[0].tool_calls": (
-        ({}, ""),
-        ("", ""),
-        ([1], "[0]"),
-        ([{}], "[0].id"),
-        ([CALL, {"id": 1}], "[1].id"),
-        ([{"id": "c"}], "[0].function"),
-        ([{"id": "c", "type": "x"}], "[0].type"),
-        ([{"id": "c", "type": ["custom"]}], "[0].type"),
-        ([changed(CALL, arguments=None)], "[0].function.arguments"),
-        ([changed(CALL, arguments={})], "[0].function.arguments"),
-        ([changed(CUSTOM_CALL, name=None)], "[0].custom.name"),
-        ([changed(CUSTOM_CALL, input=None)], "[0].custom.input"),
-    ),
-    "n": ((0, ""), (proxy.MAX_CHOICES + 1, "")),
-    "max_tokens": ((0, ""), (-1, ""), (1 << 31, ""), (10**30, "")),
-    "max_completion_tokens": ((0, ""), (-1, ""), (1 << 31, ""), (10**30, "")),
-    "stop": ((["x"] * (proxy.MAX_STOP_SEQUENCES + 1), ""), (["a", 1], "[1]")),
-    "response_format": (
-        ({}, ".type"),
-        ({"type": "yaml"}, ".type"),
-        ({"type": ["text"]}, ".type"),
-        ({"type": "json_schema"}, ".json_schema"),
-    ),
-    "tools": (
-        ([1], "[0]"),
-        ([{}], "[0].type"),
-        ([{"type": "function"}], "[0].function"),
-        ([changed(TOOL, name=None)], "[0].function.name"),
-        ([changed(TOOL, parameters=[])], "[0].function.parameters"),
-        ([{"type": "web_search"}, {"type": "custom"}], "[1].custom"),
-        ([changed(CUSTOM_TOOL, name=1)], "[0].custom.name"),
-    ),
-    "functions": (
-        ([{}], "[0].name"),
-        ([{"name": "f"}, 1], "[1]"),
-        ([{"name": "f", "parameters": "x"}], "[0].parameters"),
-    ),
-    "tool_choice": (
-        ("maybe", ""),
-        ("", ""),
-        ({}, ".function"),
-        ({"type": "mcp"}, ".type"),
-        ({"type": ["function"]}, ".type"),
-        ({"type": "function", "name": "f"}, ".function"),
-        ({"type": "function", "function": "f"}, ".function"),
-        ({"function": {"name": 1}}, ".function.name"),
-        ({"type": "custom"}, ".custom"),
-        (changed(CUSTOM_TOOL, name=None), ".custom.name"),
-        ({"type": "allowed_tools"}, ".allowed_tools"),
-        (allowed(TOOL, mode="any"), ".allowed_tools.mode"),
-        (changed(allowed(), tools=None), ".allowed_tools.tools"),
-        (allowed(TOOL, {}), ".allowed_tools.tools[1].function"),
-        (allowed({"type": "mcp"}), ".allowed_tools.tools[0].type"),
-    ),
-    "function_call": (("maybe", ""), ({}, ".name")),
+GOOD_CHOICES = {
+    "none": "none",
+    "auto": "auto",
+    "required": "required",
+    "a function": TOOL,
+    "a custom tool": CUSTOM_TOOL,
+    "a function without a type": {"function": {"name": "f"}},
+    "allowed tools": allowed(CUSTOM_TOOL),
 }
+
+
+def message(**fields):
+    """Return the field of a request that has one message, the user's unless `fields` say else."""
+    return {"messages": [{"role": "user", "content": "x", **fields}]}
+
+
+def one(name, *items):
+    """Return the field of a request that is a list."""
+    return {name: list(items)}
+
+
+# What is wrong in a request: the param that names it, and the fields of the body.
+BAD_MESSAGES = {
+    "a text": ("messages", {"messages": "x"}),
+    "none": ("messages", {"messages": []}),
+    "an empty object": ("messages", {"messages": {}}),
+    "an object": ("messages", {"messages": {"a": 1}}),
+    "a number": ("messages[0]", one("messages", 1)),
+    "no content": ("messages[0].content", one("messages", {"role": "user"})),
+    "no role": ("messages[0].role", one("messages", {"content": "x"})),
+    "a null as content": ("messages[0].content", message(content=None)),
+    "a list as role": ("messages[0].role", message(role=["user"])),
+    "a result without an id": ("messages[0].tool_call_id", message(role="tool")),
+    "a function's answer without a name": ("messages[0].name", message(role="function")),
+    "an unknown role": (
+        "messages[1].role",
+        one("messages", {"role": "assistant"}, {"role": "robot"}),
+    ),
+    "a call without arguments": (
+        "messages[0].function_call.arguments",
+        message(function_call={"name": "f"}),
+    ),
+}
+BAD_CONTENTS = {
+    "a number": ("", 1),
+    "a text as part": ("[0]", ["x"]),
+    "an unknown type": ("[1].type", [TEXT, {"type": "video"}]),
+    "a list as type": ("[0].type", [{"type": ["text"]}]),
+    "a text without text": ("[0].text", [{"type": "text"}]),
+    "an image that is a text": ("[0].image_url", [{"type": "image_url", "image_url": "x"}]),
+    "an image in a file": ("[0].image_url.url", [changed(IMAGE, url="file:///etc/passwd")]),
+    "a number as detail": ("[0].image_url.detail", [changed(IMAGE, detail=1)]),
+    "a file without a file": ("[0].file", [{"type": "file"}]),
+    "audio without a format": ("[0].input_audio.format", [changed(AUDIO, format=None)]),
+    "a list as file": ("[0].file.file_data", [changed(FILE, file_data=[])]),
+}
+BAD_CALLS = {
+    "an object": ("", {}),
+    "a text": ("", ""),
+    "a number": ("[0]", [1]),
+    "no id": ("[0].id", [{}]),
+    "a number as id": ("[1].id", [CALL, {"id": 1}]),
+    "no function": ("[0].function", [{"id": "c"}]),
+    "an unknown type": ("[0].type", [{"id": "c", "type": "x"}]),
+    "a list as type": ("[0].type", [{"id": "c", "type": ["custom"]}]),
+    "no arguments": ("[0].function.arguments", [changed(CALL, arguments=None)]),
+    "an object as arguments": ("[0].function.arguments", [changed(CALL, arguments={})]),
+    "no name": ("[0].custom.name", [changed(CUSTOM_CALL, name=None)]),
+    "no input": ("[0].custom.input", [changed(CUSTOM_CALL, input=None)]),
+}
+BAD_TOOLS = {
+    "a number": ("[0]", [1]),
+    "no type": ("[0].type", [{}]),
+    "no function": ("[0].function", [{"type": "function"}]),
+    "no name": ("[0].function.name", [changed(TOOL, name=None)]),
+    "a list as parameters": ("[0].function.parameters", [changed(TOOL, parameters=[])]),
+    "no custom tool": ("[1].custom", [{"type": "web_search"}, {"type": "custom"}]),
+    "a number as name": ("[0].custom.name", [changed(CUSTOM_TOOL, name=1)]),
+}
+BAD_CHOICES = {
+    "an unknown mode": ("", "maybe"),
+    "no mode": ("", ""),
+    "an empty object": (".function", {}),
+    "an unknown type": (".type", {"type": "mcp"}),
+    "a list as type": (".type", {"type": ["function"]}),
+    "a flat function": (".function", {"type": "function", "name": "f"}),
+    "a text as function": (".function", {"type": "function", "function": "f"}),
+    "a number as name": (".function.name", {"function": {"name": 1}}),
+    "no custom tool": (".custom", {"type": "custom"}),
+    "no name": (".custom.name", changed(CUSTOM_TOOL, name=None)),
+    "nothing allowed": (".allowed_tools", {"type": "allowed_tools"}),
+    "an unknown mode of allowed tools": (".allowed_tools.mode", allowed(TOOL, mode="any")),
+    "no allowed tools": (".allowed_tools.tools", changed(allowed(), tools=None)),
+    "an allowed tool without a function": (
+        ".allowed_tools.tools[1].function",
+        allowed(TOOL, {}),
+    ),
+    "an allowed tool of an unknown type": (
+        ".allowed_tools.tools[0].type",
+        allowed({"type": "mcp"}),
+    ),
+}
+BAD_OTHERS = {
+    "no choices": ("n", {"n": 0}),
+    "too many choices": ("n", {"n": proxy.MAX_CHOICES + 1}),
+    "no tokens": ("max_tokens", {"max_tokens": 0}),
+    "fewer than no tokens": ("max_tokens", {"max_tokens": -1}),
+    "too many tokens": ("max_tokens", {"max_tokens": MAX_INT + 1}),
+    "far too many tokens": ("max_completion_tokens", {"max_completion_tokens": 10**30}),
+    "no tokens of a completion": ("max_completion_tokens", {"max_completion_tokens": 0}),
+    "too many sequences": ("stop", {"stop": ["x"] * (proxy.MAX_STOP_SEQUENCES + 1)}),
+    "a number as sequence": ("stop[1]", {"stop": ["a", 1]}),
+    "no format": ("response_format.type", {"response_format": {}}),
+    "an unknown format": ("response_format.type", {"response_format": {"type": "yaml"}}),
+    "a list as format": ("response_format.type", {"response_format": {"type": ["text"]}}),
+    "no schema": ("response_format.json_schema", {"response_format": {"type": "json_schema"}}),
+    "a function without a name": ("functions[0].name", {"functions": [{}]}),
+    "a number as function": ("functions[1]", {"functions": [{"name": "f"}, 1]}),
+    "a text as parameters": (
+        "functions[0].parameters",
+        {"functions": [{"name": "f", "parameters": "x"}]},
+    ),
+    "an unknown mode of functions": ("function_call", {"function_call": "maybe"}),
+    "a function's choice without a name": ("function_call.name", {"function_call": {}}),
+}
+LONG_NUMBER = b"9" * (proxy.MAX_DIGITS + 1)
+NOT_JSON = {
+    "nothing": (b"", "JSON"),
+    "an open brace": (b"{", "JSON"),
+    "half a word": (b"nul", "JSON"),
+    "more than JSON": (b"{}\0", "JSON"),
+    "an array": (b"[]", "object"),
+    "a text": (b'"x"', "object"),
+    "a byte that is no UTF-8": (b"\xff{}", "utf-8"),
+    "a surrogate as UTF-8": (b'{"a":"\xed\xa0\x80"}', "utf-8"),
+    "NaN": (b'{"a":NaN}', "NaN"),
+    "Infinity": (b'{"a":-Infinity}', "Infinity"),
+    "a number beyond a float": (b'{"a":1e999}', "1e999 is no number"),
+    "deep arrays": (b"[" * 100000, "recursion"),
+    "deep objects": (b'{"a":' * 100000, "recursion"),
+    "a long number": (LONG_NUMBER, "too long"),
+    "a long negative number": (b"-" + LONG_NUMBER, "too long"),
+    "a number of 9 MB": (b"9" * 9000000, "too long"),
+    "a fraction of 9 MB": (b'{"a":0.' + b"9" * 9000000, "too long"),
+}
+LEGACY_MESSAGES = [
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": None, "function_call": CALL["function"]},
+    {"role": "function", "name": "f", "content": "r"},
+    {"role": "assistant", "content": "x", "function_call": None},
+]
+MODERN_MESSAGES = [
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": None, "tool_calls": [{**CALL, "id": "call_1"}]},
+    {"role": "tool", "tool_call_id": "call_1", "content": "r"},
+    {"role": "assistant", "content": "x"},
+]
+FUZZ_RUNS = int(os.environ.get("OPENCODE_PROXY_TEST_FUZZ", "5000"))
+FUZZ_WORDS = ("", "x", "text", "function", "custom", "\ud800", "[NaN]", "1e999")
+FUZZ_VALUES = (None, True, 0, -1, 1.5, [], {}, [None], {"a": None}, [[]], 10**30, *FUZZ_WORDS)
+FUZZ_KEYS = (
+    "text",
+    "refusal",
+    "type",
+    "function",
+    "name",
+    "arguments",
+    "content",
+    "file",
+    "image_url",
+    "json_schema",
+    "tool_calls",
+    "tool_choice",
+    "function_call",
+)
+
+
+def damage(seeded, target):
+    """Put something else somewhere into a JSON value."""
+    while isinstance(target, (dict, list)) and target:
+        keys = list(target) if isinstance(target, dict) else range(len(target))
+        key = seeded.choice(keys)
+        if not isinstance(target[key], (dict, list)) or seeded.random() < 0.3:
+            if isinstance(target, dict) and seeded.random() < 0.2:
+                key = seeded.choice(FUZZ_KEYS)
+            target[key] = json.loads(json.dumps(seeded.choice(FUZZ_VALUES)))
+            return
+        target = target[key]
+
+
+def damaged(seeded, data):
+    """Return a JSON body with some of its bytes, or of its values, changed."""
+    if seeded.random() < 0.3:
+        changed_data = bytearray(data)
+        for _ in range(seeded.randint(1, 8)):
+            changed_data[seeded.randrange(len(data))] = seeded.randrange(256)
+        return bytes(changed_data)
+    body = json.loads(data)
+    for _ in range(seeded.randint(1, 4)):
+        damage(seeded, body)
+    return json.dumps(body).encode()
 
 
 class RequestTest(unittest.TestCase):
@@ -993,114 +1109,126 @@ class RequestTest(unittest.TestCase):
         self.assertEqual(
             (error.status, error.type, error.param),
             (400, "invalid_request_error", param),
-            data[:100],
         )
         self.assertIn(text, error.message)
         self.assertLess(len(error.message), 300)
 
-    def test_fields(self):
+    def assert_all_invalid(self, table, field=None):
+        """Check the rows of a table; those of a `field` hold its value and what is below it."""
+        for name, (param, fields) in table.items():
+            with self.subTest(name):
+                if field is not None:
+                    param = field + param
+                    value = {field.rpartition(".")[2]: fields}
+                    fields = message(**value) if "." in field else value
+                self.assert_invalid(chat_body(**fields), param)
+
+    def test_nulls_and_an_empty_model_mean_nothing(self):
+        request = self.parse(temperature=None, model="")
         messages = [{"role": "user", "content": "hi"}]
+        self.assertEqual(request.body, {"messages": messages, "model": ""})
         self.assertEqual(
-            self.parse(temperature=None, model=""),
+            request,
             proxy.ChatRequest(
-                {"messages": messages, "model": ""},
-                messages,
-                None,
-                False,
-                False,
-                1,
-                (),
-                None,
-                False,
+                body=request.body,
+                messages=messages,
+                model=None,
+                stream=False,
+                include_usage=False,
+                choices=1,
+                stop=(),
+                max_tokens=None,
+                legacy_functions=False,
             ),
         )
-        body = {
-            "messages": messages,
-            "model": "m",
-            "stream": True,
-            "n": 2,
-            "stop": "x",
-            "stream_options": {"include_usage": True},
-            "max_tokens": 5,
-            "any": {"goes": 1},
-        }
-        self.assertEqual(
-            self.parse(**body),
-            proxy.ChatRequest(body, messages, "m", True, True, 2, ("x",), 5, False),
+
+    def test_fields_are_read(self):
+        request = self.parse(
+            model="m",
+            stream=True,
+            n=2,
+            stop="x",
+            stream_options={"include_usage": True},
+            max_tokens=5,
+            any={"goes": 1},
         )
+        self.assertEqual(
+            request,
+            proxy.ChatRequest(
+                body=request.body,
+                messages=[{"role": "user", "content": "hi"}],
+                model="m",
+                stream=True,
+                include_usage=True,
+                choices=2,
+                stop=("x",),
+                max_tokens=5,
+                legacy_functions=False,
+            ),
+        )
+        self.assertEqual(request.body["any"], {"goes": 1})
+
+    def test_the_newer_limit_counts(self):
         self.assertEqual(self.parse(max_tokens=5, max_completion_tokens=7).max_tokens, 7)
+
+    def test_empty_stop_sequences_mean_nothing(self):
         self.assertEqual(self.parse(stop=["a", "", "b"]).stop, ("a", "b"))
 
-    def test_good_values(self):
+    def test_good_values_pass_unchanged(self):
         body = self.parse(**GOOD).body
-        self.assertEqual({**body, "tools": GOOD["tools"], "stop": GOOD["stop"]}, body)
-        for choice in (
-            "none",
-            "auto",
-            "required",
-            TOOL,
-            CUSTOM_TOOL,
-            {"function": {"name": "f"}},
-            allowed(CUSTOM_TOOL),
-        ):
-            self.assertEqual(self.parse(tool_choice=choice).body["tool_choice"], choice)
+        for name in ("tools", "stop", "response_format", "tool_choice"):
+            self.assertEqual(body[name], GOOD[name], name)
         self.parse(response_format={"type": "json_object"})
 
-    def test_bad_values(self):
-        for field, values in BAD.items():
-            for value, below in values:
-                fields = {field.rpartition(".")[2]: value}
-                if field.startswith("messages["):
-                    fields = {"messages": [{"role": "user", "content": "x", **fields}]}
-                self.assert_invalid(chat_body(**fields), field + below)
+    def test_good_choices_pass_unchanged(self):
+        for name, choice in GOOD_CHOICES.items():
+            with self.subTest(name):
+                self.assertEqual(self.parse(tool_choice=choice).body["tool_choice"], choice)
+
+    def test_bad_messages(self):
+        self.assert_all_invalid(BAD_MESSAGES)
         self.assert_invalid(b'{"messages":null}', "messages", "messages is required")
+
+    def test_bad_contents(self):
+        self.assert_all_invalid(BAD_CONTENTS, "messages[0].content")
+
+    def test_bad_calls(self):
+        self.assert_all_invalid(BAD_CALLS, "messages[0].tool_calls")
+
+    def test_bad_tools(self):
+        self.assert_all_invalid(BAD_TOOLS, "tools")
+
+    def test_bad_choices_of_tools(self):
+        self.assert_all_invalid(BAD_CHOICES, "tool_choice")
+
+    def test_other_bad_fields(self):
+        self.assert_all_invalid(BAD_OTHERS)
         self.assert_invalid(chat_body(max_tokens=0), "max_tokens", "from 1 to 2147483647")
 
-    def test_not_json(self):
-        long = b"9" * (proxy.MAX_DIGITS + 1)
-        for data, text in (
-            (b"", "JSON"),
-            (b"{", "JSON"),
-            (b"nul", "JSON"),
-            (b"{}\0", "JSON"),
-            (b"[]", "object"),
-            (b'"x"', "object"),
-            (b"\xff{}", "utf-8"),
-            (b'{"a":"\xed\xa0\x80"}', "utf-8"),
-            (b'{"a":NaN}', "NaN"),
-            (b'{"a":-Infinity}', "Infinity"),
-            (b'{"a":1e999}', "1e999 is no number"),
-            (b"[" * 100000, "recursion"),
-            (b'{"a":' * 100000, "recursion"),
-            (long, "too long"),
-            (b"-" + long, "too long"),
-            (b"9" * 9000000, "too long"),
-            (b'{"a":0.' + b"9" * 9000000, "too long"),
-        ):
-            self.assert_invalid(data, text=text)
-        self.assertEqual(proxy.parse_json_object(b'\xef\xbb\xbf{"a":-1.5e1}'), {"a": -15.0})
-        longest = -int(long[1:])
-        self.assertEqual(self.parse(seed=longest).body["seed"], longest)
-
-    def test_bad_fields(self):
+    def test_bad_kinds(self):
         for name, kinds in proxy.FIELDS.items():
             for value in (True, 1, 1.5, "1", [], {}):
-                if type(value) not in kinds and not (type(value) is int and float in kinds):
+                if type(value) in kinds or (type(value) is int and float in kinds):
+                    continue
+                with self.subTest(name, value=value):
                     self.assert_invalid(chat_body(**{name: value}), name, f"{name} must be a")
         self.assert_invalid(chat_body(top_p="1"), "top_p", "top_p must be a number")
         self.assert_invalid(chat_body(stop=1), "stop", "stop must be a string or an array")
 
-    def test_legacy_functions(self):
-        function, call = {"name": "f", "parameters": {}}, CALL["function"]
+    def test_what_is_no_json(self):
+        for name, (data, text) in NOT_JSON.items():
+            with self.subTest(name):
+                self.assert_invalid(data, text=text)
+
+    def test_json_of_every_kind_is_read(self):
+        self.assertEqual(proxy.parse_json_object(b'\xef\xbb\xbf{"a":-1.5e1}'), {"a": -15.0})
+        longest = -int(b"9" * proxy.MAX_DIGITS)
+        self.assertEqual(self.parse(seed=longest).body["seed"], longest)
+
+    def test_functions_become_tools(self):
+        function = {"name": "f", "parameters": {}}
         request = self.parse(
-            functions=[function],
-            function_call={"name": "f"},
-            messages=[
-                {"role": "user", "content": "q"},
-                {"role": "assistant", "content": None, "function_call": call},
-                {"role": "function", "name": "f", "content": "r"},
-                {"role": "assistant", "content": "x", "function_call": None},
-            ],
+            functions=[function], function_call={"name": "f"}, messages=LEGACY_MESSAGES
         )
         self.assertTrue(request.legacy_functions)
         self.assertEqual(
@@ -1108,88 +1236,28 @@ class RequestTest(unittest.TestCase):
             {
                 "tools": [{"type": "function", "function": function}],
                 "tool_choice": {"type": "function", "function": {"name": "f"}},
-                "messages": [
-                    {"role": "user", "content": "q"},
-                    {
-                        "role": "assistant",
-                        "content": None,
-                        "tool_calls": [{**CALL, "id": "call_1"}],
-                    },
-                    {"role": "tool", "tool_call_id": "call_1", "content": "r"},
-                    {"role": "assistant", "content": "x"},
-                ],
+                "messages": MODERN_MESSAGES,
             },
         )
         self.assertIs(request.messages, request.body["messages"])
-        self.assertEqual(self.parse(functions=[], function_call="none").body["tool_choice"], "none")
-        both = self.parse(functions=[function], function_call="none", tools=[])
-        self.assertEqual((both.legacy_functions, set(both.body)), (False, {"messages", "tools"}))
 
-    def test_fuzz(self):
-        """Whatever comes, it is a request that JavaScript can read, or a 400."""
+    def test_a_mode_of_functions_is_one_of_tools(self):
+        self.assertEqual(self.parse(functions=[], function_call="none").body["tool_choice"], "none")
+
+    def test_functions_beside_tools_mean_nothing(self):
+        request = self.parse(functions=[{"name": "f"}], function_call="none", tools=[])
+        self.assertFalse(request.legacy_functions)
+        self.assertEqual(set(request.body), {"messages", "tools"})
+
+    def test_whatever_comes_is_a_request_that_javascript_can_read_or_a_400(self):
         seeded = random.Random(4141)
         good = chat_body(**GOOD)
-        values = [
-            None,
-            True,
-            0,
-            -1,
-            1.5,
-            "",
-            "x",
-            "text",
-            "function",
-            "custom",
-            [],
-            {},
-            [None],
-            {"a": None},
-            [[]],
-            "\ud800",
-            10**30,
-            "[NaN]",
-            "1e999",
-        ]
-        keys = [
-            "text",
-            "refusal",
-            "type",
-            "function",
-            "name",
-            "arguments",
-            "content",
-            "file",
-            "image_url",
-            "json_schema",
-            "tool_calls",
-            "tool_choice",
-            "function_call",
-        ]
-        for _ in range(int(os.environ.get("OPENCODE_PROXY_TEST_FUZZ", "5000"))):
-            if seeded.random() < 0.3:
-                data = bytearray(good)
-                for _ in range(seeded.randint(1, 8)):
-                    data[seeded.randrange(len(data))] = seeded.randrange(256)
-            else:
-                body = json.loads(good)
-                for _ in range(seeded.randint(1, 4)):
-                    self.damage(seeded, body, keys, values)
-                data = json.dumps(body).encode()
+        for _ in range(FUZZ_RUNS):
+            data = damaged(seeded, good)
             try:
-                json.dumps(proxy.parse_chat_request(bytes(data)).body, allow_nan=False)
+                json.dumps(proxy.parse_chat_request(data).body, allow_nan=False)
             except proxy.APIError as error:
                 self.assertEqual(error.status, 400, data)
-
-    def damage(self, seeded, target, keys, values):
-        """Put something else somewhere into a JSON value."""
-        while isinstance(target, (dict, list)) and target:
-            key = seeded.choice(list(target) if isinstance(target, dict) else range(len(target)))
-            if not isinstance(target[key], (dict, list)) or seeded.random() < 0.3:
-                if isinstance(target, dict) and seeded.random() < 0.2:
-                    key = seeded.choice(keys)
-                target[key] = json.loads(json.dumps(seeded.choice(values)))
-                return
-            target = target[key]
 
 
 # ------------------------------------------------------------------------------------- command line
