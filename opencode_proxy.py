@@ -800,6 +800,7 @@ def convert_messages(request: ChatRequest) -> Iterator[tuple[str, list[Json], st
 def convert_parts(message: Json, param: str) -> list[Json]:
     """Return a message's content parts in /responses' words, without texts that say nothing."""
     is_assistant = message["role"] == "assistant"
+    text_type = "output_text" if is_assistant else "input_text"
     converted = []
     for part in parts_of(message):
         part_type = part["type"]
@@ -814,9 +815,7 @@ def convert_parts(message: Json, param: str) -> list[Json]:
         elif part_type == "refusal" and is_assistant:
             converted.append({"type": "refusal", "refusal": inner})
         elif inner.strip():
-            converted.append(
-                {"type": "output_text" if is_assistant else "input_text", "text": inner}
-            )
+            converted.append({"type": text_type, "text": inner})
     return converted
 
 
@@ -1413,7 +1412,6 @@ CHATGPT_REFUSES = (
     "user",
 )
 
-
 Formats = Union[type[WireFormat], tuple[type[WireFormat], ...]]
 Condition = Callable[[Target], bool]
 Repair = Callable[[Json, Target], None]
@@ -1762,17 +1760,20 @@ def parse_native_request(
 ) -> NativeRequest:
     """Return the request in `data`; raise APIError 400 for what needs a store, or no model."""
     body = parse_json_object(data)
-    check_native_body(Fields(body))
+    check_native_body(Fields(body), wire_format)
     for name in NEEDS_STORE:
-        is_asked_for = body.get(name) and (name != "store" or wire_format is Responses)
-        if is_asked_for:
+        if name == "store" and wire_format is not Responses:
+            continue
+        if body.get(name):
             raise invalid(f"{name} needs a store of responses, and there is none here", name)
     return NativeRequest(body, wire_format, body["model"], headers)
 
 
-def check_native_body(fields: Fields) -> None:
+def check_native_body(fields: Fields, wire_format: type[WireFormat]) -> None:
     """Raise APIError 400 unless the fields that quirks look at are of the kinds they must be."""
     fields.need("model", str)
+    if wire_format is Messages:
+        fields.need("messages", list)
     for name, kinds in NATIVE_FIELDS.items():
         fields.may(name, *kinds)
     for name in ("messages", "input", "tools", "system"):

@@ -25,6 +25,7 @@ import threading
 import time
 import tracemalloc
 import unittest.mock
+from typing import Any, NamedTuple
 
 import opencode_proxy as proxy
 
@@ -1441,7 +1442,8 @@ MARK = {"cache_control": {"type": "ephemeral"}}
 DONE = {"role": "tool", "tool_call_id": "c", "content": "r"}
 WIRE_IMAGE = {"type": "image_url", "image_url": {"url": WIRE_PNG}}
 PDF = {"file_data": "data:application/pdf;base64,UERG", "filename": "a.pdf"}
-SCHEMA = {"name": "n", "strict": True, "schema": {"type": "object"}}
+OBJECT = {"type": "object"}
+SCHEMA = {"name": "n", "strict": True, "schema": OBJECT}
 
 
 def text(words, kind="text"):
@@ -1511,7 +1513,7 @@ CONVERSATION = (
 FIELDS = {
     "temperature": 0.5,
     "top_p": 0.9,
-    "max_tokens": 5,
+    "max_tokens": 50,
     "stop": ["\n", "END"],
     "user": "u",
     "tools": TOOLS,
@@ -1536,258 +1538,753 @@ THEIRS = {
 }
 
 
-class BodyTest(unittest.TestCase):
-    def test_chat_completions_has_everything(self):
-        body = wire(AT_CHAT, CONVERSATION, **FIELDS).body({**THEIRS, "usage": {"include": True}})
-        fields = {name: value for name, value in FIELDS.items() if name != "n"}
-        self.assertEqual(
-            json.loads(body),
+# What the three formats make of them.
+CHAT_BODY = {
+    "model": "real",
+    "service_tier": "flex",
+    "usage": {"include": True},
+    **{name: value for name, value in FIELDS.items() if name != "n"},
+    "messages": list(CONVERSATION),
+    "stream_options": {"include_usage": True},
+}
+RESPONSES_BODY = {
+    "model": "real",
+    "stream": True,
+    "service_tier": "flex",
+    "store": False,
+    "include": ["i"],
+    "reasoning": {"effort": "low"},
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "max_output_tokens": 50,
+    "user": "u",
+    "metadata": {"k": "v"},
+    "tool_choice": "required",
+    "parallel_tool_calls": False,
+    "text": {
+        "verbosity": "low",
+        "format": {"type": "json_schema", "name": "n", "strict": True, "schema": OBJECT},
+    },
+    "tools": [
+        {"type": "function", "strict": False, **FUNCTION},
+        {
+            "type": "function",
+            "name": "g",
+            "strict": False,
+            "parameters": {"type": "object", "properties": {}},
+        },
+    ],
+    "input": [
+        said("system", text("s", "input_text")),
+        said(
+            "user",
+            text("look", "input_text"),
+            {"type": "input_image", "image_url": WIRE_PNG, "detail": "low"},
+            {"type": "input_file", **PDF},
+        ),
+        said("assistant", text("ok", "output_text")),
+        {"type": "function_call", "call_id": "c.1", "name": "f", "arguments": ARGUMENTS},
+        {"type": "function_call", "call_id": "c2", "name": "f", "arguments": ""},
+        said("user", text("q", "input_text")),
+        {
+            "type": "function_call_output",
+            "call_id": "c.1",
+            "output": [
+                text("r", "input_text"),
+                {"type": "input_image", "image_url": WIRE_PNG},
+            ],
+        },
+        {"type": "function_call_output", "call_id": "c2", "output": ""},
+        said("developer", text("d", "input_text")),
+        said("assistant", {"type": "refusal", "refusal": "no"}),
+        said("user", text("\ud800 \u2028é", "input_text")),
+    ],
+}
+PNG_BLOCK = {
+    "type": "image",
+    "source": {"type": "base64", "media_type": "image/png", "data": "QUJD"},
+}
+PDF_BLOCK = {
+    "type": "document",
+    "source": {"type": "base64", "media_type": "application/pdf", "data": "UERG"},
+    "title": "a.pdf",
+}
+MESSAGES_BODY = {
+    "model": "real",
+    "stream": True,
+    "service_tier": "flex",
+    "temperature": 0.5,
+    "max_tokens": 50,
+    "stop_sequences": ["END"],
+    "metadata": {"user_id": "u"},
+    "tools": [
+        {"name": "f", "input_schema": FUNCTION["parameters"]},
+        {"name": "g", "input_schema": {"type": "object"}},
+    ],
+    "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+    "output_config": {
+        "effort": "low",
+        "format": {"type": "json_schema", "schema": OBJECT},
+    },
+    "system": [text("s"), {**text("d"), **MARK}],
+    "messages": [
+        said("user", text("look"), PNG_BLOCK, PDF_BLOCK),
+        said(
+            "assistant",
+            text("ok"),
             {
-                "model": "real",
-                "service_tier": "flex",
-                "usage": {"include": True},
-                **fields,
-                "messages": list(CONVERSATION),
-                "stream_options": {"include_usage": True},
+                "type": "tool_use",
+                "id": "c_1",
+                "name": "f",
+                "input": {"b": 1.0, "a": 12345678901234567890},
             },
-        )
-        self.assertIn(('"arguments":' + json.dumps(ARGUMENTS)).encode(), body)
-        self.assertIn('"\\ud800 \u2028é"'.encode(), body)
+            {"type": "tool_use", "id": "c2", "name": "f", "input": {}},
+        ),
+        said(
+            "user",
+            {"type": "tool_result", "tool_use_id": "c_1", "content": [text("r"), PNG_BLOCK]},
+            {"type": "tool_result", "tool_use_id": "c2", "content": ""},
+            text("q"),
+        ),
+        said("assistant", text("no")),
+        said("user", {**text("\ud800 \u2028é"), **MARK}),
+    ],
+}
+FLAT_CUSTOM = {"type": "custom", "name": "c", "format": {"type": "grammar", "syntax": "lark"}}
+NAMED = {"type": "function", "function": {"name": "f"}}
+ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [CUSTOM]}}
+FLAT_ALLOWED = {"type": "allowed_tools", "mode": "auto", "tools": [FLAT_CUSTOM]}
+THINKING = {"type": "enabled", "budget_tokens": 99}
+LINKED_FILE = {"type": "file", "file": {"file_data": "https://x"}}
+
+
+class Row(NamedTuple):
+    """What a client and opencode ask for, and what is in the body then (None: it is absent)."""
+
+    name: str
+    url: str
+    client: dict[str, Any]
+    expected: dict[str, Any]
+    theirs: dict[str, Any] = {}
+
+
+BODY_ROWS = (
+    Row(
+        "a custom tool, and a choice of those allowed",
+        AT_RESPONSES,
+        {"tools": [CUSTOM], "tool_choice": ALLOWED},
+        {"tools": [FLAT_CUSTOM], "tool_choice": FLAT_ALLOWED},
+    ),
+    Row(
+        "a choice without tools",
+        AT_RESPONSES,
+        {"tool_choice": "none"},
+        {"tools": None, "tool_choice": None},
+    ),
+    Row(
+        "log probabilities",
+        AT_RESPONSES,
+        {"logprobs": True},
+        {"include": ["message.output_text.logprobs"], "top_logprobs": 0},
+    ),
+    Row(
+        "log probabilities beside what opencode includes",
+        AT_RESPONSES,
+        {"logprobs": True, "top_logprobs": 2},
+        {"include": ["i", "message.output_text.logprobs"], "top_logprobs": 2},
+        {"include": ["i"]},
+    ),
+    Row(
+        "a call of a custom tool",
+        AT_RESPONSES,
+        {"messages": [asks("c", "i", "custom"), DONE]},
+        {
+            "input": [
+                {"type": "custom_tool_call", "call_id": "c", "name": "f", "input": "i"},
+                {"type": "custom_tool_call_output", "call_id": "c", "output": "r"},
+            ]
+        },
+    ),
+    Row(
+        "a user who says nothing, on /responses",
+        AT_RESPONSES,
+        {"messages": [said("user")]},
+        {"input": [said("user", text("", "input_text"))]},
+    ),
+    Row(
+        "opencode's limit, and no tools",
+        AT_MESSAGES,
+        {},
+        {"max_tokens": 32000, "tool_choice": None},
+        {"max_tokens": 128000},
+    ),
+    Row(
+        "room to think beside the client's limit",
+        AT_MESSAGES,
+        {"max_tokens": 1},
+        {"max_tokens": 100, "thinking": THINKING},
+        {"thinking": THINKING},
+    ),
+    Row(
+        "a temperature that only OpenAI has",
+        AT_MESSAGES,
+        {"temperature": 2},
+        {"temperature": 1},
+    ),
+    Row(
+        "a choice of a function",
+        AT_MESSAGES,
+        {"tools": TOOLS, "tool_choice": NAMED},
+        {"tool_choice": {"type": "tool", "name": "f"}},
+    ),
+    Row(
+        "no tool, and not several at once",
+        AT_MESSAGES,
+        {"tools": TOOLS, "tool_choice": "none", "parallel_tool_calls": False},
+        {"tool_choice": {"type": "none"}},
+    ),
+    Row(
+        "a user who says nothing",
+        AT_MESSAGES,
+        {"messages": [said("user", text(" "))]},
+        {"messages": [said("user", {**text("."), **MARK})]},
+    ),
+    Row(
+        "a file at a URL",
+        AT_MESSAGES,
+        {"messages": [said("user", LINKED_FILE)]},
+        {
+            "messages": [
+                said(
+                    "user",
+                    {"type": "document", "source": {"type": "url", "url": "https://x"}, **MARK},
+                )
+            ]
+        },
+    ),
+)
+HEARD = {"type": "input_audio", "input_audio": {"data": "x", "format": "mp3"}}
+FILE_BY_ID = {"type": "file", "file": {"file_id": "i"}}
+BAD_ARGUMENTS = {
+    "cut off": '{"a":',
+    "an array": "[]",
+    "NaN": '{"a":NaN}',
+    "a surrogate": "\ud800",
+    "too deep": "[" * 100000,
+}
+# What has no place in a format (None: in one that only opencode knows), and the param of the 400.
+NO_PLACE = {
+    "audio": (AT_RESPONSES, said("user", HEARD), {}, "messages[0]"),
+    "a file by its id": (AT_MESSAGES, said("user", FILE_BY_ID), {}, "messages[0]"),
+    "a call of a custom tool": (AT_MESSAGES, asks("c", "i", "custom"), {}, "messages[0]"),
+    "a custom tool": (AT_MESSAGES, USER, {"tools": [CUSTOM]}, "tools[0]"),
+    "a choice of those allowed": (AT_MESSAGES, USER, {"tool_choice": ALLOWED}, "tool_choice"),
+    "nothing but a system's text": (AT_MESSAGES, SYSTEM, {}, "messages"),
+    "tools": (None, USER, {"tools": TOOLS}, "tools"),
+    "a tool's result": (None, DONE, {}, "messages"),
+    "a format": (None, USER, {"response_format": {"type": "json_object"}}, "response_format"),
+    "an image": (None, said("user", WIRE_IMAGE), {}, "messages"),
+}
+
+
+class BodyTest(unittest.TestCase):
+    """An encoder says in its format what the client says in chat completions."""
+
+    maxDiff = None
+
+    def test_chat_completions_has_everything(self):
+        theirs = {**THEIRS, "usage": {"include": True}}
+        body = wire(AT_CHAT, CONVERSATION, **FIELDS).body(theirs)
+        self.assertEqual(json.loads(body), CHAT_BODY)
 
     def test_responses_has_everything(self):
         theirs = {**THEIRS, "store": False, "include": ["i"], "reasoning": {"effort": "low"}}
-        self.assertEqual(
-            json.loads(wire(AT_RESPONSES, CONVERSATION, **FIELDS).body(theirs)),
-            {
-                "model": "real",
-                "stream": True,
-                "service_tier": "flex",
-                "store": False,
-                "include": ["i"],
-                "reasoning": {"effort": "low"},
-                "temperature": 0.5,
-                "top_p": 0.9,
-                "max_output_tokens": 16,
-                "user": "u",
-                "metadata": {"k": "v"},
-                "tool_choice": "required",
-                "parallel_tool_calls": False,
-                "text": {
-                    "verbosity": "low",
-                    "format": {
-                        "type": "json_schema",
-                        "name": "n",
-                        "strict": True,
-                        "schema": {"type": "object"},
-                    },
-                },
-                "tools": [
-                    {"type": "function", "strict": False, **FUNCTION},
-                    {
-                        "type": "function",
-                        "name": "g",
-                        "strict": False,
-                        "parameters": {"type": "object", "properties": {}},
-                    },
-                ],
-                "input": [
-                    said("system", text("s", "input_text")),
-                    said(
-                        "user",
-                        text("look", "input_text"),
-                        {"type": "input_image", "image_url": WIRE_PNG, "detail": "low"},
-                        {"type": "input_file", **PDF},
-                    ),
-                    said("assistant", text("ok", "output_text")),
-                    {
-                        "type": "function_call",
-                        "call_id": "c.1",
-                        "name": "f",
-                        "arguments": ARGUMENTS,
-                    },
-                    {"type": "function_call", "call_id": "c2", "name": "f", "arguments": ""},
-                    said("user", text("q", "input_text")),
-                    {
-                        "type": "function_call_output",
-                        "call_id": "c.1",
-                        "output": [
-                            text("r", "input_text"),
-                            {"type": "input_image", "image_url": WIRE_PNG},
-                        ],
-                    },
-                    {"type": "function_call_output", "call_id": "c2", "output": ""},
-                    said("developer", text("d", "input_text")),
-                    said("assistant", {"type": "refusal", "refusal": "no"}),
-                    said("user", text("\ud800 \u2028é", "input_text")),
-                ],
-            },
-        )
+        body = wire(AT_RESPONSES, CONVERSATION, **FIELDS).body(theirs)
+        self.assertEqual(json.loads(body), RESPONSES_BODY)
 
     def test_messages_has_everything(self):
         theirs = {**THEIRS, "output_config": {"effort": "low"}}
         body = wire(AT_MESSAGES, CONVERSATION, **FIELDS).body(theirs)
+        self.assertEqual(json.loads(body), MESSAGES_BODY)
+
+    def test_arguments_keep_their_bytes(self):
+        body = wire(AT_CHAT, CONVERSATION).body({})
+        self.assertIn(('"arguments":' + json.dumps(ARGUMENTS)).encode(), body)
+
+    def test_numbers_and_the_order_of_names_stay(self):
+        body = wire(AT_MESSAGES, CONVERSATION, **FIELDS).body({})
         self.assertIn(b'"input":{"b":1.0,"a":12345678901234567890}', body)
         self.assertIn(b'"properties":{"2":{},"1":{}}', body)
-        png, pdf = (
-            {"type": "base64", "media_type": media, "data": data}
-            for media, data in (("image/png", "QUJD"), ("application/pdf", "UERG"))
-        )
+
+    def test_text_is_utf8_and_a_lone_surrogate_is_escaped(self):
+        body = wire(AT_CHAT, CONVERSATION).body({})
+        self.assertIn('"\\ud800 \u2028é"'.encode(), body)
+
+    def test_fields_and_messages(self):
+        for row in BODY_ROWS:
+            with self.subTest(row.name):
+                body = json.loads(wire(row.url, **row.client).body(row.theirs))
+                found = {name: body.get(name) for name in row.expected}
+                self.assertEqual(found, row.expected)
+
+    def test_a_body_can_be_made_twice(self):
+        for url in (AT_CHAT, AT_RESPONSES, AT_MESSAGES, AT_CHATGPT):
+            with self.subTest(url):
+                form = wire(url, [SYSTEM, USER, {"role": "assistant", "content": "a "}], **FIELDS)
+                self.assertEqual(form.body(THEIRS), form.body(THEIRS))
+
+    def test_what_has_no_place_is_a_400_that_names_the_field(self):
+        for name, (url, message, fields, param) in NO_PLACE.items():
+            with self.subTest(name):
+                form = wire(url or AT_CHAT, [message], **fields)
+                make, argument = form.body, {}
+                if url is None:
+                    make, argument = proxy.foreign_conversation, form.request
+                status, found, _ = error(make, argument)
+                self.assertEqual((status, found), (400, param))
+
+    def test_arguments_that_are_no_object_are_a_400(self):
+        for name, arguments in BAD_ARGUMENTS.items():
+            with self.subTest(name):
+                form = wire(AT_MESSAGES, [asks("c", arguments)])
+                status, param, _ = error(form.body, {})
+                self.assertEqual((status, param), (400, "messages[0].tool_calls"))
+
+    def test_text_for_a_format_that_only_opencode_knows(self):
+        form = wire(AT_CHAT, [SYSTEM, USER, USER], temperature=0.5, max_tokens=9, tools=[])
         self.assertEqual(
-            json.loads(body),
+            proxy.foreign_conversation(form.request),
             {
-                "model": "real",
-                "stream": True,
-                "service_tier": "flex",
-                "temperature": 0.5,
-                "max_tokens": 5,
-                "stop_sequences": ["END"],
-                "metadata": {"user_id": "u"},
-                "tools": [
-                    {"name": "f", "input_schema": FUNCTION["parameters"]},
-                    {"name": "g", "input_schema": {"type": "object"}},
-                ],
-                "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
-                "output_config": {
-                    "effort": "low",
-                    "format": {"type": "json_schema", "schema": {"type": "object"}},
-                },
-                "system": [text("s"), {**text("d"), **MARK}],
-                "messages": [
-                    said(
-                        "user",
-                        text("look"),
-                        {"type": "image", "source": png},
-                        {"type": "document", "source": pdf, "title": "a.pdf"},
-                    ),
-                    said(
-                        "assistant",
-                        text("ok"),
-                        {
-                            "type": "tool_use",
-                            "id": "c_1",
-                            "name": "f",
-                            "input": {"b": 1.0, "a": 12345678901234567890},
-                        },
-                        {"type": "tool_use", "id": "c2", "name": "f", "input": {}},
-                    ),
-                    said(
-                        "user",
-                        {
-                            "type": "tool_result",
-                            "tool_use_id": "c_1",
-                            "content": [text("r"), {"type": "image", "source": png}],
-                        },
-                        {"type": "tool_result", "tool_use_id": "c2", "content": ""},
-                        text("q"),
-                    ),
-                    said("assistant", text("no")),
-                    said("user", {**text("\ud800 \u2028é"), **MARK}),
-                ],
+                "system": ["s"],
+                "conversation": [{"role": "user", "parts": [text("q"), text("q")]}],
+                "params": {"temperature": 0.5, "maxOutputTokens": 9},
+                "effort": None,
             },
         )
 
-    def test_fields_and_messages(self):
-        """Each row: URL, what the client and opencode ask for, what is in the body then."""
-        gpt, mistral = proxy.Model("github-copilot/gpt-5-mini"), proxy.Model("mistral/m")
-        flat = {"type": "custom", "name": "c", "format": {"type": "grammar", "syntax": "lark"}}
-        named = {"type": "function", "function": {"name": "f"}}
-        allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [CUSTOM]}}
-        thinking, most = {"thinking": {"type": "enabled", "budget_tokens": 99}}, {"max_tokens": 1}
-        warm, gone = {"temperature": 2, "top_p": 0}, {"max_tokens": None}
-        s, file = text("s", "input_text"), {"type": "file", "file": {"file_data": "https://x"}}
-        dot, answer = {**text("."), **MARK}, {"role": "assistant", "content": ".\n"}
-        document = {"type": "document", "source": {"type": "url", "url": "https://x"}, **MARK}
-        for at, fields, theirs, expected in (
-            (AT_CHAT, {"model": mistral}, {}, {"stream_options": None}),
-            (AT_CHAT, {"model": gpt, **most}, {}, {"max_completion_tokens": 1, **gone}),
-            (AT_CHAT, {"reasoning_effort": "low"}, {"reasoning": {}}, {"reasoning": None}),
-            (AT_RESPONSES, {"model": COLD, **warm}, {}, {"temperature": None, "top_p": None}),
-            (
-                AT_RESPONSES,
-                {"tools": [CUSTOM], "tool_choice": allowed},
-                {},
-                {
-                    "tools": [flat],
-                    "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [flat]},
-                },
-            ),
-            (
-                AT_RESPONSES,
-                {"logprobs": True},
-                {},
-                {"include": ["message.output_text.logprobs"], "top_logprobs": 0},
-            ),
-            (
-                AT_RESPONSES,
-                {"messages": [asks("c", "i", "custom"), DONE]},
-                {},
-                {
-                    "input": [
-                        {"type": "custom_tool_call", "call_id": "c", "name": "f", "input": "i"},
-                        {"type": "custom_tool_call_output", "call_id": "c", "output": "r"},
-                    ]
-                },
-            ),
-            (
-                AT_CHATGPT,
-                {**FIELDS, "store": True, "messages": [SYSTEM]},
-                {},
-                {
-                    **dict.fromkeys(("temperature", "top_p", "max_output_tokens", "metadata")),
-                    "store": False,
-                    "instructions": "Answer the user.",
-                    "user": None,
-                    "input": [said("developer", s)],
-                },
-            ),
-            (AT_MESSAGES, {}, {"max_tokens": 128000}, {"max_tokens": 32000, "tool_choice": None}),
-            (AT_MESSAGES, most, thinking, {"max_tokens": 100, **thinking}),
-            (AT_MESSAGES, {"messages": [DONE]}, thinking, {"thinking": None}),
-            (AT_MESSAGES, warm, {}, {"temperature": 1, "top_p": None}),
-            (
-                AT_MESSAGES,
-                {"tools": TOOLS, "tool_choice": named},
-                {},
-                {"tool_choice": {"type": "tool", "name": "f"}},
-            ),
-            (
-                AT_MESSAGES,
-                {"messages": [said("user", text(" ")), answer]},
-                {},
-                {"messages": [said("user", text(".")), said("assistant", dot)]},
-            ),
-            (
-                AT_MESSAGES,
-                {"messages": [said("user", file)]},
-                {},
-                {"messages": [said("user", document)]},
-            ),
+    def test_opencode_gets_the_least_that_it_makes_headers_from(self):
+        picture = said("user", WIRE_IMAGE)
+        for name, messages, is_agent, has_image in (
+            ("a user", [USER], False, False),
+            ("an image", [picture], False, True),
+            ("a result", [picture, asks("c", "{}"), DONE], True, True),
+            ("a system's text behind the user's", [USER, SYSTEM], False, False),
+            ("only a system's text", [SYSTEM], False, False),
         ):
-            body = json.loads(wire(at, **fields).body(theirs))
-            self.assertEqual({name: body.get(name) for name in expected}, expected, fields)
+            with self.subTest(name):
+                request = wire(AT_CHAT, messages, reasoning_effort="low").request
+                expected = proxy.stub_conversation(is_agent, has_image, "low")
+                self.assertEqual(proxy.chat_conversation(request), expected)
 
-    def test_no_place(self):
-        """What a format cannot carry is a 400 that names the field."""
-        heard = {"type": "input_audio", "input_audio": {"data": "x", "format": "mp3"}}
-        file, form = {"type": "file", "file": {"file_id": "i"}}, {"type": "json_object"}
-        for url, message, fields, param in (
-            *(
-                (AT_MESSAGES, asks("c", arguments), {}, "messages[0].tool_calls")
-                for arguments in ('{"a":', "[]", '{"a":NaN}', "\ud800", "[" * 100000)
-            ),
-            (AT_RESPONSES, said("user", heard), {}, "messages[0]"),
-            (AT_MESSAGES, said("user", file), {}, "messages[0]"),
-            (AT_MESSAGES, asks("c", "i", "custom"), {}, "messages[0]"),
-            (AT_MESSAGES, USER, {"tools": [CUSTOM]}, "tools[0]"),
-            (None, USER, {"tools": TOOLS}, "tools"),
-            (None, DONE, {}, "messages"),
-            (AT_MESSAGES, SYSTEM, {}, "messages"),
-            (None, USER, {"response_format": form}, "response_format"),
-            (None, said("user", WIRE_IMAGE), {}, "messages"),
+
+# ------------------------------------------------------------------------------------------- quirks
+GPT_5 = proxy.Model("github-copilot/gpt-5-mini")
+MISTRAL = proxy.Model("mistral/m")
+SAMPLING = {"temperature": 0.5, "top_p": 0.9}
+CALLED = said("assistant", {"type": "tool_use", "id": "c", "name": "f", "input": {}})
+THOUGHT = said("assistant", {"type": "thinking", "thinking": "t", "signature": "s"})
+RESULT = said("user", {"type": "tool_result", "tool_use_id": "c", "content": "r"})
+SYSTEM_ITEM = said("system", text("a", "input_text"), text("b", "input_text"))
+HELLO_ITEM = said("user", text("q", "input_text"))
+# What chatgpt.com needs besides, so that the other quirks change nothing.
+CHATGPT_NEEDS = {"instructions": "i", "store": False}
+
+
+class QuirkRow(NamedTuple):
+    """What a quirk makes of a body at a target; equal: it leaves it as it is."""
+
+    quirk: str
+    name: str
+    url: str
+    before: dict[str, Any]
+    after: dict[str, Any]
+    model: proxy.Model = WARM
+
+
+QUIRK_ROWS = (
+    QuirkRow(
+        "rename_max_tokens",
+        "GPT-5 at Copilot",
+        AT_CHAT,
+        {"max_tokens": 9},
+        {"max_completion_tokens": 9},
+        GPT_5,
+    ),
+    QuirkRow(
+        "rename_max_tokens",
+        "both limits",
+        AT_CHAT,
+        {"max_tokens": 9, "max_completion_tokens": 8},
+        {"max_completion_tokens": 8},
+        proxy.Model("github-copilot/o4-mini"),
+    ),
+    QuirkRow(
+        "rename_max_tokens",
+        "GPT-4 at Copilot",
+        AT_CHAT,
+        {"max_tokens": 9},
+        {"max_tokens": 9},
+        proxy.Model("github-copilot/gpt-4o"),
+    ),
+    QuirkRow(
+        "rename_max_tokens",
+        "GPT-5 elsewhere",
+        AT_CHAT,
+        {"max_tokens": 9},
+        {"max_tokens": 9},
+        proxy.Model("openrouter/gpt-5"),
+    ),
+    QuirkRow(
+        "drop_stream_options",
+        "the provider",
+        AT_CHAT,
+        {"stream_options": {"include_usage": True}},
+        {},
+        MISTRAL,
+    ),
+    QuirkRow(
+        "drop_stream_options",
+        "the host",
+        "https://api.mistral.ai/v1/chat/completions",
+        {"stream_options": {"include_usage": True}},
+        {},
+    ),
+    QuirkRow(
+        "drop_stream_options",
+        "a host that is called like it",
+        "https://notmistral.ai/v1/chat/completions",
+        {"stream_options": {"include_usage": True}},
+        {"stream_options": {"include_usage": True}},
+    ),
+    QuirkRow(
+        "say_effort_once",
+        "both words",
+        AT_CHAT,
+        {"reasoning": {"effort": "low"}, "reasoning_effort": "low"},
+        {"reasoning_effort": "low"},
+    ),
+    QuirkRow(
+        "say_effort_once",
+        "one word",
+        AT_CHAT,
+        {"reasoning": {"effort": "low"}},
+        {"reasoning": {"effort": "low"}},
+    ),
+    QuirkRow("drop_sampling", "/responses", AT_RESPONSES, SAMPLING, {}, COLD),
+    QuirkRow(
+        "drop_sampling",
+        "/messages",
+        AT_MESSAGES,
+        {"messages": [USER], **SAMPLING},
+        {"messages": [USER]},
+        COLD,
+    ),
+    QuirkRow("drop_sampling", "a model that takes it", AT_RESPONSES, SAMPLING, SAMPLING),
+    QuirkRow(
+        "raise_max_output_tokens",
+        "too few",
+        AT_RESPONSES,
+        {"max_output_tokens": 1},
+        {"max_output_tokens": 16},
+    ),
+    QuirkRow(
+        "raise_max_output_tokens",
+        "enough",
+        AT_RESPONSES,
+        {"max_output_tokens": 17},
+        {"max_output_tokens": 17},
+    ),
+    QuirkRow(
+        "raise_max_output_tokens",
+        "a null",
+        AT_RESPONSES,
+        {"max_output_tokens": None},
+        {"max_output_tokens": None},
+    ),
+    QuirkRow(
+        "take_system_messages_as_instructions",
+        "at the beginning",
+        AT_CHATGPT,
+        {
+            "input": [SYSTEM_ITEM, said("developer", text("c", "input_text")), HELLO_ITEM],
+            "store": False,
+        },
+        {"input": [HELLO_ITEM], "instructions": "a\n\nb\n\nc", "store": False},
+    ),
+    QuirkRow(
+        "take_system_messages_as_instructions",
+        "in the middle",
+        AT_CHATGPT,
+        {"input": [HELLO_ITEM, {"role": "system", "content": "a"}], **CHATGPT_NEEDS},
+        {"input": [HELLO_ITEM, {"role": "developer", "content": "a"}], **CHATGPT_NEEDS},
+    ),
+    QuirkRow(
+        "take_system_messages_as_instructions",
+        "nothing else",
+        AT_CHATGPT,
+        {"input": [{"role": "system", "content": "a"}], "store": False},
+        {
+            "input": [{"role": "developer", "content": "a"}],
+            "instructions": "Answer the user.",
+            "store": False,
+        },
+    ),
+    QuirkRow(
+        "add_instructions",
+        "none",
+        AT_CHATGPT,
+        {"input": [HELLO_ITEM], "store": False},
+        {"input": [HELLO_ITEM], "instructions": "Answer the user.", "store": False},
+    ),
+    QuirkRow(
+        "store_nothing",
+        "asked to store",
+        AT_CHATGPT,
+        {"instructions": "i", "store": True},
+        CHATGPT_NEEDS,
+    ),
+    QuirkRow(
+        "drop_what_chatgpt_refuses",
+        "all of it",
+        AT_CHATGPT,
+        {**CHATGPT_NEEDS, **SAMPLING, "max_output_tokens": 99, "user": "u", "metadata": {}},
+        CHATGPT_NEEDS,
+    ),
+    QuirkRow(
+        "think_only_with_earlier_thoughts",
+        "a call without them",
+        AT_MESSAGES,
+        {"messages": [USER, CALLED, RESULT], "thinking": THINKING},
+        {"messages": [USER, CALLED, RESULT]},
+    ),
+    QuirkRow(
+        "think_only_with_earlier_thoughts",
+        "a result without a call",
+        AT_MESSAGES,
+        {"messages": [RESULT], "thinking": THINKING},
+        {"messages": [RESULT]},
+    ),
+    QuirkRow(
+        "think_only_with_earlier_thoughts",
+        "a call with them",
+        AT_MESSAGES,
+        {"messages": [USER, THOUGHT, RESULT], "thinking": THINKING},
+        {"messages": [USER, THOUGHT, RESULT], "thinking": THINKING},
+    ),
+    QuirkRow(
+        "think_only_with_earlier_thoughts",
+        "a model that thinks when it wants to",
+        AT_MESSAGES,
+        {"messages": [CALLED, RESULT], "thinking": {"type": "adaptive"}},
+        {"messages": [CALLED, RESULT], "thinking": {"type": "adaptive"}},
+    ),
+    QuirkRow(
+        "drop_sampling_while_thinking",
+        "told to think",
+        AT_MESSAGES,
+        {"messages": [USER], "thinking": THINKING, **SAMPLING},
+        {"messages": [USER], "thinking": THINKING},
+    ),
+    QuirkRow(
+        "drop_sampling_while_thinking",
+        "told not to think",
+        AT_MESSAGES,
+        {"messages": [USER], "thinking": {"type": "disabled"}, "top_p": 0.9},
+        {"messages": [USER], "thinking": {"type": "disabled"}, "top_p": 0.9},
+    ),
+    QuirkRow(
+        "choose_temperature_or_top_p",
+        "both",
+        AT_MESSAGES,
+        {"messages": [USER], **SAMPLING},
+        {"messages": [USER], "temperature": 0.5},
+    ),
+    QuirkRow(
+        "strip_end_of_prefill",
+        "a text",
+        AT_MESSAGES,
+        {"messages": [USER, {"role": "assistant", "content": "a \n"}]},
+        {"messages": [USER, {"role": "assistant", "content": "a"}]},
+    ),
+    QuirkRow(
+        "strip_end_of_prefill",
+        "blocks",
+        AT_MESSAGES,
+        {"messages": [USER, said("assistant", text("a "), text("b "))]},
+        {"messages": [USER, said("assistant", text("a "), text("b"))]},
+    ),
+    QuirkRow(
+        "strip_end_of_prefill",
+        "a user's text",
+        AT_MESSAGES,
+        {"messages": [{"role": "user", "content": "a "}]},
+        {"messages": [{"role": "user", "content": "a "}]},
+    ),
+)
+NATIVE_BODIES = {
+    AT_RESPONSES: {
+        "model": "p/m",
+        "input": [SYSTEM_ITEM, HELLO_ITEM, {"type": "function_call", "call_id": "c"}],
+        "tools": [{"type": "function", "name": "f", "parameters": OBJECT}],
+        "reasoning": {"effort": "low"},
+        "max_output_tokens": 1,
+        **SAMPLING,
+    },
+    AT_MESSAGES: {
+        "model": "p/m",
+        "system": [text("s")],
+        "messages": [USER, CALLED, RESULT, {"role": "assistant", "content": "a "}],
+        "tools": [{"name": "f", "input_schema": OBJECT}],
+        "thinking": THINKING,
+        "max_tokens": 1,
+        **SAMPLING,
+    },
+}
+NATIVE_BODIES[AT_CHATGPT] = NATIVE_BODIES[AT_RESPONSES]
+
+
+def native(url, model=WARM, **fields):
+    """Return the exchange for a body that is passed through."""
+    wire_format = proxy.target_of(url, model).wire_format
+    data = json.dumps({"model": "m", **fields}).encode()
+    request = proxy.parse_native_request(data, wire_format, {})
+    return proxy.NativeExchange(request, model)
+
+
+class QuirkTest(unittest.TestCase):
+    maxDiff = None
+
+    def test_bodies_before_and_after(self):
+        for row in QUIRK_ROWS:
+            with self.subTest(row.quirk, row=row.name):
+                body = json.loads(json.dumps(row.before))
+                proxy.repair(body, proxy.target_of(row.url, row.model))
+                self.assertEqual(body, row.after)
+
+    def test_every_quirk_has_a_row_in_which_it_changes_a_body_by_itself(self):
+        changing = set()
+        for row in QUIRK_ROWS:
+            target = proxy.target_of(row.url, row.model)
+            for quirk in proxy.QUIRKS:
+                body = json.loads(json.dumps(row.before))
+                is_its = quirk.repair.__name__ == row.quirk
+                if is_its and issubclass(target.wire_format, quirk.wire_format):
+                    quirk.repair(body, target)
+                if body != row.before:
+                    changing.add(row.quirk)
+        self.assertEqual({quirk.repair.__name__ for quirk in proxy.QUIRKS} - changing, set())
+
+    def test_a_quirk_says_what_was_observed(self):
+        for quirk in proxy.QUIRKS:
+            self.assertTrue(quirk.repair.__doc__, quirk.repair.__name__)
+
+    def test_converted_bodies_are_repaired(self):
+        fields = {"max_tokens": 1, "temperature": 0.5, "top_p": 0.9}
+        for url, expected in (
+            (AT_RESPONSES, {"max_output_tokens": 16, "temperature": 0.5, "top_p": 0.9}),
+            (AT_CHATGPT, {"instructions": "Answer the user.", "store": False}),
+            (AT_MESSAGES, {"max_tokens": 1, "temperature": 0.5}),
         ):
-            made = wire(url or AT_CHAT, [message], **fields)
-            found = error(made.body, {}) if url else error(proxy.foreign_conversation, made.request)
-            self.assertEqual(found[:2], (400, param))
+            with self.subTest(url):
+                body = json.loads(wire(url, **fields).body({}))
+                del body["messages" if url == AT_MESSAGES else "input"]
+                self.assertEqual(body, expected)
+
+    def test_bodies_that_are_passed_through_are_repaired(self):
+        exchange = native(AT_CHATGPT, input=[HELLO_ITEM], temperature=0.5)
+        self.assertEqual(
+            json.loads(exchange.body(AT_CHATGPT, {"model": "real", "store": False, "x": 1})),
+            {
+                "model": "real",
+                "store": False,
+                "input": [HELLO_ITEM],
+                "instructions": "Answer the user.",
+            },
+        )
+
+    def test_whatever_is_passed_through_is_a_body_or_a_400(self):
+        seeded = random.Random(4141)
+        for url, fields in NATIVE_BODIES.items():
+            good = json.dumps(fields).encode()
+            wire_format = proxy.target_of(url, WARM).wire_format
+            for _ in range(FUZZ_RUNS // 5):
+                data = damaged(seeded, good)
+                try:
+                    request = proxy.parse_native_request(data, wire_format, {})
+                    exchange = proxy.NativeExchange(request, COLD)
+                    exchange.conversation(is_foreign=False)
+                    json.loads(exchange.body(url, {}))
+                except proxy.APIError as error:
+                    self.assertEqual(error.status, 400, data)
+
+
+NATIVE_PICTURE = said("user", PNG_BLOCK)
+NATIVE_CONVERSATIONS = {
+    "a text": (AT_RESPONSES, {"input": "q"}, False, False),
+    "nothing": (AT_RESPONSES, {"input": []}, False, False),
+    "a user's item": (AT_RESPONSES, {"input": [HELLO_ITEM]}, False, False),
+    "an image": (AT_RESPONSES, {"input": [said("user", {"type": "input_image"})]}, False, True),
+    "an output": (AT_RESPONSES, {"input": [{"type": "function_call_output"}]}, True, False),
+    "a user's turn": (AT_MESSAGES, {"messages": [USER]}, False, False),
+    "an earlier image": (AT_MESSAGES, {"messages": [NATIVE_PICTURE, USER]}, False, True),
+    "a result": (AT_MESSAGES, {"messages": [USER, CALLED, RESULT]}, True, False),
+    "an assistant's turn": (AT_MESSAGES, {"messages": [USER, CALLED]}, True, False),
+}
+BAD_NATIVE = {
+    "no model": ("model", {"model": None}),
+    "a number as model": ("model", {"model": 1}),
+    "messages that are a text": ("messages", {"messages": "x"}),
+    "a message that is a text": ("messages[0]", {"messages": ["x"]}),
+    "no content": ("messages[0].content", {"messages": [{"role": "user"}]}),
+    "a content that is a number": ("messages[0].content", {"messages": [{"content": 1}]}),
+    "a part that is a text": ("messages[0].content[0]", {"messages": [said("user", "x")]}),
+    "an item that is a text": ("input[0]", {"input": ["x"]}),
+    "a tool that is a text": ("tools[0]", {"tools": ["x"]}),
+    "a limit that is a text": ("max_output_tokens", {"max_output_tokens": "1"}),
+    "thinking that is a boolean": ("thinking", {"thinking": True}),
+    "a response before": ("previous_response_id", {"previous_response_id": "resp_1"}),
+    "work behind the scenes": ("background", {"background": True}),
+    "storing": ("store", {"store": True}),
+}
+
+
+class NativeTest(unittest.TestCase):
+    """A body in a format's own words goes to the provider as it is, but for quirks."""
+
+    def test_the_client_gets_what_it_says_and_opencode_the_models_name(self):
+        exchange = native(AT_MESSAGES, messages=[USER], max_tokens=5, any={"b": 1.0, "a": "\u2028"})
+        self.assertEqual(
+            exchange.body(AT_MESSAGES, {"model": "real", "tools": [{}], "max_tokens": 9}),
+            '{"model":"real","messages":[{"role":"user","content":"q"}],"max_tokens":5,'
+            '"any":{"b":1.0,"a":"\u2028"}}'.encode(),
+        )
+
+    def test_opencode_gets_the_least_that_it_makes_headers_from(self):
+        for name, (url, fields, is_agent, has_image) in NATIVE_CONVERSATIONS.items():
+            with self.subTest(name):
+                found = native(url, **fields).conversation(is_foreign=False)
+                self.assertEqual(found, proxy.stub_conversation(is_agent, has_image))
+
+    def test_what_quirks_rely_on_is_checked(self):
+        for name, (param, fields) in BAD_NATIVE.items():
+            with self.subTest(name):
+                data = json.dumps({"model": "m", **fields}).encode()
+                status, found, _ = error(proxy.parse_native_request, data, proxy.Responses, {})
+                self.assertEqual((status, found), (400, param))
+
+    def test_a_model_that_speaks_another_format_is_named(self):
+        for url, spoken in ((AT_CHAT, "/chat/completions"), ("https://x/v1/odd", "a format of")):
+            status, param, text = error(native(AT_MESSAGES, messages=[USER]).body, url, {})
+            self.assertEqual((status, param), (400, "model"))
+            self.assertIn(f"p/m speaks {spoken}", text)
+
+    def test_what_is_too_deep_is_a_400(self):
+        deep = "x"
+        for _ in range(sys.getrecursionlimit()):
+            deep = [deep]
+        request = proxy.NativeRequest({"input": deep}, proxy.Responses, "m", {})
+        exchange = proxy.NativeExchange(request, WARM)
+        self.assertIn(error(exchange.body, AT_RESPONSES, {})[2], "The body is too deeply nested")
 
 
 def call_delta(index, arguments, call_id=None, kind="function", **more):
