@@ -681,10 +681,14 @@ class SSEReader:
         return self.feed("\n\n")
 
 
-def compact_json(value: Any) -> str:
+def json_bytes(value: Any) -> bytes:
     """Return `value` as JSON of few bytes; lone surrogates, no UTF-8, stay escaped."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text.encode("utf-8", "backslashreplace")
+
+
+def compact_json(value: Any) -> str:
+    return json_bytes(value).decode()
 
 
 def copy_json(value: Any) -> Any:
@@ -1273,7 +1277,7 @@ def finished_body(body: Json, target: Target) -> bytes:
     try:
         finished = copy_json(body)
         repair(finished, target)
-        return compact_json(finished).encode()
+        return json_bytes(finished)
     except RecursionError:
         raise invalid("The body is too deeply nested") from None
 

@@ -1772,7 +1772,7 @@ BAD_ARGUMENTS = {
     "a surrogate": "\ud800",
     "too deep": "[" * 100000,
 }
-# What has no place in a format (None: in one that only opencode knows), and the param of the 400.
+# What has no place in a format, and the param of the 400 that says so.
 NO_PLACE = {
     "audio": (AT_RESPONSES, said("user", HEARD), {}, "messages[0]"),
     "a file by its id": (AT_MESSAGES, said("user", FILE_BY_ID), {}, "messages[0]"),
@@ -1780,10 +1780,13 @@ NO_PLACE = {
     "a custom tool": (AT_MESSAGES, USER, {"tools": [CUSTOM]}, "tools[0]"),
     "a choice of those allowed": (AT_MESSAGES, USER, {"tool_choice": ALLOWED}, "tool_choice"),
     "nothing but a system's text": (AT_MESSAGES, SYSTEM, {}, "messages"),
-    "tools": (None, USER, {"tools": TOOLS}, "tools"),
-    "a tool's result": (None, DONE, {}, "messages"),
-    "a format": (None, USER, {"response_format": {"type": "json_object"}}, "response_format"),
-    "an image": (None, said("user", WIRE_IMAGE), {}, "messages"),
+}
+# The same for formats that only opencode knows: it is handed nothing but text.
+NO_TEXT = {
+    "tools": (USER, {"tools": TOOLS}, "tools"),
+    "a tool's result": (DONE, {}, "messages"),
+    "a format": (USER, {"response_format": {"type": "json_object"}}, "response_format"),
+    "an image": (said("user", WIRE_IMAGE), {}, "messages"),
 }
 
 
@@ -1836,11 +1839,14 @@ class BodyTest(unittest.TestCase):
     def test_what_has_no_place_is_a_400_that_names_the_field(self):
         for name, (url, message, fields, param) in NO_PLACE.items():
             with self.subTest(name):
-                form = wire(url or AT_CHAT, [message], **fields)
-                make, argument = form.body, {}
-                if url is None:
-                    make, argument = proxy.foreign_conversation, form.request
-                status, found, _ = error(make, argument)
+                status, found, _ = error(wire(url, [message], **fields).body, {})
+                self.assertEqual((status, found), (400, param))
+
+    def test_what_is_no_text_is_a_400_where_only_opencode_knows_the_format(self):
+        for name, (message, fields, param) in NO_TEXT.items():
+            with self.subTest(name):
+                request = wire(AT_CHAT, [message], **fields).request
+                status, found, _ = error(proxy.foreign_conversation, request)
                 self.assertEqual((status, found), (400, param))
 
     def test_arguments_that_are_no_object_are_a_400(self):
