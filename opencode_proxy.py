@@ -4,20 +4,73 @@
     python3 opencode_proxy.py --port 4141        serve; apps use http://localhost:4141/v1
     python3 -m unittest -v                       run the tests (in the folder that holds them)
 
-One request, which is also the order of this file (`_await` looks around four times a second):
+The map: one streamed answer, in the order of this file from `request` on
+    The thread of the connection runs its request from top to bottom (ProxyHandler._chat):
 
-    request = parse_chat_request(self._read_body())                       # request: checks bytes
-    model = self._await(self.server.pool.ready()).resolve(request.model)  # opencode: knows models
-    answer = Answer(request, model)                                       # answer: makes chunks
-    self._await(self.server.pool.run(request, model),   # pool: a place, a process, a turn of it
-                lambda event: self._write(answer.take(*event)))     # http: the client's socket
-    self._write(answer.tail(), is_last=True)
+    request = parse_chat_request(body)           the client's words, checked
+    model = pool.ready(look).resolve(name)       which of opencode's models is meant
+    pool.run(request, model, look)               a Turn waits for an OpencodeProcess, opens a
+                                                 session in it and prompts it with "-"
+      -> POST /turn                              the plugin in opencode asks what to tell opencode
+      -> POST /request {url, body}               opencode is about to send its request: the plugin
+                                                 asks for the body; a WireFormat makes it from the
+                                                 client's words, quirks repair it for the service
+      <- upstream, data, data, ... end           the plugin relays the answer as lines of stdout;
+                                                 the WireFormat makes Events of it
+    answer.take(event)                           makes chunks, which the handler writes at once
 
-A turn of an `opencode acp` process (JSON-RPC 2.0, a line a message) answers it. When opencode is
-about to send its request to the provider, a plugin inside asks for the body to send instead: a
-wire format makes it from the client's, and OpenAI's deltas of what the provider streams back.
-opencode only logs in and talks to the provider: it has no tools, no files and no memory. Facts
-about it were observed with versions 1.17.0 and 1.18.33.
+    opencode only logs in and talks to the provider: it has no tools, no files and no memory.
+
+When the client hangs up
+    Every wait calls `look` at least every LOOK_SECONDS. It raises ClientDisconnected, the stack
+    unwinds, and `finally` gives everything back: Turn.leave takes the turn from its process, and
+    cancels the session in opencode, which drops the connection to the provider.
+
+When a process dies
+    Its thread (Pool._live) reads the end of its stdout, retires it, and puts a letter into the
+    inbox of each of its turns. A turn whose body was not handed over yet waits for another
+    process, at most MAX_ATTEMPTS in all; one whose body was handed over fails with 502: nothing is
+    ever sent twice.
+
+Threads
+    main                  waits for a signal
+    server                accepts connections
+    one a connection      reads requests, runs their turns, alone writes to its socket
+    one a choice          of a request with n > 1: runs that turn
+    one a process         starts it, reads its stdout, waits for its end
+    asks, one an ask      answers the plugins; puts letters into inboxes
+    Pool._tend            measures processes, starts the next one when it is time
+    CatalogWatch._watch   reads the catalog again when the user's files change
+
+Locks
+    Pool._lock            processes, their accounts, the queue of turns; nothing slow under it
+    Child._lock           stdin of a process: whole lines, not closed under a writer
+    Opencode._lock        what is made in the private directory
+    ProxyServer._lock     the connections, and how much of requests is held in memory
+
+Protocol with the plugin (JSON-RPC lines of stdout, HTTP over a Unix socket)
+    POST /turn/SESSION                 -> {system, conversation, params, effort}
+    POST /request/SESSION {url, body}  -> 200 the body to send, with further headers in X-Headers;
+                                          204 send opencode's own; 410 nobody waits: send nothing
+    POST /more/SESSION                 -> 200 when the client has taken what was relayed so far
+    proxy/loaded, proxy/warm           the plugin runs; the start-up proof came as far as it should
+    proxy/upstream {status, headers}   the provider begins to answer
+    proxy/data {text}                  a piece of the answer, at most 64 Ki characters
+    proxy/end                          the end of the answer
+    proxy/refused {status, headers, body}
+    proxy/error {network, message}     no answer, or not the whole of it
+    proxy/delta, proxy/finish          of an answer in a format that only opencode knows
+
+Glossary
+    turn       one choice of a request being answered      letter   what reaches a turn's inbox
+    ask        the plugin's request to Python              event    a delta, or a turn's finish
+    exchange   what a turn says to the provider, and       chunk    OpenAI's object in a stream
+               how it understands the answer               quirk    a fact about a service beyond
+    fresh      a process that has served nothing                    its wire format
+    worn       one that serves only where no other can     target   where a body goes
+    foreign    a wire format that only opencode knows      look     see "When the client hangs up"
+
+Facts about opencode were observed with versions 1.17.0 and 1.18.33.
 """
 
 from __future__ import annotations
@@ -26,7 +79,7 @@ import abc
 import argparse
 import collections
 import contextlib
-import functools
+import fcntl
 import hmac
 import http.client
 import http.server
@@ -86,15 +139,18 @@ PING_SECONDS = 15.0  # middleboxes close a stream that is silent for long
 # Processes that run away, hang or grow.
 MAX_LINE_BYTES = 16 << 20  # memory: a line of a process's output
 MAX_EVENT_BYTES = 16 << 20  # memory: an event of a provider's stream
+LINE_HEAD_BYTES = 4 << 10  # of a line that is too long: enough to tell whose it is
 MAX_STDERR_BYTES = 4 << 10  # memory: the end of what a process says on stderr
 MAX_ERROR_CHARACTERS = 64 << 10  # memory: the beginning of an answer that may be no stream
 MAX_TURNS_PER_PROCESS = 32  # answers that a process which ends takes with it
 MIN_MEMORY_BYTES = 3 << 30  # a machine with less does not bear processes that collect no garbage
-WORN_PROCESS_BYTES = 1 << 30  # memory: a fresh process takes the place of one that is larger
-MAX_PROCESS_BYTES = 3 << 29  # memory: a larger one serves nothing more
+WORN_GROWTH_BYTES = 400 << 20  # memory: a fresh process takes the place of one that grew by more
+MAX_GROWTH_BYTES = 900 << 20  # memory: one that grew by more serves nothing more
 MAX_ATTEMPTS = 3  # processes that may fail a request before it fails
 START_SECONDS = 60.0  # a process that does not answer the proxy
-FIFO_SECONDS = 30.0  # a process that takes nothing of a body
+ASK_SECONDS = 30.0  # a process that asks, and does not take the answer
+PS_SECONDS = 5.0  # a `ps` that does not end
+LAST_WORDS_SECONDS = 0.5  # for what a process that has ended says on stderr
 STOP_SECONDS = 2.0  # a process that does not end: from SIGTERM to SIGKILL
 
 # When things are done again.
@@ -105,7 +161,9 @@ TEND_SECONDS = 5.0  # between looks at the user's files and the processes
 MAX_RETRY_SECONDS = 60.0  # between starts while they fail
 FINISH_SECONDS = 3.0  # for the rest of an answer (its usage) after the finish_reason
 CUT_SECONDS = 1.0  # ... and after a stop sequence
-TAKEN_CHARACTERS = 256 << 10  # of an answer, told to the plugin: it relays 1 MiB ahead
+MAX_EVENTS_AHEAD = 256  # memory: of all choices of a request, while their client reads slowly
+NEW_SECONDS = 60.0  # an empty private directory of this age was given up when it was made
+RETRY_SECONDS = 1.0  # until the next start after one that failed; then twice as long
 QUEUE_RETRY_SECONDS = 5  # told to clients that are refused for want of room
 
 # ------------------------------------------------------------------------------------------- errors
@@ -1971,34 +2029,42 @@ def join(key: str, values: list[Any]) -> Any:
 
 
 # ----------------------------------------------------------------------------------------- opencode
-# Where opencode is, which models it offers, and what a process of it is started with. Nothing here
-# runs a process: the pool reads the catalog by one, and gives what it printed to make_catalog.
+# Where opencode is, which models it offers, and what each of its processes is started with.
+# Nothing here runs a process: CatalogWatch has one print the models, make_catalog reads them.
+
 CONFIG_FILES = ("opencode.json", "opencode.jsonc", "config.json")
 INSTALLED = ("~/.opencode/bin", "~/.local/bin", "~/bin", "/usr/local/bin", "/opt/homebrew/bin")
-RUN_PREFIX = "opencode-proxy-"
-DISABLED = ("FFF", "PROJECT_CONFIG", "CLAUDE_CODE", "EXTERNAL_SKILLS", "AUTOUPDATE", "MODELS_FETCH")
 NOT_LOGGED_IN = "opencode is not logged in to {}: run `opencode auth login`"
 
 
 def find_opencode(path: str | None) -> str:
-    """Return the opencode at `path`, or on PATH or where its installers put it; or StartError."""
-    places = os.pathsep.join([os.environ.get("PATH", ""), *map(os.path.expanduser, INSTALLED)])
-    found = shutil.which(os.path.expanduser(path or "opencode"), path=places)
-    if not found:
+    """Return the absolute path of opencode.
+
+    `path` is what the user says; without it opencode is looked for on PATH and where its installers
+    put it. Raises StartError where there is none.
+    """
+    name = os.path.expanduser(path or "opencode")
+    folders = [os.environ.get("PATH", "")]
+    for folder in INSTALLED:
+        folders.append(os.path.expanduser(folder))
+
+    program = shutil.which(name, path=os.pathsep.join(folders))
+    if not program:
         raise StartError(
             f"{path or 'opencode'}: not found or not executable; install opencode "
             "(npm install -g opencode-ai) or say where it is with --opencode"
         )
-    return os.path.abspath(found)
+    return os.path.abspath(program)
 
 
 def user_folder(variable: str, default: str) -> pathlib.Path:
     """Return opencode's folder below an XDG base directory; it looks there on every system."""
-    return pathlib.Path(os.environ.get(variable) or os.path.expanduser(default)) / "opencode"
+    base = os.environ.get(variable) or os.path.expanduser(default)
+    return pathlib.Path(base) / "opencode"
 
 
 class Model(NamedTuple):
-    """What the catalog tells of a model; `name` is provider/model, `output_limit` 0 if unknown."""
+    """What the catalog says of a model; `name` is provider/model, `output_limit` 0 if unknown."""
 
     name: str
     takes_temperature: bool = True
@@ -2006,7 +2072,7 @@ class Model(NamedTuple):
 
 
 class Catalog(NamedTuple):
-    """The models that opencode offers, and the one that answers when none is asked for."""
+    """The models that opencode offers, and the one that answers when no other is asked for."""
 
     models: Mapping[str, Model]
     default: str  # in `models` if its provider is connected
@@ -2019,18 +2085,26 @@ class Catalog(NamedTuple):
         return tuple(sorted(self.models, key=lambda name: (name != self.default, name)))
 
     def resolve(self, name: str | None, exact: bool = False) -> Model:
-        """Return the model for `name`, else, unless it is `exact`, the default one; or APIError."""
-        wanted = name or self.default
-        names = [wanted, f"{provider_of(self.default)}/{wanted}"]
-        if "/" not in wanted and not exact:
-            wanted = self.default
-            names.append(wanted)
-        for found in filter(None, map(self.models.get, names)):
-            return found
-        provider = provider_of(wanted if "/" in wanted else self.default)
-        if provider in {provider_of(self.default), provider_of(DEFAULT_MODEL)} - self.providers:
+        """Return the model that a request means by `name`.
+
+        A bare name is one of the default model's provider; any other bare name means the default
+        model, unless it must be `exact`. Raises APIError 404 or, where nobody is logged in, 503.
+        """
+        requested = name or self.default
+        candidates = [requested, f"{provider_of(self.default)}/{requested}"]
+        if "/" not in requested and not exact:
+            requested = self.default
+            candidates.append(requested)
+
+        for candidate in candidates:
+            if candidate in self.models:
+                return self.models[candidate]
+
+        provider = provider_of(requested if "/" in requested else self.default)
+        usual = {provider_of(self.default), provider_of(DEFAULT_MODEL)}
+        if provider in usual and provider not in self.providers:
             raise APIError(503, NOT_LOGGED_IN.format(provider), code="provider_not_logged_in")
-        raise model_not_found(wanted)
+        raise model_not_found(requested)
 
 
 def provider_of(name: str) -> str:
@@ -2048,84 +2122,212 @@ def model_not_found(name: str) -> APIError:
 
 
 def parse_models(text: str) -> list[Json]:
-    """Return the models in the output of `opencode models --verbose`: a name, then its JSON."""
-    models, end = [], 0
-    while (start := text.find("\n{", end)) >= 0:
-        model, end = json.JSONDecoder().raw_decode(text, start + 1)
+    """Return the models in the output of `opencode models --verbose`: each a name, then JSON."""
+    decoder = json.JSONDecoder()
+    models = []
+    start = text.find("\n{")
+    while start >= 0:
+        model, end = decoder.raw_decode(text, start + 1)
         models.append(model)
+        start = text.find("\n{", end)
     return models
 
 
-def make_catalog(listed: Iterable[Json], logins: Iterable[str], wanted: str | None) -> Catalog:
-    """Return the catalog for what opencode listed, the providers in auth.json, and --model."""
-    chosen = {*logins, provider_of(wanted or "")}  # "opencode", its cloud, is offered to everybody
+def make_catalog(listed: Iterable[Json], logins: Iterable[str], default: str | None) -> Catalog:
+    """Return the catalog.
+
+    `listed` is what opencode printed of each model, `logins` are the providers in auth.json,
+    `default` is the model that the user chose. Raises LookupError, TypeError or ValueError where
+    opencode printed something else.
+    """
+    logins = set(logins)
+    chosen = logins | {provider_of(default or "")}
     if "opencode" not in chosen and not os.environ.get("OPENCODE_API_KEY"):
-        listed = [model for model in listed if model["providerID"] != "opencode"]
-    # opencode 1.18 makes no session where auth.json names a provider that is not there
-    trimmed: Json = {
-        name: {"id": name, "name": name, "env": [], "models": {}}
-        for name in {*logins, *(model["providerID"] for model in listed)}
-    }
+        # opencode's own cloud is offered to everybody: only who chose it may be sent there
+        listed = [entry for entry in listed if entry["providerID"] != "opencode"]
+    listed = sorted(listed, key=lambda entry: len(entry["id"]))  # a model before its modes
+
     models = {}
-    for model in sorted(listed, key=lambda model: len(model["id"])):
-        able, api = {"interleaved": False, **model["capabilities"]}, model["api"]
-        name, provider = f"{model['providerID']}/{model['id']}", trimmed[model["providerID"]]
-        models[name] = Model(name, able["temperature"], model["limit"]["output"])
-        efforts = list(model.get("variants") or ())
-        provider.update(npm=api["npm"], api=api["url"])
-        base, mode = api["id"], model["id"][len(api["id"]) + 1 :]
-        if base in provider["models"] and model["id"] == f"{base}-{mode}":  # a mode: gpt-5.5-fast
-            body = {
-                re.sub("[A-Z]", lambda letter: "_" + letter[0].lower(), key): value
-                for key, value in model["options"].items()
-            }
-            modes = provider["models"][base].setdefault("experimental", {"modes": {}})["modes"]
-            modes[mode] = {"provider": {"body": body, "headers": model["headers"]}}
-            continue
-        provider["models"][model["id"]] = {
-            **{key: model.get(key, "") for key in ("id", "name", "limit", "release_date")},
-            **{key: able[key] for key in ("attachment", "reasoning", "temperature", "interleaved")},
-            "tool_call": able["toolcall"],
-            "provider": {"npm": api["npm"], "api": api["url"]},
-            "modalities": {way: [*filter(able[way].get, able[way])] for way in ("input", "output")},
-            "reasoning_options": [{"type": "effort", "values": efforts}] if efforts else [],
-        }
-    default = wanted or next(filter(models.get, (DEFAULT_MODEL, *SUCCESSORS)), DEFAULT_MODEL)
-    providers = frozenset(map(provider_of, models))
-    if provider_of(default) in providers:
-        models.setdefault(default, Model(default))
-    return Catalog(models, default, providers, trimmed)
+    for entry in listed:
+        name = f"{entry['providerID']}/{entry['id']}"
+        models[name] = Model(name, entry["capabilities"]["temperature"], entry["limit"]["output"])
+
+    providers = frozenset(entry["providerID"] for entry in listed)
+    default = default or first_offered(models)
+    if provider_of(default) in providers and default not in models:
+        models[default] = Model(default)
+    return Catalog(models, default, providers, trim(listed, logins))
+
+
+def first_offered(models: Mapping[str, Model]) -> str:
+    """Return the default model, or the first of its successors that is offered."""
+    for name in (DEFAULT_MODEL, *SUCCESSORS):
+        if name in models:
+            return name
+    return DEFAULT_MODEL
+
+
+def trim(listed: Iterable[Json], logins: Iterable[str]) -> Json:
+    """Return models.dev's catalog of the listed models alone: opencode starts faster with it.
+
+    opencode 1.18 makes no session where auth.json names a provider that the catalog lacks.
+    """
+    trimmed: Json = {}
+    for name in logins:
+        trimmed[name] = {"id": name, "name": name, "env": [], "models": {}}
+
+    for entry in listed:
+        name = entry["providerID"]
+        api = entry["api"]
+        provider = trimmed.setdefault(name, {"id": name, "name": name, "env": [], "models": {}})
+        provider["npm"] = api["npm"]
+        provider["api"] = api["url"]
+
+        models = provider["models"]
+        base = models.get(api["id"])
+        if base is not None and entry["id"].startswith(api["id"] + "-"):
+            mode = entry["id"][len(api["id"]) + 1 :]  # gpt-5.5-fast is "fast" of gpt-5.5
+            modes = base.setdefault("experimental", {"modes": {}})["modes"]
+            modes[mode] = mode_entry(entry)
+        else:
+            models[entry["id"]] = model_entry(entry)
+    return trimmed
+
+
+def model_entry(entry: Json) -> Json:
+    """Return a model as models.dev describes it, from what opencode printed of it."""
+    able = entry["capabilities"]
+    efforts = list(entry.get("variants") or {})
+    return {
+        "id": entry["id"],
+        "name": entry.get("name", ""),
+        "limit": entry.get("limit", ""),
+        "release_date": entry.get("release_date", ""),
+        "attachment": able["attachment"],
+        "reasoning": able["reasoning"],
+        "temperature": able["temperature"],
+        "interleaved": able.get("interleaved", False),
+        "tool_call": able["toolcall"],
+        "provider": {"npm": entry["api"]["npm"], "api": entry["api"]["url"]},
+        "modalities": {
+            "input": [kind for kind, is_able in able["input"].items() if is_able],
+            "output": [kind for kind, is_able in able["output"].items() if is_able],
+        },
+        "reasoning_options": [{"type": "effort", "values": efforts}] if efforts else [],
+    }
+
+
+def mode_entry(entry: Json) -> Json:
+    """Return a mode of a model: the fields, in snake case, and headers that it adds."""
+    body = {}
+    for name, value in entry["options"].items():
+        snake_case = re.sub("[A-Z]", lambda letter: "_" + letter[0].lower(), name)
+        body[snake_case] = value
+    return {"provider": {"body": body, "headers": entry["headers"]}}
+
+
+class PrivateDirectory:
+    """The folder in the temp folder where everything that processes need lies.
+
+    It belongs to whoever holds the lock on it (flock), not to a pid: these repeat in containers
+    and mean nothing across PID namespaces. The kernel gives the lock back when the proxy ends, so
+    that the next one knows what a killed proxy has left. systemd-tmpfiles passes over what is
+    locked; what another cleaner removes, `restore` makes again. Used under its owner's lock.
+    """
+
+    PREFIX = "opencode_proxy-"
+    MAX_SOCKET_PATH_BYTES = 100  # 104 on macOS, 108 on Linux, with the byte that ends it
+    LONGEST_NAME = "12345678/ask"  # of a socket behind the prefix
+
+    def __init__(self) -> None:
+        """Make it; raise OSError where that is not possible."""
+        base = self.base_folder(tempfile.gettempdir())
+        self._remove_abandoned(base)
+        self.path = pathlib.Path(tempfile.mkdtemp(prefix=self.PREFIX, dir=base))
+        self._lock = self._locked(self.path)
+
+    @classmethod
+    def base_folder(cls, temporary: str) -> str:
+        """Return the folder to make it in: /tmp where a socket's path would be too long else."""
+        longest = os.path.join(temporary, cls.PREFIX + cls.LONGEST_NAME)
+        if len(os.fsencode(longest)) > cls.MAX_SOCKET_PATH_BYTES:
+            return "/tmp"
+        return temporary
+
+    def restore(self) -> None:
+        """Make it again where it was removed."""
+        if not self.path.is_dir():
+            self.path.mkdir(mode=0o700)
+            os.close(self._lock)
+            self._lock = self._locked(self.path)
+
+    def close(self) -> None:
+        """Remove it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+    @staticmethod
+    def _locked(path: pathlib.Path) -> int:
+        """Return a locked descriptor of a folder."""
+        descriptor = os.open(path, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks: nobody will take it away
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+
+    @classmethod
+    def _remove_abandoned(cls, base: str) -> None:
+        for path in pathlib.Path(base).glob(cls.PREFIX + "*"):
+            with contextlib.suppress(OSError):  # in use, of another user, or gone by now
+                cls._remove_if_abandoned(path)
+
+    @staticmethod
+    def _remove_if_abandoned(path: pathlib.Path) -> None:
+        """Remove a folder that nobody has locked; raise OSError where somebody has."""
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            age = time.time() - os.fstat(descriptor).st_mtime
+            if age < NEW_SECONDS and not os.listdir(path):
+                return  # its proxy has not locked it yet
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(descriptor)
 
 
 class Opencode:
-    """The installed opencode, and what every process of it is started with."""
+    """The installed opencode, and what every process of it is started with.
 
-    def __init__(self, path: str, wanted: str | None = None) -> None:
-        self.path, self.wanted, self.version = path, wanted, ""
-        self.catalog = Catalog({}, wanted or DEFAULT_MODEL)  # exchanged as a whole, by the pool
+    `catalog`, `trim` and `foreign` are exchanged or changed as a whole, by the thread of the
+    CatalogWatch or of a process, and read by all. `_lock` is for what is made in the private
+    directory. `pids` are those of all processes that run, for `reap_orphans`.
+    """
+
+    def __init__(self, path: str, default_model: str | None = None) -> None:
+        """Make the private directory and listen for asks; raise StartError if that fails."""
+        self.path = path
+        self.default_model = default_model
+        self.version = ""
+        self.catalog = Catalog({}, default_model or DEFAULT_MODEL)
         self.trim = True  # whether processes start with the trimmed catalog
         self.foreign: set[str] = set()  # models whose wire format was found to be none of ours
+        self.pids: set[int] = set()
         self._auth = user_folder("XDG_DATA_HOME", "~/.local/share") / "auth.json"
         self._config = user_folder("XDG_CONFIG_HOME", "~/.config")
         self._cache = user_folder("XDG_CACHE_HOME", "~/.cache")
-        for old in pathlib.Path(tempfile.gettempdir()).glob(RUN_PREFIX + "*"):
-            with contextlib.suppress(PermissionError, ValueError, OverflowError):  # it is not ours
-                try:
-                    os.kill(int(old.name[len(RUN_PREFIX) :].partition("-")[0]), 0)
-                except ProcessLookupError:  # that proxy was killed
-                    shutil.rmtree(old, ignore_errors=True)
-        self._directory = pathlib.Path(tempfile.mkdtemp(prefix=f"{RUN_PREFIX}{os.getpid()}-"))
-        self.close = functools.partial(shutil.rmtree, self._directory, ignore_errors=True)
-        self._models, self._plugin = map(self._directory.joinpath, ("models.json", "plugin.js"))
-        self._plugin.write_text(PLUGIN, encoding="utf-8")
-        stub = self._directory / "rg"  # opencode downloads ripgrep where there is none
-        stub.write_text("#!/bin/sh\nexit 1\n")
-        stub.chmod(0o700)
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        with contextlib.suppress(OSError, ValueError):  # the limit of a container
-            memory = min(memory, int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
-        # A process is soon gone: no pauses of 15 ms to collect garbage, no compiler that pays late.
-        self._engine = {"BUN_JSC_useFTLJIT": "0", "BUN_JSC_useGC": f"{memory < MIN_MEMORY_BYTES:d}"}
+        self._engine = engine_variables(memory_of_machine())
+        self._lock = threading.Lock()
+        try:
+            self._directory = PrivateDirectory()
+        except OSError as error:
+            raise StartError(f"no folder can be made for temporary files: {error}") from None
+        self.asks = Asks(self._directory.path / "ask")
+        self._models = self._directory.path / "models.json"
+        self._plugin = self._directory.path / "plugin.js"
+
+    def close(self) -> None:
+        """Remove the private directory."""
+        self.asks.close()
+        self._directory.close()
 
     def logins(self) -> Json:
         """Return the user's auth.json: a login for each provider."""
@@ -2135,790 +2337,1459 @@ class Opencode:
 
     def signature(self) -> Any:
         """Return a value that changes when the user logs in or out or edits the configuration."""
-        logins, files = self.logins(), []
+        logins = self.logins()
         for login in logins.values():
             if isinstance(login, dict) and login.get("type") == "oauth":
                 login.update(access="", refresh="", expires=0)  # opencode itself renews these
-        named = os.path.abspath(os.environ.get("OPENCODE_CONFIG") or self._config / CONFIG_FILES[0])
-        for path in map(self._config.joinpath, (*CONFIG_FILES, named)):
+
+        paths = [self._config / name for name in CONFIG_FILES]
+        if os.environ.get("OPENCODE_CONFIG"):
+            paths.append(pathlib.Path(os.path.abspath(os.environ["OPENCODE_CONFIG"])))
+        files = []
+        for path in paths:
             with contextlib.suppress(OSError):
                 status = path.stat()
                 files.append((path, status.st_mtime_ns, status.st_size, status.st_ino))
         return logins, files
 
     def use_catalog(self, catalog: Catalog) -> None:
-        """Make `catalog` the one that later processes start with."""
+        """Make `catalog` the one that later processes start with; raise OSError on a full disk."""
+        with self._lock:
+            self._directory.restore()
+            self._write_models(catalog)
+        self.catalog = catalog
+
+    def _write_models(self, catalog: Catalog) -> None:
         new = self._models.with_suffix(".new")  # processes may be reading the old one
         new.write_text(json.dumps(catalog.trimmed), encoding="utf-8")
         os.replace(new, self._models)
-        self.catalog = catalog
 
     def new_home(self) -> pathlib.Path:
-        """Return a new private home for a process, the user's logins and packages linked in."""
-        home = pathlib.Path(tempfile.mkdtemp(prefix="process-", dir=self._directory))
-        config, packages = home / "config/opencode", self._cache / "packages"
-        for folder in (
-            "config/opencode/node_modules",
-            "data/opencode",
-            "cache/opencode/packages",
-            "state",
-            "tmp",
-            "cwd",
-            "home",
-        ):
-            (home / folder).mkdir(parents=True)
-        os.mkfifo(home / "fifo", 0o600)
+        """Return a new private home for a process.
+
+        Nothing of it stays where its making fails; raises OSError then.
+        """
+        with self._lock:
+            self._restore()
+            home = pathlib.Path(tempfile.mkdtemp(prefix="process-", dir=self._directory.path))
+        try:
+            self._furnish(home)
+        except OSError:
+            shutil.rmtree(home, ignore_errors=True)
+            raise
+        return home
+
+    def _restore(self) -> None:
+        """Make what all processes share, also again after a cleaner of temp folders."""
+        self._directory.restore()
+        self.asks.restore()
+        if not self._plugin.exists():
+            self._plugin.write_text(PLUGIN, encoding="utf-8")
+        if self.catalog.trimmed and not self._models.exists():
+            self._write_models(self.catalog)
+
+        ripgrep = self._directory.path / "rg"  # opencode downloads it where there is none
+        if not ripgrep.exists():
+            ripgrep.write_text("#!/bin/sh\nexit 1\n")
+            ripgrep.chmod(0o700)
+
+    def _furnish(self, home: pathlib.Path) -> None:
+        """Make the folders of a home; link the user's login, configuration and packages in."""
+        config = home / "config/opencode"
+        packages = home / "cache/opencode/packages"
+        (config / "node_modules").mkdir(parents=True)
+        packages.mkdir(parents=True)
+        for name in ("data/opencode", "state", "tmp", "cwd", "home"):
+            (home / name).mkdir(parents=True)
+
         (home / "data/opencode/auth.json").symlink_to(self._auth)
-        for path in filter(pathlib.Path.exists, map(self._config.joinpath, CONFIG_FILES)):
-            (config / path.name).symlink_to(path)
-        for package in (*packages.glob("[!@]*"), *packages.glob("@*/*")):  # from npm, as installed
-            link = home / "cache/opencode/packages" / package.relative_to(packages)
-            link.parent.mkdir(exist_ok=True)
-            link.symlink_to(package)
-        (config / "package.json").write_text("{}")  # or opencode first waits for an npm install
+        for name in CONFIG_FILES:
+            if (self._config / name).exists():
+                (config / name).symlink_to(self._config / name)
+        self._link_packages(packages)
+
+        # Without these opencode first waits for an npm install.
+        (config / "package.json").write_text("{}")
         (config / "package-lock.json").write_text(
             '{"packages":{"":{"dependencies":{"@opencode-ai/plugin":"*"}}}}'
         )
-        return home
 
-    def environment(self, home: pathlib.Path, acp: bool) -> dict[str, str]:
-        """Return the environment of a process that lives in `home`: an `acp` one, or `models`."""
-        ours = re.compile("OPENCODE(?!_(CONFIG|API_KEY|AUTH_CONTENT)$)|OTEL_|NOTIFY_SOCKET")
-        environment = {name: value for name, value in os.environ.items() if not ours.match(name)}
-        environment.update({f"OPENCODE_DISABLE_{feature}": "1" for feature in DISABLED})
+    def _link_packages(self, target: pathlib.Path) -> None:
+        """Link what the user's opencode has installed from npm, or each process would do it."""
+        installed = self._cache / "packages"
+        for package in (*installed.glob("[!@]*"), *installed.glob("@*/*")):
+            link = target / package.relative_to(installed)
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(package)
+
+    def environment(self, home: pathlib.Path, is_acp: bool) -> dict[str, str]:
+        """Return the environment of a process in `home`: an `acp` one, or one that lists models."""
+        variables = dict(self._engine)
+        for name, value in os.environ.items():
+            if not NOT_INHERITED.match(name):
+                variables[name] = value
+
+        for feature in DISABLED_FEATURES:
+            variables["OPENCODE_DISABLE_" + feature] = "1"
         for kind in ("config", "data", "state", "cache"):
-            environment[f"XDG_{kind.upper()}_HOME"] = str(home / kind)
-        environment.update(
-            OPENCODE_DB=":memory:",
-            OPENCODE_SERVER_PASSWORD=secrets.token_hex(16),
-            OPENCODE_LOG_LEVEL="ERROR",
-            OPENCODE_PROXY_FIFO=str(home / "fifo"),
-            OPENCODE_TEST_HOME=str(home / "home"),
-            TMPDIR=str(home / "tmp"),
-            PWD=str(home / "cwd"),
-            PATH=os.environ.get("PATH", os.defpath) + os.pathsep + str(self._directory),
-        )
-        if acp:
-            environment["OPENCODE_CONFIG_CONTENT"] = json.dumps(self._configuration())
-        models = self._models if acp and self.trim else self._cache / "models.json"
+            variables[f"XDG_{kind.upper()}_HOME"] = str(home / kind)
+        for name in ("NO_PROXY", "no_proxy"):
+            variables[name] = with_loopback(os.environ.get(name, ""))
+
+        variables["OPENCODE_DB"] = ":memory:"
+        variables["OPENCODE_LOG_LEVEL"] = "ERROR"
+        variables["OPENCODE_SERVER_PASSWORD"] = secrets.token_hex(16)
+        variables["OPENCODE_PROXY_SOCKET"] = str(self.asks.path)
+        variables["OPENCODE_TEST_HOME"] = str(home / "home")
+        variables["TMPDIR"] = str(home / "tmp")
+        variables["PWD"] = str(home / "cwd")
+        path = os.environ.get("PATH", os.defpath)
+        variables["PATH"] = path + os.pathsep + str(self._directory.path)
+
+        models = self._cache / "models.json"
+        if is_acp:
+            variables["OPENCODE_CONFIG_CONTENT"] = json.dumps(self._configuration())
+            if self.trim:
+                models = self._models
         if models.exists():
-            environment["OPENCODE_MODELS_PATH"] = str(models)
-        return {**self._engine, **environment}
+            variables["OPENCODE_MODELS_PATH"] = str(models)
+        return variables
 
     def _configuration(self) -> Json:
         # No text of a client may get in here: opencode expands {file:...} and {env:...}.
-        catalog, (provider, _, model) = self.catalog, self.catalog.default.partition("/")
-        patient = dict.fromkeys(("headerTimeout", "chunkTimeout"), 10**9)  # ms: else 5 minutes
-        providers: Json = {name: {"options": patient} for name in catalog.providers}
+        catalog = self.catalog
+        providers: Json = {}
+        for name in catalog.providers:
+            options = {"headerTimeout": NEVER_MILLISECONDS, "chunkTimeout": NEVER_MILLISECONDS}
+            providers[name] = {"options": options}
+
+        provider, _, model = catalog.default.partition("/")
         if provider in providers and model not in catalog.trimmed[provider]["models"]:
-            providers[provider]["models"] = {model: {}}  # asked for by --model
-        main = {"mode": "primary", "prompt": "-", "permission": {"*": "deny", "doom_loop": "allow"}}
-        off = dict.fromkeys(("autoupdate", "snapshot", "lsp", "formatter"), False)
+            providers[provider]["models"] = {model: {}}  # chosen by --model
+
+        permission = {"*": "deny", "doom_loop": "allow"}
+        agent = {"mode": "primary", "prompt": "-", "permission": permission}
         return {
-            **off,
+            "autoupdate": False,
+            "snapshot": False,
+            "lsp": False,
+            "formatter": False,
             "share": "disabled",
             "compaction": {"auto": False},
-            "model": catalog.default,
             "default_agent": "proxy",
-            "agent": {"proxy": main, "title": {"disable": True}},
+            "agent": {"proxy": agent, "title": {"disable": True}},
+            "model": catalog.default,
             "plugin": [self._plugin.as_uri()],
             "provider": providers,
             "enabled_providers": sorted(providers),
         }
 
 
-# ------------------------------------------------------------------------------------------ process
-# Child is a program with pipes, the only user of Popen; OpencodeProcess is one that speaks ACP.
-# One thread runs a process from its start to its end: it alone reads stdout, and puts each message
-# into the mailbox of the turn that it belongs to. Any thread may write: a line on stdin at once or
-# not at all, a line of any length on the FIFO step by step.
-STARTING, FRESH, USED, WORN, RETIRED = "starting", "fresh", "used", "worn", "retired"
-SESSION_UPDATE = b'{"jsonrpc":"2.0","method":"session/update"'
-PROMPT = [{"type": "text", "text": "-"}]  # on stdin; what matters goes over the FIFO
-WARM_UP = json.dumps(
-    {
+# Of the proxy's environment: opencode's own settings, but for logins and the user's configuration;
+# and what would make opencode speak to a collector of traces, or to systemd.
+NOT_INHERITED = re.compile(
+    r"OPENCODE(?!_(CONFIG|API_KEY|AUTH_CONTENT)$)|OTEL_|NOTIFY_SOCKET|BUN_INSPECT_PRELOAD"
+)
+DISABLED_FEATURES = (
+    "AUTOUPDATE",
+    "CLAUDE_CODE",
+    "EXTERNAL_SKILLS",
+    "FFF",  # it leaves a library of 5.6 MB in the temp folder for every process
+    "MODELS_FETCH",
+    "PROJECT_CONFIG",
+)
+NEVER_MILLISECONDS = 10**9  # opencode gives an answer up after 5 minutes; 1.17.0 refuses `false`
+
+
+def with_loopback(hosts: str) -> str:
+    """Return the value of NO_PROXY completed, so that opencode's own requests reach itself.
+
+    Bun sends even requests to 127.0.0.1, and over Unix sockets, to the proxy in HTTP_PROXY.
+    """
+    names = [name.strip() for name in hosts.split(",") if name.strip()]
+    for name in ("127.0.0.1", "localhost", "::1"):
+        if name not in names:
+            names.append(name)
+    return ",".join(names)
+
+
+def engine_variables(memory: int) -> dict[str, str]:
+    """Return the settings of opencode's JavaScript engine on a machine with so many bytes.
+
+    A process is soon gone: the slowest compiler does not pay, nor do pauses of 15 ms to collect
+    garbage at nearly every token (Bun 1.3.14). Where memory is short, garbage is collected.
+    """
+    collects = "1" if memory < MIN_MEMORY_BYTES else "0"
+    return {"BUN_JSC_useFTLJIT": "0", "BUN_JSC_useGC": collects}
+
+
+def memory_of_machine() -> int:
+    """Return the bytes of memory of this machine, or of the control group that this runs in."""
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):
+        groups = pathlib.Path("/proc/self/cgroup").read_text()
+        for path in cgroup_limit_files(groups):
+            with contextlib.suppress(OSError, ValueError):  # it is not there, or says "max"
+                sizes.append(int(pathlib.Path(path).read_text()))
+    return min(sizes)
+
+
+def cgroup_limit_files(groups: str) -> list[str]:
+    """Return the files that can limit the memory of this process, given its /proc/self/cgroup.
+
+    Every group above counts as well: systemd's MemoryMax of a slice, a container's limit. A line
+    is `0::/path` (version 2) or `N:memory:/path` (version 1); see cgroups(7).
+    """
+    files = []
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root = "/sys/fs/cgroup"
+            name = "memory.max"
+        elif "memory" in controllers.split(","):
+            root = "/sys/fs/cgroup/memory"
+            name = "memory.limit_in_bytes"
+        else:
+            continue
+        group = pathlib.PurePosixPath(path)
+        for folder in (group, *group.parents):
+            files.append(f"{root}{str(folder).rstrip('/')}/{name}")
+    return files
+
+
+# ------------------------------------------------------------------------------------------- asks
+# What the plugins ask, over HTTP on a Unix socket in the private directory: nothing of it is on
+# disk, and no other user can connect. Each ask has a connection and a thread of its own, so that
+# none holds up another; it is answered by the turn of its session.
+
+
+class Reply(NamedTuple):
+    """What a plugin is to send in place of opencode's body: None means that this goes itself."""
+
+    headers: Mapping[str, str]
+    body: bytes | None
+
+
+class WarmUp:
+    """Answers as the turn of a process's start-up proof, which sends nothing."""
+
+    TURN = {
         "warmup": True,
         "system": [],
         "params": {},
-        "conversation": [{"role": "user", "parts": PROMPT}],
+        "conversation": [{"role": "user", "parts": [{"type": "text", "text": "-"}]}],
     }
-)
+
+    def answer_turn(self) -> Json:
+        """Return what opencode is to be told of the turn."""
+        return self.TURN
+
+    def answer_request(self, session_id: str, question: Json) -> None:
+        """Refuse what should never be asked."""
+
+    def answer_more(self, session_id: str) -> bool:
+        """Refuse what should never be asked."""
+        return False
+
+
+class Asks:
+    """Owns the server that the plugins ask, and knows whose each session is.
+
+    `turns` maps a session to who answers for it: a Turn, or a WarmUp. It changes by single steps
+    that need no lock. `restore` is called under the lock of Opencode.
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
+        """Listen at `path`; raise OSError where that is not possible."""
+        self.path = path
+        self.turns: dict[str, Any] = {}
+        self._server = self._listen()
+
+    def _listen(self) -> AskServer:
+        server = AskServer(str(self.path), self.turns)
+        arguments = (LOOK_SECONDS / 5,)
+        threading.Thread(target=server.serve_forever, args=arguments, daemon=True).start()
+        return server
+
+    def restore(self) -> None:
+        """Listen again where a cleaner of temp folders has removed the socket."""
+        if not self.path.is_socket():
+            self.close()
+            self._server = self._listen()
+
+    def close(self) -> None:
+        """Listen no more. A thread that still answers ends with its process."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class AskServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    """Accepts the plugins' connections."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, path: str, turns: Mapping[str, Any]) -> None:
+        self.turns = turns
+        super().__init__(path, AskHandler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a plugin that has left: its process, or its client, is gone."""
+
+
+class AskHandler(http.server.BaseHTTPRequestHandler):
+    """Answers one ask: POST /turn/SESSION, /request/SESSION or /more/SESSION.
+
+    The status is 200, 204 (send opencode's own body), or 410: nobody waits for this session.
+    """
+
+    server: AskServer
+    protocol_version = "HTTP/1.1"
+    timeout = ASK_SECONDS  # of a plugin that stopped in the middle
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Log nothing: it is within the program."""
+
+    def do_POST(self) -> None:
+        """Pass the ask to the turn of its session."""
+        _, kind, session_id = self.path.split("/")
+        question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        turn = self.server.turns.get(session_id)
+        if turn is None:
+            self._send(410)
+        elif kind == "turn":
+            self._send(200, json.dumps(turn.answer_turn()).encode())
+        elif kind == "request":
+            self._hand_over(turn, session_id, question)
+        else:
+            self._send(200 if turn.answer_more(session_id) else 410)
+
+    def _hand_over(self, turn: Any, session_id: str, question: Json) -> None:
+        """Answer with the body to send to the provider, and tell the turn how that went.
+
+        The turn counts as handed over before the last byte leaves: whatever opencode has got whole
+        may be sent by it, and must not be sent again.
+        """
+        reply = turn.answer_request(session_id, question)
+        if reply is None:
+            self._send(410)
+            return
+        headers = {"X-Headers": json.dumps(dict(reply.headers))}
+        try:
+            if reply.body is None:
+                turn.handed_over = True
+                self._send_head(204, 0, headers)
+            else:
+                self._send_head(200, len(reply.body), headers)
+                body = memoryview(reply.body)
+                self.wfile.write(body[:-1])
+                turn.handed_over = True
+                self.wfile.write(body[-1:])
+        except OSError as error:
+            turn.note_hand_over(session_id, f"opencode did not take its request: {error}")
+        else:
+            turn.note_hand_over(session_id, "")
+
+    def _send(self, status: int, body: bytes = b"") -> None:
+        self._send_head(status, len(body), {})
+        self.wfile.write(body)
+
+    def _send_head(self, status: int, size: int, headers: Mapping[str, str]) -> None:
+        self.close_connection = True
+        self.send_response_only(status)
+        self.send_header("Connection", "close")
+        if status != 204:
+            self.send_header("Content-Length", str(size))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+
+# --------------------------------------------------------------------------------------- processes
+# Child is a program with pipes, the only user of Popen; OpencodeProcess is one that speaks ACP:
+# JSON-RPC 2.0, a message a line. One thread runs a process from its start to its end: it alone
+# reads what the program prints, and puts each message into the inbox of the turn that it belongs
+# to. Any thread may write, a line on stdin at once or not at all: they are all short.
+
+STARTING = "starting"  # it is being proven
+READY = "ready"
+RETIRED = "retired"  # it gets no more turns, and ends when it has none
+JSON_RPC = b'{"jsonrpc"'
+SESSION_UPDATE = b'{"jsonrpc":"2.0","method":"session/update"'  # neither ordered nor fast: ignored
+SESSION_ID = re.compile(rb'"sessionId":"([^"]+)"')
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+PROMPT = [{"type": "text", "text": "-"}]  # what matters is told by the plugin
 Trace = Callable[[str, Json, int], None]  # takes an arrow, a JSON-RPC message, its size in bytes
 
 
 class Child:
-    """A program in a process group of its own, with a FIFO beside its pipes.
+    """A program in a process group of its own, with its pipes, from its start to its end.
 
-    `spawn`, `lines` and `close` are its thread's. The locks make lines whole, and keep the file
-    numbers (in `_owned`) from being closed, and used again, under a writer.
+    `spawn`, `lines` and `close` are its thread's. `_lock` keeps what is written to stdin whole, and
+    stdin from being closed, and its number used again, under a writer.
     """
 
     def __init__(self, opencode: Opencode) -> None:
-        self.opencode, self.pid, self._kill_at = opencode, 0, math.inf
-        self.printed = self._stderr = b""  # printed: the last line of stdout that was no message
-        self._owned: Any = contextlib.ExitStack()
+        self.opencode = opencode
+        self.home = pathlib.Path()
+        self.pid = 0  # until it is started
+        self.returncode = 0
         self._popen: Any = None
-        self._stdin_lock, self._fifo_lock = threading.Lock(), threading.Lock()
+        self._poll = select.poll()
+        self._stderr_tail = b""
+        self._stderr_has_ended = False
+        self._noise = b""  # the last line of stdout that was no message
+        self._stop_at = math.inf  # when it is killed, as it was told to end before
+        self._lock = threading.Lock()
 
     def spawn(self, *arguments: str, stdout: Any = subprocess.PIPE) -> None:
-        """Start opencode, `stdout` a file or a pipe; raise OSError or ProcessFailed if it fails."""
+        """Start opencode with `arguments`, its stdout a file or a pipe.
+
+        Raises OSError where there is no room for its home, ProcessFailed where it cannot be run.
+        """
         self.home = self.opencode.new_home()
-        self._owned.callback(shutil.rmtree, self.home, ignore_errors=True)
-        self._fifo = os.open(self.home / "fifo", os.O_RDWR | os.O_NONBLOCK)
-        self._owned.callback(os.close, self._fifo)
         try:
-            self._popen = self._owned.enter_context(
-                subprocess.Popen(
-                    [self.opencode.path, *arguments],
-                    bufsize=0,
-                    start_new_session=True,
-                    stdin=subprocess.PIPE,
-                    stdout=stdout,
-                    stderr=subprocess.PIPE,
-                    cwd=self.home / "cwd",
-                    env=self.opencode.environment(self.home, arguments[0] == "acp"),
-                )
+            self._popen = subprocess.Popen(
+                [self.opencode.path, *arguments],
+                bufsize=0,
+                start_new_session=True,
+                stdin=subprocess.PIPE,
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                cwd=self.home / "cwd",
+                env=self.opencode.environment(self.home, is_acp=arguments[0] == "acp"),
             )
         except OSError as error:
             raise ProcessFailed(f"{self.opencode.path} cannot be run: {error.strerror}") from None
         self.pid = self._popen.pid
+        self.opencode.pids.add(self.pid)
         os.set_blocking(self._popen.stdin.fileno(), False)
+        for pipe in (self._popen.stdout, self._popen.stderr):
+            if pipe is not None:
+                self._poll.register(pipe.fileno(), select.POLLIN)
 
     def lines(self) -> Iterator[bytes | None]:
-        """Yield the lines of a piped stdout; None without any, at least every LOOK_SECONDS."""
-        popen, poll = self._popen, select.poll()
-        stdout, stderr = [pipe and pipe.fileno() for pipe in (popen.stdout, popen.stderr)]
-        for number in filter(None, (stdout, stderr)):
-            poll.register(number, select.POLLIN)
-        block, partial = b"-", bytearray()
-        while block:
-            ready = dict(poll.poll(1000 * LOOK_SECONDS))
-            if time.monotonic() >= self._kill_at:
-                self.stop(signal.SIGKILL)
-            if not ready and popen.poll() is not None:
-                break  # something that it started keeps stdout open
-            if stderr in ready:
-                words = os.read(stderr, 1 << 16)
-                self._stderr = (self._stderr + words)[-MAX_STDERR_BYTES:]
-                if not words:
-                    poll.unregister(stderr)
-                    block = block if stdout else b""
-            if stdout not in ready:
+        """Yield each line that it prints, and None at least every LOOK_SECONDS without one.
+
+        Of a line that is too long only the beginning is yielded. Ends when the program does, or
+        closes its stdout.
+        """
+        rest = bytearray()
+        while True:
+            block = self._read_stdout()
+            if block is None:
                 yield None
                 continue
-            block = os.read(stdout, 1 << 18)
-            partial += block
+            if not block:
+                break
+
+            rest += block
             if b"\n" in block:
-                *whole, rest = bytes(partial).split(b"\n")
-                partial = bytearray(rest)
-                yield from whole
-            if len(partial) > MAX_LINE_BYTES:
-                raise ProcessFailed(f"opencode printed a line of over {MAX_LINE_BYTES} bytes")
-        yield bytes(partial)
+                *lines, last = bytes(rest).split(b"\n")
+                rest = bytearray(last)
+                yield from lines
+            if len(rest) > MAX_LINE_BYTES:
+                yield bytes(rest[:LINE_HEAD_BYTES])
+                rest.clear()
+        yield bytes(rest)
 
-    def hand_over(self, kind: str, session_id: str, payload: str) -> Iterator[None]:
-        """Write a line to the plugin, yield every LOOK_SECONDS; raise ProcessFailed if it hangs."""
-        while not self._fifo_lock.acquire(timeout=LOOK_SECONDS):
-            yield None
-        try:  # the last line may have been given up in the middle: this one begins with its end
-            rest = memoryview(f"\n{kind} {session_id} {payload}\n".encode())
-            poll, deadline = select.poll(), time.monotonic() + FIFO_SECONDS
-            poll.register(self._fifo, select.POLLOUT)
-            while rest:
-                if self._popen.poll() is not None:
-                    raise self.failed("opencode ended")
-                if poll.poll(1000 * LOOK_SECONDS):
-                    rest = rest[os.write(self._fifo, rest) :]
-                    deadline = time.monotonic() + FIFO_SECONDS
-                elif time.monotonic() > deadline:
-                    raise ProcessFailed("opencode does not read its requests")
-                else:
-                    yield None
-        finally:
-            self._fifo_lock.release()
+    def runs_on(self) -> bool:
+        """Wait for a program whose stdout is a file, LOOK_SECONDS at most; tell whether it runs."""
+        self._read_stdout()
+        return not self._stderr_has_ended and self._popen.poll() is None
 
-    def stop(self, number: int = signal.SIGTERM) -> None:
-        """Send a signal to end; what has not ended after STOP_SECONDS, `lines` kills."""
-        self._kill_at = min(self._kill_at, time.monotonic() + STOP_SECONDS)
+    def _read_stdout(self) -> bytes | None:
+        """Return what is there of stdout, b"" at its end, None after LOOK_SECONDS without it."""
+        if time.monotonic() >= self._stop_at:
+            self._signal(signal.SIGKILL)
+        stdout = self._popen.stdout and self._popen.stdout.fileno()
+        stderr = self._popen.stderr.fileno()
+        ready = [number for number, _ in self._poll.poll(1000 * LOOK_SECONDS)]
+        if stderr in ready:
+            self._read_stderr()
+        if stdout in ready:
+            return os.read(stdout, 1 << 18)
+        if not ready and self._popen.poll() is not None:
+            return b""  # something that it started keeps stdout open
+        return None
+
+    def _read_stderr(self) -> None:
+        number = self._popen.stderr.fileno()
+        text = os.read(number, 1 << 16)
+        self._stderr_tail = (self._stderr_tail + text)[-MAX_STDERR_BYTES:]
+        if not text:
+            self._poll.unregister(number)
+            self._stderr_has_ended = True
+
+    def read_last_words(self) -> None:
+        """Read what a program says on stderr behind the end of its stdout, if it comes soon."""
+        if self.pid == 0:
+            return
+        poll = select.poll()
+        poll.register(self._popen.stderr.fileno(), select.POLLIN)
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        while not self._stderr_has_ended and time.monotonic() < deadline:
+            if poll.poll(1000 * LAST_WORDS_SECONDS):
+                self._read_stderr()
+
+    def write_line(self, line: bytes) -> None:
+        """Write a line to its stdin; raise ProcessFailed where it does not read.
+
+        Where it has ended nothing happens: whoever reads its stdout tells that.
+        """
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            if self._popen.stdin.write(line) != len(line):
+                raise self.failed("opencode does not read its input")
+
+    def stop(self) -> None:
+        """Tell it to end; what has not ended after STOP_SECONDS is killed by its thread."""
+        if self._stop_at == math.inf:
+            self._stop_at = time.monotonic() + STOP_SECONDS
+            self._signal(signal.SIGTERM)
+
+    def _signal(self, number: int) -> None:
         if self.pid:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # gone; macOS says EPERM
                 os.killpg(self.pid, number)
 
     def close(self) -> None:
-        """End the program and what it started, give back what it had."""
+        """End the program and what it started, and give back what it had."""
         if self.pid:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._popen.wait(STOP_SECONDS)
-            self.stop(signal.SIGKILL)
-        with self._fifo_lock, self._stdin_lock:
-            self._owned.close()  # waits for its end
-        self.returncode = self._popen.returncode if self.pid else 0
+            self._signal(signal.SIGKILL)
+            with self._lock:
+                self._popen.__exit__(None, None, None)  # closes the pipes, waits for its end
+            self.returncode = self._popen.returncode
+            self.opencode.pids.discard(self.pid)
+        if self.home != pathlib.Path():
+            shutil.rmtree(self.home, ignore_errors=True)
 
     def failed(self, text: str) -> ProcessFailed:
         """Return the error `text`, with what the program said last, without colours."""
-        said = (self._stderr.strip() or self.printed).decode("utf-8", "replace")
-        said = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", said).split())[-500:]
-        return ProcessFailed(f"{text}: {said}" if said else text)
+        words = (self._stderr_tail.strip() or self._noise).decode("utf-8", "replace")
+        words = " ".join(COLOUR.sub("", words).split())[-500:]
+        return ProcessFailed(f"{text}: {words}" if words else text)
 
     def memory(self) -> int:
         """Return the resident bytes of the program and what it started, 0 where nothing tells."""
-        pages, pids = 0, [str(self.pid)]
         with contextlib.suppress(OSError, ValueError, IndexError, subprocess.SubprocessError):
-            if sys.platform != "linux":
-                rows = subprocess.check_output(["ps", "-A", "-o", "pgid=", "-o", "rss="]).split()
-                groups = zip(map(int, rows[::2]), map(int, rows[1::2]))
-                return 1024 * sum(rss for group, rss in groups if group == self.pid)
-            for pid in pids:  # which grows by the children of its members
-                pages += int(pathlib.Path("/proc", pid, "statm").read_text().split()[1])
-                pids += pathlib.Path("/proc", pid, "task", pid, "children").read_text().split()
+            if sys.platform == "linux":
+                return self._memory_by_proc()
+            return self._memory_by_ps()
+        return 0
+
+    def _memory_by_proc(self) -> int:
+        pages = 0
+        pids = [str(self.pid)]
+        for pid in pids:  # which grows by the children of its members
+            folder = pathlib.Path("/proc", pid)
+            pages += int((folder / "statm").read_text().split()[1])
+            pids += (folder / "task" / pid / "children").read_text().split()
         return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def _memory_by_ps(self) -> int:
+        command = ["ps", "-A", "-o", "pgid=", "-o", "rss="]
+        rows = subprocess.check_output(command, timeout=PS_SECONDS).decode().splitlines()
+        kilobytes = 0
+        for row in rows:
+            group, size = row.split()
+            if int(group) == self.pid:
+                kilobytes += int(size)
+        return 1024 * kilobytes
 
 
 class OpencodeProcess(Child):
     """An `opencode acp` process, from its start to its end.
 
     `start` and `serve` are its thread's. `state`, `turns`, `served`, `size` and `idle_since` are
-    the pool's account of it, under the pool's lock. `listeners` tells whose a session's reports,
-    and the reply to a request's number, are; it changes by single steps that need no lock.
+    the pool's account of it, under the pool's lock. `_replies` says whose the reply to a request's
+    number is; it changes by single steps that need no lock.
     """
 
     def __init__(self, opencode: Opencode, trace: Trace | None = None) -> None:
         super().__init__(opencode)
-        self.state, self.served, self.size, self.catalog = STARTING, 0, 0, opencode.catalog
+        self.catalog = opencode.catalog
+        self.is_trimmed = opencode.trim
+        self.state = STARTING
         self.turns: set[Turn] = set()
-        self.born = self.idle_since = time.monotonic()
-        self.listeners: dict[Any, Turn | None] = {}
-        self._trace = trace or (lambda *_: None)
-        self._seen: set[str] = set()  # the plugin's reports while it starts
-        self._messages, self._numbers = map(self._parsed, self.lines()), itertools.count(1)
+        self.served = 0  # turns, also those that it has still
+        self.size_when_ready = 0
+        self.size = 0
+        self.born = time.monotonic()
+        self.idle_since = self.born
+        self.new_session: Json = {}  # the parameters of session/new
+        self._trace = trace
+        self._numbers = itertools.count(1)
+        self._replies: dict[int, Turn] = {}
+        self._lines = self.lines()
+        self._reports: set[str] = set()  # the kinds of the plugin's reports while it starts
+
+    @property
+    def is_fresh(self) -> bool:
+        """Tell whether it has served nothing."""
+        return self.served == 0
+
+    @property
+    def growth(self) -> int:
+        """Return the bytes by which it has grown: catalogs and plugins make some large at once."""
+        return 0 if self.is_fresh else self.size - self.size_when_ready
 
     def start(self) -> frozenset[str]:
-        """Start it, prove it, return the models it offers; raise StartError or ProcessFailed."""
+        """Start it, prove that it works, and return the models that it offers.
+
+        The proof goes as far as a request would leave, and sends nothing. Raises StartError where
+        the user has to do something, ProcessFailed for everything else.
+        """
         self.spawn("acp", "--hostname", "127.0.0.1", "--port", "0")
-        self.new_session: Json = {"cwd": str(self.home / "cwd"), "mcpServers": []}
+        self.new_session = {"cwd": str(self.home / "cwd"), "mcpServers": []}
         answer = self._call("initialize", {"protocolVersion": 1, "clientCapabilities": {}})
-        version = self.opencode.version = str((answer.get("agentInfo") or {}).get("version", ""))
-        numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
-        if (0, 0, 0) < numbers < MIN_OPENCODE:  # a build of one's own says 0.0.0
-            raise StartError(
-                "opencode {} is too old: {}.{}.{} or newer is needed (opencode upgrade)".format(
-                    version, *MIN_OPENCODE
-                )
-            )
+        self._check_version(str((answer.get("agentInfo") or {}).get("version", "")))
+
         session = self._call("session/new", self.new_session)
-        if "proxy/loaded" not in self._seen:
-            raise self.failed(f"opencode {version} did not load the proxy's plugin")
-        list(self.hand_over("turn", session["sessionId"], WARM_UP))  # all of its steps
-        with contextlib.suppress(ProcessFailed):  # the plugin ends the turn by refusing it
-            self._call("session/prompt", {"sessionId": session["sessionId"], "prompt": PROMPT})
-        if "proxy/warm" not in self._seen:
-            raise self.failed(f"opencode {version} did not reach the model in the start-up proof")
+        if "loaded" not in self._reports:
+            raise self.failed(f"opencode {self.opencode.version} did not load the proxy's plugin")
+        self._warm_up(session["sessionId"])
+        self.size_when_ready = self.size = self.memory()
         return models_of(session)[0]
+
+    def _check_version(self, version: str) -> None:
+        self.opencode.version = version
+        numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+        if (0, 0, 0) < numbers < MIN_OPENCODE:  # a build of one's own says 0.0.0
+            oldest = ".".join(str(number) for number in MIN_OPENCODE)
+            raise StartError(
+                f"opencode {version} is too old: {oldest} or newer is needed (opencode upgrade)"
+            )
+
+    def _warm_up(self, session_id: str) -> None:
+        turns = self.opencode.asks.turns
+        turns[session_id] = WarmUp()
+        reason = ""
+        try:
+            self._call("session/prompt", {"sessionId": session_id, "prompt": PROMPT})
+        except ProcessFailed as failure:  # as it should: the plugin ends the turn by refusing it
+            reason = f" ({failure})"
+        finally:
+            del turns[session_id]
+        if "warm" not in self._reports:
+            name = f"opencode {self.opencode.version}"
+            raise self.failed(f"{name} did not reach the model in the start-up proof{reason}")
+
+    def _call(self, method: str, params: Json) -> Json:
+        """Send a request while it starts, and return the result."""
+        number = self.request(method, params)
+        deadline = time.monotonic() + START_SECONDS
+        for line in self._lines:
+            if time.monotonic() > deadline:
+                raise self.failed(f"opencode did not answer {method} within {START_SECONDS:.0f} s")
+            message = self._parse(line)
+            if message is None:
+                continue
+            if message.get("id") == number:
+                return result_of(message, method)
+            self._reports.add(str(message.get("method")).partition("proxy/")[2])
+        raise self.failed("opencode ended")
 
     def serve(self) -> None:
         """Pass messages on until the process ends."""
-        for message in filter(None, self._messages):
-            turn = None
+        for line in self._lines:
+            message = self._parse(line)
+            if message is None:
+                continue
             if "method" not in message:
-                turn = self.listeners.pop(message.get("id"), None)
-            elif "id" not in message:
-                turn = self.listeners.get((message.get("params") or {}).get("sessionId"))
-            else:  # opencode asks for a permission, a file...
-                self._write({"id": message["id"], "error": {"code": -32601, "message": "refused"}})
-            if turn is not None:
-                turn.mailbox.put((turn, self, message))
+                self._pass_reply(message)
+            elif "id" in message:  # opencode asks for a permission, a file...
+                refusal = {"code": -32601, "message": "refused"}
+                self._write({"id": message["id"], "error": refusal})
+            else:
+                self._pass_report(message["method"], message.get("params") or {})
 
-    def _parsed(self, line: bytes | None) -> Json | None:
+    def _pass_reply(self, message: Json) -> None:
+        number: Any = message.get("id")
+        turn = self._replies.pop(number, None)
+        if turn is not None:
+            turn.inbox.put(Letter("reply", self, number, message))
+
+    def _pass_report(self, method: str, params: Json) -> None:
+        session_id: Any = params.get("sessionId")
+        turn = self.opencode.asks.turns.get(session_id)
+        if turn is not None and method.startswith("proxy/"):
+            kind = method[len("proxy/") :]
+            turn.inbox.put(Letter(kind, self, session_id, params))
+
+    def _parse(self, line: bytes | None) -> Json | None:
+        """Return the message in a line, None where there is none.
+
+        A line that cannot be read becomes the failure of the turn that it belongs to.
+        """
         if not line or SESSION_UPDATE in line:
             return None
-        with contextlib.suppress(ValueError):
-            message: Json = json.loads(line[line.index(b'{"jsonrpc"') :].decode("utf-8", "replace"))
+        start = line.find(JSON_RPC)
+        if start < 0:  # a plugin of the user's prints, perhaps
+            self._noise = line.strip()[:200] or self._noise
+            return None
+        try:
+            message: Json = json.loads(line[start:].decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            return self._unreadable(line)
+        if self._trace is not None:
             self._trace("<-", message, len(line))
-            return message
-        self.printed = line.strip()[:200] or self.printed  # by a plugin of the user's, perhaps
-        return None
+        return message
 
-    def _call(self, method: str, params: Json) -> Json:
-        number, deadline = self.ask(None, method, params), time.monotonic() + START_SECONDS
-        for message in self._messages:
-            if time.monotonic() > deadline:
-                raise self.failed(f"opencode did not answer {method} within {START_SECONDS:.0f} s")
-            if message is not None and message.get("id") == number:
-                return result_of(message, method)
-            self._seen.add((message or {}).get("method", ""))
-        raise self.failed("opencode ended")
+    def _unreadable(self, line: bytes) -> Json | None:
+        session = SESSION_ID.search(line)
+        if session is None:
+            return None
+        params = {
+            "sessionId": session[1].decode("utf-8", "replace"),
+            "message": "opencode printed a line that cannot be read, or that is too long",
+        }
+        return {"method": "proxy/unreadable", "params": params}
 
-    def ask(self, turn: Turn | None, method: str, params: Json) -> int:
-        """Send a request whose reply is for `turn`; return its number; raise ProcessFailed."""
+    def request(self, method: str, params: Json, turn: Turn | None = None) -> int:
+        """Send a request, whose reply is for `turn`; return its number.
+
+        Raises ProcessFailed where the process does not read.
+        """
         number = next(self._numbers)
-        self.listeners[number] = turn
+        if turn is not None:
+            self._replies[number] = turn
         self._write({"id": number, "method": method, "params": params})
         return number
 
-    def abandon(self, turn: Turn) -> None:
-        """Send a turn nothing any more; cancel its session where it is running."""
-        self.listeners.pop(turn.session_id, None)
-        self.listeners.pop(turn.number, None)
-        if turn.running:
-            with contextlib.suppress(ProcessFailed):
-                self._write({"method": "session/cancel", "params": {"sessionId": turn.session_id}})
+    def cancel(self, session_id: str) -> None:
+        """Tell opencode to give up what it does in a session."""
+        with contextlib.suppress(ProcessFailed):
+            self._write({"method": "session/cancel", "params": {"sessionId": session_id}})
+
+    def forget(self, number: int) -> None:
+        """Let the reply to a request go to nobody."""
+        self._replies.pop(number, None)
 
     def _write(self, message: Json) -> None:
         line = json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n"
-        self._trace("->", message, len(line))
-        # Where it is broken or closed already, `lines` or the pool tells that opencode ended.
-        with self._stdin_lock, contextlib.suppress(OSError, ValueError):
-            if self._popen.stdin.write(line) != len(line):
-                raise self.failed("opencode does not read its input")
+        if self._trace is not None:
+            self._trace("->", message, len(line))
+        self.write_line(line)
 
 
 def result_of(reply: Json, method: str) -> Json:
     """Return the result in a reply; raise ProcessFailed where it is an error."""
     if "error" in reply:
-        raise ProcessFailed("opencode refused {}: {}".format(method, reply["error"]["message"]))
+        raise ProcessFailed(f"opencode refused {method}: {reply['error']['message']}")
     return reply.get("result") or {}
 
 
 def models_of(session: Json) -> tuple[frozenset[str], str]:
     """Return the models that a new session offers, and the one that it has."""
-    options = {option.get("id"): option for option in session.get("configOptions") or ()}
-    model = options.get("model", {})
-    offered = frozenset(choice["value"] for choice in model.get("options", ()))
-    return offered, model.get("currentValue", "")
+    for option in session.get("configOptions") or ():
+        if option.get("id") == "model":
+            offered = frozenset(choice["value"] for choice in option.get("options", ()))
+            return offered, option.get("currentValue", "")
+    return frozenset(), ""
 
 
-# --------------------------------------------------------------------------------------------- pool
-# Who answers whom. A Turn is one choice of a request on its way from the queue to its finish; all
-# turns of a request share a mailbox, where everything arrives: a process, its messages, its end.
-# Pool owns the processes and the queue. Whatever changes them does so inside `_changing`, which
-# then calls `_match`, the one place that decides who is served, started and ended. Every wait is a
-# step of a generator that yields at least every LOOK_SECONDS; closing it is how to give up.
-Letter = tuple["Turn", Any, Json]  # for whom, from which process, what
-Steps = Generator[Any, Any, Any]  # of a turn: yields events, None, WAIT to be sent a message
-WAIT = object()
-RANKS = (WORN, FRESH, USED)  # the last one serves first: one begun, then a fresh one, then a worn
-shutting_down = functools.partial(
-    APIError, 503, "The server is shutting down", code="shutting_down"
-)
+# ------------------------------------------------------------------------------------------- turns
+# A Turn is one choice of a request on its way from the queue to its last event: straight-line code
+# on the thread that wants the events. Its only wait is `_receive`. What other threads have to say
+# to it (the pool, the thread of its process, those of the asks) they put into its inbox.
+
+
+class Letter(NamedTuple):
+    """What reaches a turn from another thread.
+
+    `kind` is "process" (it was given `process`), "failed" (the reason is in `content`), "reply" (of
+    opencode), "request" (the plugin asks for the body), "hand over" (how the answer to that went),
+    or a report of the plugin. `about` is the session, or the number of the request, that it belongs
+    to.
+    """
+
+    kind: str
+    process: OpencodeProcess | None = None
+    about: Any = None
+    content: Any = None
+
+
+class Outgoing(NamedTuple):
+    """The request that opencode wants to send, and where the plugin waits for what to send."""
+
+    url: str
+    body: Json
+    replies: queue.SimpleQueue[Reply]
+
+
+Look = Callable[[], None]  # is called every LOOK_SECONDS; what it raises gives the wait up
+Events = Generator[Any, None, None]  # of an answer: Event or Piece; the last has a finish_reason
 
 
 class Turn:
-    """One choice of a request: its place in the queue, then what it says to a process.
+    """One choice of a request.
 
-    Only its request's thread uses it; `process` is set under the pool's lock. `handed_over` says
-    that the body is with opencode: from then on nothing may be sent again.
+    `process` is set by the pool, under its lock. `handed_over` says that the body is with opencode:
+    from then on nothing may be sent again. Everything else is its own thread's, but for the
+    `answer_` methods and `note_hand_over`: they run on the threads of the asks, and only put
+    letters into the inbox and read `session_id`, which says whether somebody still waits.
     """
 
     def __init__(
         self,
         index: int,
+        pool: Pool,
         new_exchange: Callable[[], Any],
         model: Model,
         timeout: float,
-        mailbox: queue.SimpleQueue[Letter],
     ) -> None:
-        self.index, self.mailbox = index, mailbox
-        self.script: Any = None  # what `_talk` has still to do
-        self.process: Any = None  # the OpencodeProcess that it was given
-        self.failures = 0  # of processes that it was given, or that nobody could give it
-        self.begun = self.over = False  # the first event has come, the last one
-        self._new_exchange, self._model, self._timeout = new_exchange, model, timeout
-        self.begin_again()
+        self.index = index
+        self.inbox: queue.SimpleQueue[Letter] = queue.SimpleQueue()
+        self.process: OpencodeProcess | None = None
+        self.has_begun = False  # the first event has come
+        self.handed_over = False
+        self.session_id = ""
+        self._pool = pool
+        self._new_exchange = new_exchange
+        self._model = model
+        self._timeout = timeout
+        self._conversation: Json = {}  # what opencode is told of it
+        self._request_number = 0  # of the last request to opencode
+        self._is_prompted = False  # opencode is at work on it, and is to be told when it leaves
+        self._look: Look = lambda: None
+        self._look_at = 0.0
 
-    def begin_again(self) -> None:
-        """Forget how far a process came that is no longer used."""
-        self.handed_over = self.running = False  # running: to be cancelled if the turn leaves
-        self.session_id, self.number = "", 0  # number: of the last request to opencode
-        self.script, self._exchange = self._talk(), self._new_exchange()
-        self._heard_at = math.inf  # the last message before the answer was finished
+    def events(self, look: Look) -> Events:
+        """Yield the events of the answer; iterate it under contextlib.closing.
 
-    def receive(self, sender: Any, message: Json) -> Iterator[Event | None]:
-        """Yield what follows from a message; raise APIError, or ProcessFailed."""
-        params, kind = message.get("params") or {}, message.get("method", "reply")
-        session_id = params.get("sessionId", self.session_id)
-        is_late = session_id != self.session_id or message.get("id", self.number) != self.number
-        if self.over or sender is not self.process or is_late:
-            return  # from a process, a session or a request that it has left
-        if "cause" in message:
-            raise message["cause"]()  # made here: one that is kept keeps its frames' prompts
-        if self.running and kind in ("reply", "proxy/end", "proxy/refused", "proxy/error"):
-            self.running = False
-            if kind in ("reply", "proxy/error"):
-                raise turn_error(message.get("error") or params)
-        is_finished = self._exchange.patience is not None
-        yield from self._told(self.script, self.script.send(message or None))  # None: it starts
-        if not is_finished:
-            self._heard_at = time.monotonic()
+        A process that fails before the body was handed over is replaced by another one. Raises
+        APIError, and whatever `look` raises.
+        """
+        self._look = look
+        try:
+            for attempt in range(1, MAX_ATTEMPTS + 1):
+                try:
+                    yield from self._attempt()
+                    return
+                except ProcessFailed as failure:
+                    is_last = self.handed_over or attempt == MAX_ATTEMPTS
+                    self.leave(has_failed=True, again=not is_last)
+                    if is_last:
+                        raise APIError(502, str(failure), code="opencode_failed") from None
+        finally:
+            self.leave()
 
-    def tick(self) -> Iterator[Event | None]:
-        """Yield what follows from the time that has passed; raise APIError, or ProcessFailed."""
-        silence, patience = time.monotonic() - self._heard_at, self._exchange.patience
-        if not self.handed_over and silence > START_SECONDS:
-            raise ProcessFailed(f"opencode did not go on within {START_SECONDS:.0f} s")
-        if self.handed_over and patience is None and silence > self._timeout:
-            text = f"The model's provider sent nothing for {self._timeout:g} seconds"
-            raise APIError(504, text, code="timeout")
-        if patience is not None and silence > patience:
-            yield from self._told(self._exchange.end())
+    def leave(self, has_failed: bool = False, again: bool = False) -> None:
+        """Give the process up, or the place in the queue; wait for another process if `again`."""
+        session_id = self.session_id
+        self.session_id = ""
+        process = self._pool.release(self, has_failed, again)
+        self._pool.opencode.asks.turns.pop(session_id, None)
+        if process is not None:
+            process.forget(self._request_number)
+            if self._is_prompted:
+                process.cancel(session_id)
+        self._is_prompted = False
 
-    def _told(self, steps: Iterator[Any], step: Any = None) -> Iterator[Event | None]:
-        """Yield `step` and those behind it, until a message is wanted or the answer is over."""
-        while step is not WAIT and not self.over:
-            self.over = step is not None and step.finish_reason is not None
-            yield step
-            step = next(steps, WAIT)
+    def _attempt(self) -> Events:
+        process = self._wait_for_process()
+        exchange = self._new_exchange()
+        self._prepare(process, exchange)
+        for event in self._relay(exchange):
+            if not self.has_begun:
+                self.has_begun = True
+                self._pool.look_again()  # now there is time to start a fresh process
+            yield event
 
-    def _talk(self) -> Steps:
-        """Bring opencode to where it would send its request, hand over the body, then relay."""
-        process, name, foreign = self.process, self._model.name, self.process.opencode.foreign
-        session = yield from self._ask("session/new", process.new_session)
+    def _wait_for_process(self) -> OpencodeProcess:
+        while True:
+            letter = self._receive(math.inf)
+            if letter is not None and letter.kind == "process" and letter.process is not None:
+                return letter.process
+
+    def _prepare(self, process: OpencodeProcess, exchange: Any) -> None:
+        """Bring opencode to where it would send its request, and let the plugin have the body."""
+        foreign = self._pool.opencode.foreign
+        is_foreign = self._model.name in foreign
+        outgoing = self._prompt(process, exchange, is_foreign)
+        body = exchange.body(outgoing.url, outgoing.body)
+
+        if body is None and not is_foreign:
+            foreign.add(self._model.name)  # opencode itself must know the conversation: once more
+            self._abandon_session(process)
+            outgoing = self._prompt(process, exchange, is_foreign=True)
+            body = exchange.body(outgoing.url, outgoing.body)
+        outgoing.replies.put(Reply(exchange.headers, body))
+
+    def _prompt(self, process: OpencodeProcess, exchange: Any, is_foreign: bool) -> Outgoing:
+        """Open a session and prompt it; return the request that opencode wants to send."""
+        session = self._call(process, "session/new", process.new_session)
         offered, current = models_of(session)
+        name = self._model.name
         if name not in offered:  # opencode would take another model
             raise model_not_found(name)
-        self.session_id = session["sessionId"]
-        own = {"sessionId": self.session_id}
-        process.listeners[self.session_id] = self
+
+        session_id = session["sessionId"]
+        self._conversation = exchange.conversation(is_foreign)
+        self.session_id = session_id
+        self._pool.opencode.asks.turns[session_id] = self
         if current != name:
-            yield from self._ask("session/set_model", {**own, "modelId": name})
-        conversation = json.dumps(self._exchange.conversation(name in foreign))
-        yield from process.hand_over("turn", self.session_id, conversation)
-        self.running = True
-        theirs = yield from self._ask("session/prompt", {**own, "prompt": PROMPT})
-        body = self._exchange.body(theirs["url"], theirs["body"])
-        if body is None and name not in foreign:
-            foreign.add(name)  # opencode itself must know the conversation then: once more
-            process.abandon(self)
-            self.session_id, self.running = "", False
-            return (yield from self._talk())
-        for kind, text in (
-            ("headers", json.dumps(self._exchange.headers)),
-            ("body", (body or b"").decode()),
-        ):
-            yield from process.hand_over(kind, self.session_id, text)
-        self.handed_over = True
-        yield from self._relay()
+            self._call(process, "session/set_model", {"sessionId": session_id, "modelId": name})
 
-    def _ask(self, method: str, params: Json) -> Steps:
-        self.number = self.process.ask(self, method, params)
-        wanted = "proxy/outgoing" if method == "session/prompt" else "reply"
-        while True:
-            message = yield WAIT
-            if message.get("method", "reply") == wanted:
-                return message.get("params") or result_of(message, method)
+        params = {"sessionId": session_id, "prompt": PROMPT}
+        self._request_number = process.request("session/prompt", params, self)
+        self._is_prompted = True
+        outgoing: Outgoing = self._wait_for("request").content
+        return outgoing
 
-    def _relay(self) -> Steps:
-        taken, exchange = 0, self._exchange
+    def _abandon_session(self, process: OpencodeProcess) -> None:
+        session_id = self.session_id
+        self.session_id = ""
+        self._is_prompted = False
+        del self._pool.opencode.asks.turns[session_id]
+        process.forget(self._request_number)
+        process.cancel(session_id)
+
+    def _call(self, process: OpencodeProcess, method: str, params: Json) -> Json:
+        self._request_number = process.request(method, params, self)
+        return result_of(self._wait_for("reply").content, method)
+
+    def _relay(self, exchange: Any) -> Events:
+        """Yield what the provider's answer means, until it is over."""
+        heard_at = time.monotonic()
         while True:
-            message = yield WAIT
-            kind, params = message["method"], message["params"]
-            if kind == "proxy/data":
-                yield from exchange.feed(params["text"])
-                taken += params["size"]
-                if taken >= TAKEN_CHARACTERS:
-                    yield from self.process.hand_over("taken", self.session_id, str(taken))
-                    taken = 0
-            elif kind == "proxy/upstream":
-                yield from exchange.begin(params["status"], params["headers"])
-            elif kind == "proxy/end":
-                yield from exchange.end()
-            elif kind == "proxy/refused":
-                yield from exchange.refused(params["status"], params["headers"], params["body"])
-            elif kind in ("proxy/delta", "proxy/finish"):
-                yield from exchange.report(params)
+            patience = exchange.patience  # None until the answer has a finish_reason
+            letter = self._receive(heard_at + self._limit(patience) - time.monotonic())
+            if letter is None and patience is None:
+                raise self._silence()
+
+            events = exchange.end() if letter is None else self._read(exchange, letter)
+            for event in events:
+                yield event
+                if event.finish_reason is not None:
+                    return
+            if patience is None:
+                heard_at = time.monotonic()
+
+    def _limit(self, patience: float | None) -> float:
+        """Return how many seconds of silence are borne."""
+        if not self.handed_over:
+            return START_SECONDS
+        return self._timeout if patience is None else patience
+
+    def _silence(self) -> Exception:
+        """Return the error for silence that lasted too long; the process may be what hangs."""
+        if not self.handed_over:
+            return ProcessFailed("opencode does not take its request")
+        self.leave(has_failed=True)
+        text = f"The model's provider sent nothing for {self._timeout:g} seconds"
+        return APIError(504, text, code="timeout")
+
+    def _read(self, exchange: Any, letter: Letter) -> Any:
+        """Return the events that a letter means."""
+        content = letter.content
+        if letter.kind == "upstream":
+            return exchange.begin(content["status"], content["headers"])
+        if letter.kind == "data":
+            return exchange.feed(content["text"])
+        if letter.kind == "end":
+            return exchange.end()
+        if letter.kind == "refused":
+            return exchange.refused(content["status"], content["headers"], content["body"])
+        if letter.kind in ("delta", "finish"):
+            return exchange.report(content)
+        if letter.kind == "more":
+            content.put(True)  # the client has taken everything before it
+        return ()
+
+    def _wait_for(self, kind: str) -> Letter:
+        while True:
+            letter = self._receive(START_SECONDS)
+            if letter is None:
+                raise ProcessFailed(f"opencode did not go on within {START_SECONDS:.0f} s")
+            if letter.kind == kind:
+                return letter
+
+    def _receive(self, seconds: float) -> Letter | None:
+        """Return the next letter that still concerns the turn, None after `seconds` without one.
+
+        Raises what it tells of: APIError where opencode gave the turn up, ProcessFailed; and
+        whatever `look` raises.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            now = time.monotonic()
+            if now >= self._look_at:
+                self._look()
+                self._look_at = time.monotonic() + LOOK_SECONDS
+            try:
+                letter = self.inbox.get(timeout=max(0.0, min(deadline, self._look_at) - now))
+            except queue.Empty:
+                if time.monotonic() >= deadline:
+                    return None
+                continue
+            if self._is_late(letter):
+                continue
+            self._check(letter)
+            return letter
+
+    def _is_late(self, letter: Letter) -> bool:
+        """Tell whether a letter comes from a process, a session or a request that it has left."""
+        if letter.process is not self.process:
+            return True
+        return letter.about not in (None, self.session_id, self._request_number)
+
+    def _check(self, letter: Letter) -> None:
+        """Raise what a letter tells of that ends the turn."""
+        if letter.kind == "failed":
+            raise ProcessFailed(letter.content)
+        if letter.kind == "unreadable":
+            raise ProcessFailed(letter.content["message"])
+        if letter.kind == "hand over" and letter.content:
+            raise ProcessFailed(letter.content)
+
+        if self._is_prompted and letter.kind in ("reply", "end", "refused", "error"):
+            self._is_prompted = False  # opencode's own turn ends now: there is nothing to cancel
+            if letter.kind == "reply":
+                raise turn_error(letter.content.get("error") or {})
+            if letter.kind == "error":
+                raise turn_error(letter.content)
+
+    # -- on the threads of the asks
+
+    def answer_turn(self) -> Json:
+        """Return what opencode is to be told of the conversation."""
+        return self._conversation
+
+    def answer_request(self, session_id: str, question: Json) -> Reply | None:
+        """Let the turn's own thread make the body; return None where nobody waits any more."""
+        replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
+        outgoing = Outgoing(question["url"], question["body"], replies)
+        self.inbox.put(Letter("request", self.process, session_id, outgoing))
+        reply: Reply | None = self._answer(session_id, replies)
+        return reply
+
+    def answer_more(self, session_id: str) -> bool:
+        """Wait until the client has taken what was sent; return whether it wants the rest."""
+        replies: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self.inbox.put(Letter("more", self.process, session_id, replies))
+        return self._answer(session_id, replies) is not None
+
+    def _answer(self, session_id: str, replies: queue.SimpleQueue[Any]) -> Any:
+        while session_id == self.session_id:
+            with contextlib.suppress(queue.Empty):
+                return replies.get(timeout=LOOK_SECONDS)
+        return None
+
+    def note_hand_over(self, session_id: str, failure: str) -> None:
+        """Note how the answer to a request went: whole, or not, for the reason `failure`."""
+        self.inbox.put(Letter("hand over", self.process, session_id, failure))
+
+
+def together(turns: list[Turn], look: Look) -> Generator[tuple[int, Any], None, None]:
+    """Yield the events of several turns as they come, each behind the index of its turn.
+
+    Each turn runs on a thread of its own: its time-outs do not wait for a client that reads slowly.
+    The queue between them is bounded, so that such a client slows its turns down.
+    """
+    events: queue.Queue[Any] = queue.Queue(MAX_EVENTS_AHEAD)
+    is_given_up = threading.Event()
+    without_thread = list(turns)
+    running = len(turns)
+    try:
+        while without_thread:
+            arguments = (without_thread[0], events, is_given_up)
+            threading.Thread(target=follow, args=arguments, daemon=True).start()
+            del without_thread[0]
+        while running:
+            look()
+            with contextlib.suppress(queue.Empty):
+                index, event = events.get(timeout=LOOK_SECONDS)
+                if isinstance(event, Exception):
+                    raise event
+                if event is None:
+                    running -= 1
+                else:
+                    yield index, event
+    except RuntimeError as error:  # no more threads are allowed
+        raise APIError(503, f"Too much goes on at once: {error}", code="too_busy") from None
+    finally:
+        is_given_up.set()
+        for turn in without_thread:
+            turn.leave()
+
+
+def follow(turn: Turn, events: queue.Queue[Any], is_given_up: threading.Event) -> None:
+    """Put a turn's events into `events`, each behind its index; then None, or what it raised."""
+
+    def look() -> None:
+        if is_given_up.is_set():
+            raise ClientDisconnected("the request was given up")
+
+    def put(event: Any) -> None:
+        while True:
+            look()
+            with contextlib.suppress(queue.Full):
+                events.put((turn.index, event), timeout=LOOK_SECONDS)
+                return
+
+    with contextlib.suppress(ClientDisconnected):
+        try:
+            with contextlib.closing(turn.events(look)) as own:
+                for event in own:
+                    put(event)
+            put(None)
+        except ClientDisconnected:
+            raise
+        except Exception as error:  # told on the thread of the request
+            put(error)
+
+
+# -------------------------------------------------------------------------------------------- pool
+# Who answers whom. The pool owns the processes and the queue of turns: whatever changes them does
+# so inside `_changing`, which then calls `_match`, the one place that decides which turn gets a
+# process, which process starts and which ends. Nothing slow happens under its lock.
+
+
+def shutting_down() -> APIError:
+    """Return the error for requests that the end of the program cuts off."""
+    return APIError(503, "The server is shutting down", code="shutting_down")
 
 
 class Pool:
-    """Owns every opencode process, the queue of turns, and the catalog's renewal.
+    """Owns every opencode process and the queue of turns.
 
-    `_lock` protects `_processes` and their accounts (state, turns, served, size), `_waiting`,
-    `_turns` (those that have a process), and what is known of failed starts; nothing slow happens
-    under it. `_signature` is of the files that the catalog was made from, None until it is proven.
+    `_lock` protects `_processes` and their accounts (state, turns, served, size, idle_since),
+    `_waiting`, `_turns` (those that have a process) and the account of failed starts. Each process
+    has a thread from its start to its end (`_live`); the pool's own thread (`_tend`) looks at all
+    of them from time to time. Which models there are is the matter of `watch`.
     """
 
     def __init__(self, opencode: Opencode, settings: Any, trace: Trace | None = None) -> None:
-        self.opencode, self._settings, self._trace = opencode, settings, trace
-        self.closing, self._wake = threading.Event(), threading.Event()  # _wake: look at once
-        self.last_error, self._failures = "", 0  # failures of starts, one after the other
+        self.opencode = opencode
+        self.closing = threading.Event()
+        self.last_error = ""
+        self.watch = CatalogWatch(opencode, self)
+        self._settings = settings
+        self._trace = trace
         self._spares = 1  # until it is proven that there can be any
+        self._wake = threading.Event()  # lets `_tend` look at once
+        self._tender = threading.Thread(target=self._tend, daemon=True)
+
         self._lock = threading.Lock()
         self._processes: set[OpencodeProcess] = set()
         self._waiting: collections.deque[Turn] = collections.deque()
         self._turns: set[Turn] = set()
-        self._retry_at = self._renew_at = math.inf  # no spare starts, no renewal before
-        self._signature: Any = None
-        self._tender = threading.Thread(target=self._tend, daemon=True)
+        self._failed_starts = 0  # one after the other
+        self._retry_at = math.inf  # nothing starts before
 
-    def ready(self) -> Generator[None, None, Catalog]:
-        """Return the catalog; yield while it is not the one that the user's files mean."""
-        while self._signature is None or self._signature != self.opencode.signature():
-            self._wake.set()
-            time.sleep(LOOK_SECONDS / 10)
-            yield None
-        return self.opencode.catalog
+    # -- for the handlers of requests
+
+    def ready(self, look: Look) -> Catalog:
+        """Return the catalog that the user's files mean, once it is there.
+
+        Raises APIError where opencode cannot be used at all, and whatever `look` raises.
+        """
+        return self.watch.ready(look)
 
     def run(
         self,
         request: Any,
         model: Model,
+        look: Look,
         exchange: Callable[[Any, Model], Any] = ChatExchange,
-    ) -> Generator[tuple[int, Any] | None, None, None]:
-        """Yield a choice's index and an event of it, or None every LOOK_SECONDS; raise APIError."""
-        mailbox: queue.SimpleQueue[Letter] = queue.SimpleQueue()
-        more = (functools.partial(exchange, request, model), model, self._settings.timeout, mailbox)
-        turns = [Turn(index, *more) for index in range(request.choices)]
+    ) -> Generator[tuple[int, Any], None, None]:
+        """Yield each event of the answer behind the index of its choice.
+
+        Iterate it under contextlib.closing. `look` is called at least every LOOK_SECONDS; what it
+        raises gives the request up. Raises APIError.
+        """
+
+        def new_exchange() -> Any:
+            return exchange(request, model)
+
+        turns = []
+        for index in range(request.choices):
+            turns.append(Turn(index, self, new_exchange, model, self._settings.timeout))
+        self._admit(turns)
+
+        if len(turns) > 1:
+            yield from together(turns, look)
+            return
+        with contextlib.closing(turns[0].events(look)) as events:
+            for event in events:
+                yield 0, event
+
+    def _admit(self, turns: list[Turn]) -> None:
+        """Put the turns of a request into the queue; raise APIError where it is full."""
+        limit = self._settings.max_queue
         with self._changing():
             if self.closing.is_set():
                 raise shutting_down()
-            most, ahead = self._settings.max_queue, sum(not turn.index for turn in self._waiting)
-            if ahead + len(self._turns) >= self._settings.max_concurrency + most:
+            requests = sum(turn.index == 0 for turn in self._waiting)
+            if requests + len(self._turns) >= self._settings.max_concurrency + limit:
                 raise APIError(
                     503,
-                    f"All {most} places in the queue are taken: try again later",
+                    f"All {limit} places in the queue are taken: try again later",
                     code="queue_full",
                     headers={"Retry-After": str(QUEUE_RETRY_SECONDS)},
                 )
             self._waiting.extend(turns)
-        look_at = time.monotonic() + LOOK_SECONDS
-        try:
-            while not all(turn.over for turn in turns):
-                with contextlib.suppress(queue.Empty):
-                    turn, *letter = mailbox.get(timeout=max(0.0, look_at - time.monotonic()))
-                    yield from self._advance(turn, turn.receive(*letter))
-                if time.monotonic() >= look_at:
-                    look_at = time.monotonic() + LOOK_SECONDS
-                    yield None
-                    for turn in turns:
-                        yield from self._advance(turn, turn.tick())
-        finally:
-            for turn in turns:
-                self._leave(turn)
 
-    def _advance(self, turn: Turn, steps: Iterator[Any]) -> Iterator[tuple[int, Any] | None]:
-        process = turn.process
-        try:
-            for event in steps:
-                yield None if event is None else (turn.index, event)
-                if event is not None and not turn.begun:
-                    with self._changing():
-                        turn.begun = True  # now there is time to start a fresh process
-        except ProcessFailed as failure:
-            turn.failures += 1
-            if turn.handed_over or turn.failures >= MAX_ATTEMPTS:
-                raise APIError(502, str(failure), code="opencode_failed") from None
-            self._leave(turn)
-            turn.begin_again()
-            with self._changing():
-                if process is not None:
-                    process.state = RETIRED
-                self._waiting.appendleft(turn)
-        if turn.over:
-            self._leave(turn)
-
-    def _leave(self, turn: Turn) -> None:
-        """Take a turn out of the queue, or away from its process; safe to call twice."""
-        process = turn.process
-        if turn.script is not None:
-            turn.script.close()
-            turn.script = None  # never begun, it would keep the prompt alive: it holds its turn
-        if process is not None:
-            process.abandon(turn)
+    def look_again(self) -> None:
+        """Decide anew who is served, started and ended: something has happened."""
         with self._changing():
-            if turn in self._waiting:
-                self._waiting.remove(turn)
-            self._turns.discard(turn)
+            pass
+
+    def release(self, turn: Turn, has_failed: bool, again: bool) -> OpencodeProcess | None:
+        """Take a turn out of the queue or away from its process; return the process.
+
+        `has_failed`: the process gets no more turns. `again`: the turn is the next to get another
+        one. Safe to call twice.
+        """
+        with self._changing():
+            process = turn.process
             turn.process = None
+            self._turns.discard(turn)
             if process is not None:
                 process.turns.discard(turn)
                 process.idle_since = time.monotonic()
+                if has_failed:
+                    process.state = RETIRED
+
+            is_waiting = turn in self._waiting
+            if is_waiting and not again:
+                self._waiting.remove(turn)
+            if again and not is_waiting:
+                self._waiting.appendleft(turn)
+        return process
+
+    # -- decisions
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """Let the pool be changed, then do what follows from it: the slow part without the lock."""
+        """Let the pool be changed, then do what follows from it, the slow part without the lock."""
         with self._lock:
             yield
             started, ended = self._match()
         for process in ended:
             process.stop()
         for process in started:
-            try:
-                threading.Thread(target=self._live, args=(process,), daemon=True).start()
-            except RuntimeError as error:  # no more threads are allowed
-                self._bury(process, str(error))
+            self._launch(process)
 
     def _match(self) -> tuple[list[OpencodeProcess], list[OpencodeProcess]]:
-        """Give processes to turns; return the processes that are to be started, and to be ended."""
+        """Give processes to turns; return the processes that are to be started, and to be ended.
+
+        One decision at a time: after each the rest is counted anew.
+        """
         if self.closing.is_set():
-            self._fail_waiting(shutting_down)
             return [], list(self._processes)
-        for process in self._in(*RANKS):
-            is_old = time.monotonic() > process.born + WORN_SECONDS
-            if process.catalog is not self.opencode.catalog or process.size > MAX_PROCESS_BYTES:
+        for process in self._in(READY):
+            if process.catalog is not self.opencode.catalog or process.growth > MAX_GROWTH_BYTES:
                 process.state = RETIRED
-            elif is_old or process.size > WORN_PROCESS_BYTES:
-                process.state = WORN
+        self._assign()
+
+        started = []
+        while self._lacks_a_process():
+            process = OpencodeProcess(self.opencode, self._trace)
+            self._processes.add(process)
+            started.append(process)
+
+        surplus = self._surplus()
+        while surplus is not None:
+            surplus.state = RETIRED
+            surplus = self._surplus()
+        return started, [process for process in self._in(RETIRED) if not process.turns]
+
+    def _assign(self) -> None:
+        """Give a process to each turn that waits, in order of arrival, as long as there is room."""
         while self._waiting and len(self._turns) < self._settings.max_concurrency:
-            able = [one for one in self._in(*RANKS) if len(one.turns) < MAX_TURNS_PER_PROCESS]
-            if not able:
-                break
-            process = max(able, key=lambda one: (RANKS.index(one.state), one.born))
+            process = self._best()
+            if process is None:
+                return
             turn = self._waiting.popleft()
             turn.process = process
-            turn.mailbox.put((turn, process, {}))
+            turn.inbox.put(Letter("process", process))
             self._turns.add(turn)
             process.turns.add(turn)
             process.served += 1
-            is_worn = process.state == WORN or process.served >= self._settings.requests_per_process
-            process.state = WORN if is_worn else USED
-        started = [OpencodeProcess(self.opencode, self._trace) for _ in range(self._missing())]
-        self._processes.update(started)
-        ended = [*filter(self._has_served, self._processes)]
-        for process in ended:
-            process.state = RETIRED
-        return started, ended
 
-    def _in(self, *states: str) -> list[OpencodeProcess]:
-        return [process for process in self._processes if process.state in states]
+    def _best(self) -> OpencodeProcess | None:
+        """Return the process to use next, the newest of its kind.
 
-    def _missing(self) -> int:
-        # A start takes the processor from answers: unless somebody waits, or all processes are
-        # large, it comes when at most one turn runs, whose first token is there.
+        One that has begun and may serve more comes before a fresh one, a worn one last.
+        """
+
+        def rank(process: OpencodeProcess) -> tuple[bool, bool, float]:
+            return not self._is_worn(process), not process.is_fresh, process.born
+
+        able = [
+            process for process in self._in(READY) if len(process.turns) < MAX_TURNS_PER_PROCESS
+        ]
+        return max(able, key=rank, default=None)
+
+    def _is_worn(self, process: OpencodeProcess) -> bool:
+        """Tell whether a process gets a turn only where no other is there."""
+        if process.growth > WORN_GROWTH_BYTES:
+            return True
+        if time.monotonic() > process.born + WORN_SECONDS:
+            return True
+        return bool(process.served >= self._settings.requests_per_process)
+
+    def _in(self, state: str) -> list[OpencodeProcess]:
+        return [process for process in self._processes if process.state == state]
+
+    def _lacks_a_process(self) -> bool:
+        """Tell whether one more is to be started.
+
+        A start takes the processor from answers: unless somebody waits, or nobody could be served,
+        it comes when at most one turn runs, whose first event is there.
+        """
+        if time.monotonic() < self._retry_at:
+            return False
         starting = len(self._in(STARTING))
-        served: int = min(len(self._waiting), self._settings.max_concurrency - len(self._turns))
-        if served > 0:
-            return max(0, math.ceil(served / MAX_TURNS_PER_PROCESS) - starting)
-        quiet = len(self._turns) <= 1 and all(turn.begun for turn in self._turns)
-        large = all(process.size > WORN_PROCESS_BYTES for process in self._in(*RANKS))
-        is_ready = self.opencode.catalog.default in self.opencode.catalog.models
-        if not is_ready or time.monotonic() < self._retry_at or not (quiet or large):
-            return 0
-        return max(0, self._spares - len(self._in(FRESH, USED)) - starting)
+        places = self._settings.max_concurrency - len(self._turns)
+        waiting = min(len(self._waiting), places)
+        if waiting > 0:
+            return bool(starting * MAX_TURNS_PER_PROCESS < waiting)
 
-    def _has_served(self, process: OpencodeProcess) -> bool:
-        if process.turns or process.state in (STARTING, RETIRED):
-            return process.state == RETIRED and not process.turns
-        others = len(self._in(FRESH, USED))
-        if process.state == WORN:
-            return self._spares == 0 or others > 0
-        is_idle = time.monotonic() - process.idle_since > KEEP_WARM_SECONDS
-        return others > self._spares and (process.state == FRESH or is_idle)
+        is_quiet = len(self._turns) <= 1 and all(turn.has_begun for turn in self._turns)
+        is_logged_in = self.opencode.catalog.default in self.opencode.catalog.models
+        if not is_logged_in or not (is_quiet or self._best() is None):
+            return False
+        return len(self._able()) + starting < self._spares
 
-    def _fail_waiting(self, cause: Callable[[], Exception]) -> None:
-        for turn in self._waiting:
-            turn.mailbox.put((turn, None, {"cause": cause}))
-        self._waiting.clear()
+    def _able(self) -> list[OpencodeProcess]:
+        return [process for process in self._in(READY) if not self._is_worn(process)]
+
+    def _surplus(self) -> OpencodeProcess | None:
+        """Return an idle process that nobody needs, the oldest; None where there is none."""
+        able = len(self._able())
+        for process in sorted(self._in(READY), key=lambda process: process.born):
+            if process.turns:
+                continue
+            if self._is_worn(process):
+                is_replaced = able > 0 or self._spares == 0
+                if is_replaced:
+                    return process
+            elif able > self._spares:
+                idle_seconds = time.monotonic() - process.idle_since
+                if process.is_fresh or idle_seconds > KEEP_WARM_SECONDS:
+                    return process
+        return None
+
+    # -- the life of a process
+
+    def _launch(self, process: OpencodeProcess) -> None:
+        try:
+            threading.Thread(target=self._live, args=(process,), daemon=True).start()
+        except RuntimeError as error:  # no more threads are allowed
+            with self._lock:  # nothing follows from it: the next look comes when it is due
+                self._processes.discard(process)
+                self._note_failed_start(str(error))
 
     def _live(self, process: OpencodeProcess) -> None:
+        """Run a process from its start to its end, on its own thread."""
+        failure = ""
+        was_ready = False
         try:
-            lost = process.catalog.models.keys() - process.start() - {process.catalog.default}
-            if lost and self.opencode.trim:  # a model that a key in the environment brings
-                self.opencode.trim = False
-                raise ProcessFailed("opencode lost models by the trimmed catalog")
+            offered = process.start()
+            was_ready = self.watch.judge(process, offered)
             with self._changing():
-                process.state, self._failures = FRESH, 0
+                process.state = READY if was_ready else RETIRED
+                self._failed_starts = 0
             process.serve()
-            failure = ""
         except Exception as error:  # also an answer in a shape that was never seen
-            failure = str(error) if isinstance(error, (ProcessFailed, StartError)) else repr(error)
+            failure = reason_of(error)
+        with self._lock:
+            is_expected = process.state == RETIRED or self.closing.is_set()
+            process.state = RETIRED  # whatever it still holds, it gets no more turns
+
+        process.read_last_words()
+        failure = failure or str(process.failed("opencode ended"))
+        with self._lock:
+            for turn in process.turns:
+                turn.inbox.put(Letter("failed", process, None, failure))
         process.stop()
         process.close()
-        self._bury(process, failure or str(process.failed("opencode ended")))
 
-    def _bury(self, process: OpencodeProcess, failure: str) -> None:
-        cause = functools.partial(ProcessFailed, failure)
         with self._changing():
-            failed_start = process.state in (STARTING, FRESH)
             self._processes.discard(process)
-            for turn in process.turns:
-                turn.mailbox.put((turn, process, {"cause": cause}))
-            if failed_start and not self.closing.is_set():
-                self.last_error, self._failures = failure, self._failures + 1
-                pause = 2.0 ** min(self._failures, 10)
-                self._retry_at = time.monotonic() + min(MAX_RETRY_SECONDS, pause)
-                if all(other.state == RETIRED for other in self._processes):
-                    self._fail_waiting(cause)
+            if not is_expected and process.is_fresh:
+                self._note_failed_start(failure)
+
+    def _note_failed_start(self, failure: str) -> None:
+        """Let the next start wait; tell the turns that no process is left for. Under the lock."""
+        self.last_error = failure
+        self._failed_starts += 1
+        pause = RETRY_SECONDS * 2 ** min(self._failed_starts - 1, 10)
+        self._retry_at = time.monotonic() + min(MAX_RETRY_SECONDS, pause)
+        self._wake.set()  # so that the next look comes when the pause is over
+        if not self._in(READY) and not self._in(STARTING):
+            for turn in self._waiting:
+                turn.inbox.put(Letter("failed", None, None, failure))
 
     def prove(self) -> None:
         """Read the catalog and start the first process; raise StartError saying what is wrong."""
         try:
-            catalog = self._read_catalog()
-            self.opencode.use_catalog(catalog)
-            signature = self.opencode.signature()  # not before: opencode completes the user's file
-            proven: Any = catalog.default not in catalog.models
-            while not proven and not self.closing.wait(LOOK_SECONDS / 10):
-                with self._changing():
-                    self._retry_at = 0.0
-                    proven = self._in(*RANKS)
-                    if self._failures >= MAX_ATTEMPTS:
-                        raise StartError(self.last_error)
-            self._renew_at, self._signature = time.monotonic() + CATALOG_SECONDS, signature
-            with self._changing():
-                self._spares, self._retry_at = self._settings.spares, 0.0
-            self._tender.start()
-        except StartError:
-            raise
+            self.watch.begin()
+            if self.opencode.catalog.default in self.opencode.catalog.models:
+                self._start_first()
         except Exception as error:
-            told = error if isinstance(error, (ProcessFailed, OSError)) else repr(error)
-            raise StartError(f"opencode cannot be used: {told}") from None
+            failure = reason_of(error)
+            self.watch.failure = failure
+            if isinstance(error, StartError):
+                raise
+            raise StartError(f"opencode cannot be used: {failure}") from None
+        self._spares = self._settings.spares
+        self._retry_at = 0.0
+        self._tender.start()
+        self.watch.start()
+
+    def _start_first(self) -> None:
+        while not self.closing.wait(LOOK_SECONDS / 10):
+            with self._changing():
+                self._retry_at = 0.0
+                if self._in(READY):
+                    return
+                if self._failed_starts >= MAX_ATTEMPTS:
+                    raise StartError(self.last_error)
 
     def _tend(self) -> None:
-        """Look at the user's files and at the processes, from time to time and when woken."""
+        """Look at the processes, from time to time and when woken."""
         while not self.closing.is_set():
-            self._wake.wait(TEND_SECONDS)
+            pause = self._retry_at - time.monotonic()
+            if not 0 < pause < TEND_SECONDS:
+                pause = TEND_SECONDS
+            self._wake.wait(pause)
             self._wake.clear()
             try:
-                signature = self.opencode.signature()
-                if signature != self._signature or time.monotonic() > self._renew_at:
-                    self._renew(signature)
-                sizes = [(process, process.memory()) for process in list(self._processes)]
-                reap_orphans({process.pid for process, _ in sizes})
-                with self._changing():
-                    for process, size in sizes:
-                        process.size = size
+                self._measure()
             except Exception as error:  # a full disk, a defect: it must not be the last look
-                self.last_error = repr(error)
+                self.note_error(reason_of(error))
 
-    def _renew(self, signature: Any) -> None:
-        """Read the catalog again, and replace all processes; the old ones stay where that fails."""
-        self._renew_at, self._retry_at = time.monotonic() + MAX_RETRY_SECONDS, math.inf
-        try:
-            self.opencode.use_catalog(self._read_catalog())
-            self._renew_at = time.monotonic() + CATALOG_SECONDS
-        except (ProcessFailed, OSError) as error:
-            self.last_error = str(error)
-        self._signature, self._retry_at = signature, 0.0
+    def _measure(self) -> None:
+        """Note how large the processes are; then decide anew."""
+        with self._lock:
+            processes = self._in(READY)
+        sizes = [(process, process.memory()) for process in processes]
+        reap_orphans(self.opencode.pids)
+        with self._changing():
+            for process, size in sizes:
+                process.size = size
 
-    def _read_catalog(self) -> Catalog:
-        """Ask opencode which models it offers; raise ProcessFailed with its own words."""
-        for _ in range(2):
-            listed, logins = self._list_models(), self.opencode.logins()
-            try:
-                return make_catalog(parse_models(listed), logins, self.opencode.wanted)
-            except (LookupError, TypeError, ValueError) as error:
-                reason = repr(error)
-        raise ProcessFailed(f"`opencode models` printed no models: {reason}")
-
-    def _list_models(self) -> str:
-        # Into a file: into a pipe, opencode at times ends before all of it is through.
-        deadline = time.monotonic() + START_SECONDS
-        with tempfile.TemporaryFile() as output:
-            with contextlib.closing(Child(self.opencode)) as child:
-                child.spawn("models", "--verbose", stdout=output)
-                for _ in child.lines():
-                    if self.closing.is_set() or time.monotonic() > deadline:
-                        child.stop()
-            if child.returncode:
-                raise child.failed(f"`opencode models` failed with exit code {child.returncode}")
-            output.seek(0)
-            return output.read().decode("utf-8", "replace")
+    def note_error(self, text: str) -> None:
+        """Keep what went wrong, for /health."""
+        self.last_error = text
 
     def health(self) -> Json:
         """Return what /health tells of opencode and its processes."""
-        catalog, reason = self.opencode.catalog, None
+        catalog = self.opencode.catalog
+        reason = None
         with self._lock:
-            running, waiting, spares = len(self._turns), len(self._waiting), len(self._in(FRESH))
-            if self._signature is None:
+            running = len(self._turns)
+            waiting = len(self._waiting)
+            spares = sum(process.is_fresh for process in self._in(READY))
+            if not self.watch.is_ready:
                 reason = "starting"
-            elif self._failures and not self._in(*RANKS):
+            elif self._failed_starts > 0 and not self._in(READY):
                 reason = f"opencode does not start: {self.last_error}"
             elif catalog.default not in catalog.models:
                 reason = NOT_LOGGED_IN.format(provider_of(catalog.default))
@@ -2938,20 +3809,181 @@ class Pool:
         with self._changing():
             self.closing.set()
         self._wake.set()
+        self.watch.wake()
         deadline = time.monotonic() + 3 * STOP_SECONDS
-        while (self._processes or self._tender.is_alive()) and time.monotonic() < deadline:
+        while self._is_busy() and time.monotonic() < deadline:
             time.sleep(LOOK_SECONDS / 25)
         self.opencode.close()
 
+    def _is_busy(self) -> bool:
+        return bool(self._processes) or self._tender.is_alive() or self.watch.is_alive
+
+
+def reason_of(error: Exception) -> str:
+    """Return what a person reads of an error: our own words, else also what kind it is."""
+    if isinstance(error, (ProcessFailed, StartError, APIError)):
+        return str(error)
+    return repr(error)
+
 
 def reap_orphans(own: set[int]) -> None:
-    """Take leave of what ended processes have left behind, where it falls to us: as process 1."""
+    """Take leave of what ended processes have left behind, where it falls to us: as process 1.
+
+    `own` are the pids that somebody else waits for.
+    """
     with contextlib.suppress(ChildProcessError):
         while os.getpid() == 1:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is None or ended.si_pid in own:
                 return
             os.waitpid(ended.si_pid, 0)
+
+
+# ----------------------------------------------------------------------------------- catalog watch
+# Which models there are, as the user's files mean it by now.
+
+
+class CatalogWatch:
+    """Has opencode print its models, and again when the user's files change or time has passed.
+
+    `begin` runs on the thread that proves opencode, everything after it on the watch's own thread;
+    any thread may ask whether the catalog is `ready`, and `judge` a process. `_signature` is of the
+    files that the catalog was made from, None until there is one; it, `_renew_at` and `_difference`
+    change by single steps that need no lock. Whatever goes wrong in a renewal, requests are
+    answered with what there is.
+    """
+
+    def __init__(self, opencode: Opencode, pool: Pool) -> None:
+        self.failure = ""  # why opencode cannot be used at all
+        self._opencode = opencode
+        self._pool = pool
+        self._signature: Any = None
+        self._renew_at = math.inf
+        self._difference: frozenset[str] = frozenset()  # that caused the last renewal
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    @property
+    def is_ready(self) -> bool:
+        """Tell whether there is a catalog."""
+        return self._signature is not None
+
+    @property
+    def is_alive(self) -> bool:
+        """Tell whether its thread runs."""
+        return self._thread.is_alive()
+
+    def ready(self, look: Look) -> Catalog:
+        """Return the catalog that the user's files mean, once it is there."""
+        while self._signature is None or self._signature != self._opencode.signature():
+            if self.failure:
+                message = f"opencode cannot be used: {self.failure}"
+                raise APIError(503, message, code="opencode_failed")
+            self.wake()
+            look()
+            time.sleep(LOOK_SECONDS / 10)
+        return self._opencode.catalog
+
+    def wake(self) -> None:
+        """Let the watch look at once."""
+        self._wake.set()
+
+    def begin(self) -> None:
+        """Read the catalog for the first time; raise ProcessFailed or OSError if that fails."""
+        self._read()
+
+    def start(self) -> None:
+        """Watch from now on."""
+        self._thread.start()
+
+    def judge(self, process: OpencodeProcess, offered: frozenset[str]) -> bool:
+        """Tell whether a process may serve, by the models that it offers.
+
+        Where a process with the trimmed catalog lacks some, the trimming may be the cause (a key in
+        the environment brings models, too): an untrimmed one will tell. Where it is not, the
+        catalog is out of date: it was read before the network was there, or the provider has
+        changed its models. It is read again, once for each such difference.
+        """
+        catalog = process.catalog
+        expected = catalog.models.keys() - {catalog.default}
+        if process.is_trimmed and not expected <= offered:
+            self._opencode.trim = False
+            return False
+
+        difference = frozenset(offered - {catalog.default}) ^ expected
+        if difference and difference != self._difference:
+            self._difference = difference
+            self._renew_at = 0.0
+            self.wake()
+        return True
+
+    def _watch(self) -> None:
+        while not self._pool.closing.is_set():
+            self._wake.wait(TEND_SECONDS)
+            self._wake.clear()
+            if self._is_due() and not self._pool.closing.is_set():
+                self._renew()
+
+    def _is_due(self) -> bool:
+        if time.monotonic() > self._renew_at:
+            return True
+        return bool(self._opencode.signature() != self._signature)
+
+    def _renew(self) -> None:
+        """Read the catalog again; the old one stays where that fails."""
+        signature = self._opencode.signature()
+        try:
+            self._read()
+        except Exception as error:  # of whatever kind: requests must not wait for ever
+            self._pool.note_error(reason_of(error))
+            self._renew_at = time.monotonic() + MAX_RETRY_SECONDS
+            self._signature = signature
+        self._pool.look_again()
+
+    def _read(self) -> None:
+        """Read the catalog, again where the user's files change meanwhile; make it the current one.
+
+        At its first start opencode itself completes the user's opencode.json.
+        """
+        for _ in range(MAX_ATTEMPTS):
+            signature = self._opencode.signature()
+            catalog = self._list()
+            if signature == self._opencode.signature():
+                break
+        self._opencode.trim = True
+        if catalog != self._opencode.catalog or signature != self._signature:
+            self._opencode.use_catalog(catalog)  # processes with another one end
+        self._renew_at = time.monotonic() + CATALOG_SECONDS
+        self._signature = signature
+
+    def _list(self) -> Catalog:
+        """Ask opencode which models it offers; raise ProcessFailed with its own words."""
+        reason = ""
+        for _ in range(2):
+            logins = self._opencode.logins()
+            output = self._output()
+            try:
+                return make_catalog(parse_models(output), logins, self._opencode.default_model)
+            except (LookupError, TypeError, ValueError) as error:
+                reason = repr(error)
+        raise ProcessFailed(f"`opencode models` printed no models: {reason}")
+
+    def _output(self) -> str:
+        """Return what `opencode models` prints.
+
+        Into a file: into a pipe, opencode at times ends before all of it is through.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        with tempfile.TemporaryFile() as output:
+            with contextlib.closing(Child(self._opencode)) as child:
+                child.spawn("models", "--verbose", stdout=output)
+                while child.runs_on():
+                    if self._pool.closing.is_set() or time.monotonic() > deadline:
+                        child.stop()
+            if child.returncode:
+                raise child.failed(f"`opencode models` failed with exit code {child.returncode}")
+            output.seek(0)
+            return output.read().decode("utf-8", "replace")
 
 
 # --------------------------------------------------------------------------------------------- http
@@ -3283,7 +4315,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self._send(200 if health["status"] == "healthy" else 503, {}, health)
 
     def _models(self) -> None:
-        catalog = self._await(self.server.pool.ready())
+        catalog = self.server.pool.ready(self._look)
         wanted = urllib.parse.unquote(self._route[len("/models/") :])
         names = [catalog.resolve(wanted, exact=True).name] if wanted else catalog.names
         models = [
@@ -3301,15 +4333,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if self.headers.get_content_type() == "multipart/form-data":
             raise APIError(415, "The body must be JSON", code="unsupported_media_type")
         request = parse_chat_request(self._read_body())
-        model = self._await(self.server.pool.ready()).resolve(request.model)
+        model = self.server.pool.ready(self._look).resolve(request.model)
         self._facts["model"] = model.name
         if request.model and request.model not in (model.name, model.name.partition("/")[2]):
             self._facts["asked"] = printable(request.model).replace(" ", "?")
         answer = Answer(request, model)
         self._stream = answer if request.stream else None
-        self._await(
-            self.server.pool.run(request, model), lambda event: self._write(answer.take(*event))
-        )
+        self._run(request, model, ChatExchange, lambda event: self._write(answer.take(*event)))
         self._facts.update(
             {"in": answer.usage["prompt_tokens"], "out": answer.usage["completion_tokens"]}
         )
@@ -3322,7 +4352,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Answer a request in a wire format's own words by what the provider says, unchanged."""
         headers = {name: self.headers[name] for name in PASSED_HEADERS if name in self.headers}
         request = parse_native_request(self._read_body(), wire_format, headers)
-        model = self._await(self.server.pool.ready()).resolve(request.model, exact=True)
+        model = self.server.pool.ready(self._look).resolve(request.model, exact=True)
         self._facts["model"] = model.name
 
         def relay(event: Any) -> None:
@@ -3333,26 +4363,24 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             else:
                 self._write(event[1].text.encode("utf-8", "surrogatepass"))
 
-        self._await(self.server.pool.run(request, model, NativeExchange), relay)
+        self._run(request, model, NativeExchange, relay)
         self._write(b"", is_last=True)
 
-    def _await(self, steps: Generator[Any, None, Any], take: Any = None) -> Any:
-        """Drive `steps` to what they return, while somebody waits for it; `take` their events."""
-        with contextlib.closing(steps):
-            while True:
-                try:
-                    event = next(steps)
-                except StopIteration as end:
-                    return end.value
-                if event is not None:
-                    self._facts.setdefault("first", f"{time.monotonic() - self._started:.3f}")
-                    take(event)
-                elif not self._client.is_open():
-                    raise ClientDisconnected("the client hung up")
-                elif self.server.pool.closing.is_set():
-                    raise shutting_down()
-                elif self._stream and time.monotonic() - self._last_write >= PING_SECONDS:
-                    self._write(SSE_PING)
+    def _look(self) -> None:
+        """Raise where nobody waits for the answer any more; keep a silent stream alive."""
+        if not self._client.is_open():
+            raise ClientDisconnected("the client hung up")
+        if self.server.pool.closing.is_set():
+            raise shutting_down()
+        if self._stream and time.monotonic() - self._last_write >= PING_SECONDS:
+            self._write(SSE_PING)
+
+    def _run(self, request: Any, model: Model, exchange: Any, take: Any) -> None:
+        run = self.server.pool.run(request, model, self._look, exchange)
+        with contextlib.closing(run) as events:
+            for index, event in events:
+                self._facts.setdefault("first", f"{time.monotonic() - self._started:.3f}")
+                take((index, event))
 
 
 def printable(text: str) -> str:
@@ -3655,105 +4683,138 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 # ------------------------------------------------------------------------------------------- plugin
-# JavaScript that every opencode process loads. It reports the request that opencode wants to send,
-# sends Python's body instead, once for each session, and relays the answer; opencode is refused.
+# JavaScript that every opencode process loads: it knows opencode's hooks and Bun's fetch, and no
+# provider's JSON. It asks Python what to tell opencode of a turn, asks for the body to send when
+# opencode is about to send its own, sends it once, and relays the answer; opencode is refused.
+
 PLUGIN = r"""
-import { createReadStream } from "node:fs"
 const HEADER = "x-opencode-proxy-session"
-const MAX_AHEAD = 1 << 20 // characters of an answer that Python has not taken yet
+const WINDOW = 1 << 20 // characters of an answer that are relayed before the client has taken them
+const PIECE = 1 << 16 // characters in a line, at most
+const MAX_REFUSAL = 1 << 16 // characters of a refusal's body
+
+// The module is instantiated more than once: what it knows lies where all of them find it.
 const proxy = (globalThis.opencodeProxy ??= { turns: new Map(), fetch: globalThis.fetch })
-const report = (kind, sessionId, params) => process.stdout.write(JSON.stringify(
-  { jsonrpc: "2.0", method: "proxy/" + kind, params: { sessionId, ...params } }) + "\n")
-const turnOf = (id) => proxy.turns.get(id) ?? proxy.turns.set(id, { // for Python's line or a hook
-  ahead: 0, types: {}, known: Promise.withResolvers(), body: Promise.withResolvers() }).get(id)
-const obey = {
-  turn: (turn, payload) => turn.known.resolve(Object.assign(turn, JSON.parse(payload))),
-  headers: (turn, payload) => (turn.headers = JSON.parse(payload)),
-  body: (turn, payload) => turn.body.resolve(payload),
-  taken: (turn, payload) => { turn.ahead -= Number(payload); turn.room?.resolve() },
+
+const report = (kind, sessionId, params) => {
+  const message = { jsonrpc: "2.0", method: "proxy/" + kind, params: { sessionId, ...params } }
+  process.stdout.write(JSON.stringify(message) + "\n")
 }
-const listen = async (path) => {
-  const blocks = []
-  for await (let block of createReadStream(path, { highWaterMark: 1 << 20 })) {
-    for (let end; (end = block.indexOf(10)) >= 0; block = block.subarray(end + 1)) {
-      const line = Buffer.concat([...blocks.splice(0), block.subarray(0, end)])
-      const [kind, id] = line.toString("latin1", 0, 200).split(" ", 2)
-      if (kind !== "turn" && !proxy.turns.has(id)) continue // over already
-      try { obey[kind](turnOf(id), line.subarray(kind.length + id.length + 2)) } catch {} // torn
+
+const ask = async (kind, sessionId, question, signal) => {
+  const answer = await proxy.fetch(`http://localhost/${kind}/${sessionId}`, {
+    method: "POST", body: JSON.stringify(question), signal,
+    unix: process.env.OPENCODE_PROXY_SOCKET })
+  if (!answer.ok) throw new Error("nobody waits for this answer")
+  return answer
+}
+
+const begin = async (sessionId) => {
+  const turn = await (await ask("turn", sessionId, {})).json()
+  proxy.turns.set(sessionId, { types: {}, ...turn })
+}
+
+const relay = async (sessionId, stream, signal) => {
+  const decoder = new TextDecoder("utf-8", { ignoreBOM: true }) // or it drops a U+FEFF of a chunk
+  let sent = 0
+  for await (const bytes of stream) {
+    let text = decoder.decode(bytes, { stream: true })
+    while (text) {
+      // not between the halves of a character beyond U+FFFF
+      const isHalf = text.length > PIECE && /[\ud800-\udbff]/.test(text[PIECE - 1])
+      const piece = text.slice(0, isHalf ? PIECE - 1 : PIECE)
+      text = text.slice(piece.length)
+      report("data", sessionId, { text: piece })
+      sent += piece.length
+      if (sent < WINDOW) continue
+      await ask("more", sessionId, {}, signal)
+      sent = 0
     }
-    blocks.push(Buffer.from(block))
   }
 }
+
 const exchange = async (sessionId, turn, target, init) => {
-  const abort = () => [turn.body, turn.room].map((wait) => wait?.reject(init.signal.reason))
-  init.signal?.addEventListener("abort", abort)
+  // Python knows the conversation: it is told of everything else
   const { messages, input, instructions, system, contents, prompt, ...body } = JSON.parse(init.body)
-  report("outgoing", sessionId, { url: String(target?.url ?? target), body }) // no conversation
-  const ours = await turn.body.promise
-  for (const [name, value] of Object.entries(turn.headers ?? {})) init.headers.set(name, value)
-  const answer = await proxy.fetch(target, ours.length ? { ...init, body: ours } : init)
+  const url = String(target?.url ?? target)
+  const reply = await ask("request", sessionId, { url, body }, init.signal)
+  const headers = JSON.parse(reply.headers.get("x-headers"))
+  for (const [name, value] of Object.entries(headers)) init.headers.set(name, value)
+  turn.isOurs = reply.status === 200 // otherwise opencode's own body goes: it reads the answer
+  if (turn.isOurs) init.body = await reply.arrayBuffer()
+
+  const answer = await proxy.fetch(target, init)
   const head = { status: answer.status, headers: Object.fromEntries(answer.headers) }
-  if (!answer.ok)
-    return report("refused", sessionId, { ...head, body: (await answer.text()).slice(0, 65536) })
-  report("upstream", sessionId, head)
-  if (!(turn.relayed = ours.length > 0)) return answer // opencode reads it: the event hook tells
-  const decoder = new TextDecoder()
-  for await (const bytes of answer.body) {
-    const text = decoder.decode(bytes, { stream: true })
-    report("data", sessionId, { text, size: text.length })
-    for (turn.ahead += text.length; turn.ahead > MAX_AHEAD; await turn.room.promise)
-      turn.room = Promise.withResolvers()
+  if (!answer.ok) {
+    const body = (await answer.text()).slice(0, MAX_REFUSAL)
+    return report("refused", sessionId, { ...head, body })
   }
-  report("end", sessionId)
+  report("upstream", sessionId, head)
+  if (!turn.isOurs) return answer
+  await relay(sessionId, answer.body, init.signal)
+  return report("end", sessionId)
 }
+
 const fetchOnce = async (input, init) => {
-  if (input instanceof Request && input.headers.has(HEADER)) // so do some login plugins
-    return fetchOnce(input.url, { method: "POST", headers: input.headers, signal: input.signal,
-      body: await input.text() })
+  if (input instanceof Request && input.headers.has(HEADER)) { // so do some login plugins
+    const { url, headers, signal } = input
+    return fetchOnce(url, { method: "POST", headers, signal, body: await input.text() })
+  }
   const session = new URL(input?.url ?? input).pathname.split("/")[2]
-  if (proxy.turns.get(session)?.preparing) return Response.json({}) // to opencode's Copilot hook
+  if (proxy.turns.get(session)?.isPreparing) return Response.json({}) // to opencode's Copilot hook
   const headers = new Headers(init?.headers)
   const sessionId = headers.get(HEADER)
   if (!sessionId) return proxy.fetch(input, init)
+
   headers.delete(HEADER)
-  const refusal = Response.json({ error: { message: "answered by the proxy" } }, { status: 400 })
+  const refusal = () => // a status that opencode does not retry
+    Response.json({ error: { message: "answered by the proxy" } }, { status: 400 })
   const turn = proxy.turns.get(sessionId)
-  if (!turn || turn.asked || turn.warmup) return refusal // a status that opencode does not retry
-  turn.asked = true
-  const answer = await exchange(sessionId, turn, input, { ...init, headers }).catch((error) =>
-    report("error", sessionId, { network: error?.code, message: String(error?.message ?? error) }))
-  return answer instanceof Response ? answer : refusal
+  if (!turn || turn.hasAsked || turn.warmup) return refusal()
+  turn.hasAsked = true
+  try {
+    return (await exchange(sessionId, turn, input, { ...init, headers })) ?? refusal()
+  } catch (error) {
+    report("error", sessionId, { network: error?.code, message: String(error?.message ?? error) })
+    return refusal()
+  }
 }
 if (globalThis.fetch === proxy.fetch) globalThis.fetch = Object.assign(fetchOnce, proxy.fetch)
-const asMessages = (user) => turnOf(user.sessionID).conversation.map(({ role, parts }, m) => {
+
+const asMessages = (user, conversation) => conversation.map(({ role, parts }, m) => {
   const [id, sessionID] = [`${user.id}_${m}`, user.sessionID]
   const reply = { parentID: user.id, mode: user.agent, ...user.model, path: { cwd: "/", root: "/" },
     cost: 0, tokens: { input: 0, output: 0, reasoning: 0, cache: { read: 0, write: 0 } } }
   return { info: { ...user, ...(role !== "user" && reply), id, role },
     parts: parts.map((part, p) => ({ id: `prt_${m}_${p}`, sessionID, messageID: id, ...part })) }
 })
-const tell = ({ type, properties }) => { // what an answer that opencode reads says
+
+// What an answer that opencode reads says.
+const tell = ({ type, properties }) => {
   const { info, part, partID, delta, status, error } = properties
   const id = properties.sessionID ?? part?.sessionID ?? info?.sessionID
   const turn = proxy.turns.get(id)
-  if (status?.type === "idle" && (turn?.asked || turn?.warmup)) proxy.turns.delete(id)
-  if (!turn || turn.relayed || turn.warmup) return
+  if (status?.type === "idle" && (turn?.hasAsked || turn?.warmup)) proxy.turns.delete(id)
+  if (!turn || turn.isOurs || turn.warmup) return
   if (type === "message.part.updated") turn.types[part.id] = part.type
   if (type === "message.part.delta") report("delta", id, { type: turn.types[partID], text: delta })
   if (info?.finish) report("finish", id, { finish: info.finish, tokens: info.tokens })
   if (type === "session.error" || status?.type === "retry")
     report("error", id, { message: status?.message ?? error?.data?.message ?? error?.name })
 }
+
 const hooks = {
   config: async (config) => // nothing of the user's coding set-up runs
     Object.assign(config, { mcp: {}, instructions: [], command: {}, lsp: false, formatter: false }),
-  "chat.message": async (_, { message }) => turnOf(message.sessionID).known.promise,
-  "experimental.chat.messages.transform": async (_, { messages: all }) =>
-    all.splice(0, all.length, ...asMessages(all.find(({ info }) => info.role === "user").info)),
+  "chat.message": async (_, { message }) => begin(message.sessionID),
+  "experimental.chat.messages.transform": async (_, { messages: all }) => {
+    const user = all.find(({ info }) => info.role === "user").info
+    all.splice(0, all.length, ...asMessages(user, proxy.turns.get(user.sessionID).conversation))
+  },
   "experimental.chat.system.transform": async ({ sessionID }, { system }) =>
-    system.splice(0, system.length, ...turnOf(sessionID).system),
+    system.splice(0, system.length, ...proxy.turns.get(sessionID).system),
   "chat.params": async ({ sessionID, model, message }, output) => {
-    const turn = turnOf(sessionID)
+    const turn = proxy.turns.get(sessionID)
     Object.assign(output, { temperature: undefined, topP: undefined, topK: undefined }, turn.params)
     // the effort that opencode picks by itself goes, the client's comes
     const { [message.model.variant]: picked, [turn.effort]: chosen } = model.variants ?? {}
@@ -3761,17 +4822,16 @@ const hooks = {
       delete output.options[key]
     if (turn.effort) Object.assign(output.options, chosen ?? { reasoningEffort: turn.effort })
     model.capabilities.input.image = true // the provider judges, not opencode
-    turn.preparing = true
+    turn.isPreparing = true
     if (turn.warmup) report("warm", sessionID)
   },
   "chat.headers": async ({ sessionID }, { headers }) => { // runs after opencode's own
-    turnOf(sessionID).preparing = false
+    proxy.turns.get(sessionID).isPreparing = false
     headers[HEADER] = sessionID
   },
   event: async ({ event }) => tell(event),
 }
-export const OpencodeProxy = async () => { // called more than once: all share `proxy`
-  proxy.listening ??= listen(process.env.OPENCODE_PROXY_FIFO)
+export const OpencodeProxy = async () => {
   report("loaded")
   return hooks
 }
