@@ -2034,7 +2034,6 @@ def join(key: str, values: list[Any]) -> Any:
 
 CONFIG_FILES = ("opencode.json", "opencode.jsonc", "config.json")
 INSTALLED = ("~/.opencode/bin", "~/.local/bin", "~/bin", "/usr/local/bin", "/opt/homebrew/bin")
-NOT_LOGGED_IN = "opencode is not logged in to {}: run `opencode auth login`"
 
 
 def find_opencode(path: str | None) -> str:
@@ -2064,19 +2063,32 @@ def user_folder(variable: str, default: str) -> pathlib.Path:
 
 
 class Model(NamedTuple):
-    """What the catalog says of a model; `name` is provider/model, `output_limit` 0 if unknown."""
+    """What the catalog says of a model; `name` is provider/model, a limit of 0 is not known."""
 
     name: str
     takes_temperature: bool = True
-    output_limit: int = 0
+    output_limit: int = 0  # tokens
+    context_length: int = 0  # tokens
+    title: str = ""  # for people
+
+    @property
+    def provider(self) -> str:
+        """Return opencode's name of the provider."""
+        return provider_of(self.name)
+
+    @property
+    def bare_name(self) -> str:
+        """Return the name without the provider."""
+        return self.name.partition("/")[2]
 
 
 class Catalog(NamedTuple):
     """The models that opencode offers, and the one that answers when no other is asked for."""
 
     models: Mapping[str, Model]
-    default: str  # in `models` if its provider is connected
+    default: str  # in `models` where its provider is connected, and has it
     providers: frozenset[str] = frozenset()  # the connected ones
+    free_model: str = ""  # one of opencode's own cloud, that needs no login
     trimmed: Json = {}  # in the shape of models.dev's api.json, with which opencode starts faster
 
     @property
@@ -2087,24 +2099,39 @@ class Catalog(NamedTuple):
     def resolve(self, name: str | None, exact: bool = False) -> Model:
         """Return the model that a request means by `name`.
 
-        A bare name is one of the default model's provider; any other bare name means the default
-        model, unless it must be `exact`. Raises APIError 404 or, where nobody is logged in, 503.
+        In this order: the very name; a bare name at the default model's provider, then at another
+        connected one; other spellings of it (see `canonical_name`), in the same order. Then a bare
+        name means the default model or, where the model matters (`exact`: its wire format must be
+        the client's), the newest one of the same family. Raises APIError 404 or, where nobody is
+        logged in, 503.
         """
         requested = name or self.default
-        candidates = [requested, f"{provider_of(self.default)}/{requested}"]
-        if "/" not in requested and not exact:
+        model = find_model(self, requested)
+        if model is None and exact:
+            model = newest_relative(self, requested)
+        elif model is None and "/" not in requested:
             requested = self.default
-            candidates.append(requested)
-
-        for candidate in candidates:
-            if candidate in self.models:
-                return self.models[candidate]
+            model = self.models.get(requested)
+        if model is not None:
+            return model
 
         provider = provider_of(requested if "/" in requested else self.default)
         usual = {provider_of(self.default), provider_of(DEFAULT_MODEL)}
-        if provider in usual and provider not in self.providers:
-            raise APIError(503, NOT_LOGGED_IN.format(provider), code="provider_not_logged_in")
+        if provider not in self.providers and (provider in usual or not self.providers):
+            raise APIError(503, self.not_logged_in(), code="provider_not_logged_in")
         raise model_not_found(requested)
+
+    def not_logged_in(self) -> str:
+        """Return what a person has to do before there is an answer."""
+        text = (
+            f"opencode is not logged in to {provider_of(self.default)}: run `opencode auth login`"
+        )
+        if self.free_model and not self.providers:
+            text += (
+                f"; without any login, --model {self.free_model} uses a free model of opencode's "
+                "cloud, where your prompts go then"
+            )
+        return text
 
 
 def provider_of(name: str) -> str:
@@ -2121,6 +2148,75 @@ def model_not_found(name: str) -> APIError:
     return APIError(404, message, param="model", code="model_not_found")
 
 
+def find_model(catalog: Catalog, name: str) -> Model | None:
+    """Return the model of a name in any spelling, None where it is not offered."""
+    if name in catalog.models:
+        return catalog.models[name]
+
+    provider, slash, rest = name.partition("/")
+    if slash and provider in catalog.providers:
+        candidates = [model for model in catalog.models.values() if model.provider == provider]
+        bare_name = rest
+    else:  # without a provider, or behind a word that other gateways put there
+        candidates = by_provider(catalog)
+        bare_name = name.rpartition("/")[2]
+
+    for model in candidates:
+        if model.bare_name == bare_name:
+            return model
+    canonical = canonical_name(bare_name)
+    for model in candidates:
+        if canonical_name(model.bare_name) == canonical:
+            return model
+    return None
+
+
+def by_provider(catalog: Catalog) -> list[Model]:
+    """Return the models of the default's provider, then the others, by their names."""
+    own = provider_of(catalog.default)
+    return sorted(catalog.models.values(), key=lambda model: (model.provider != own, model.name))
+
+
+def canonical_name(bare_name: str) -> str:
+    """Return what all spellings of a model's name have in common.
+
+    Upper case, a dot or a dash in a version, the day of the version, `:latest` and Claude Code's
+    `[1m]` (a window of a million tokens) mean no other model.
+    """
+    name = bare_name.lower()
+    name = re.sub(r"\[1m\]$|[:-]latest$", "", name)
+    name = re.sub(r"[-@](20\d{6}|20\d\d-\d\d-\d\d)$", "", name)
+    return name.replace(".", "-")
+
+
+# Words by which the makers of models tell the sizes and kinds of one generation apart.
+FAMILY_WORDS = frozenset(
+    ("haiku", "sonnet", "opus", "mini", "nano", "codex", "max", "pro", "flash", "lite", "fast")
+)
+
+
+def newest_relative(catalog: Catalog, name: str) -> Model | None:
+    """Return the newest model of a name's family (claude haiku, gpt mini), None without any."""
+    family = family_of(name.rpartition("/")[2])
+    relatives = []
+    for model in by_provider(catalog):
+        if family_of(model.bare_name) == family:
+            relatives.append(model)
+    return max(relatives, key=version_of, default=None)
+
+
+def family_of(bare_name: str) -> tuple[str, frozenset[str]]:
+    """Return the maker's word for its models, and the words for their size."""
+    words = canonical_name(bare_name).split("-")
+    return words[0], FAMILY_WORDS.intersection(words)
+
+
+def version_of(model: Model) -> list[int]:
+    """Return the numbers in a model's name: a newer one's are greater."""
+    numbers = re.findall(r"\d+", canonical_name(model.bare_name))
+    return [int(number) for number in numbers]
+
+
 def parse_models(text: str) -> list[Json]:
     """Return the models in the output of `opencode models --verbose`: each a name, then JSON."""
     decoder = json.JSONDecoder()
@@ -2133,38 +2229,71 @@ def parse_models(text: str) -> list[Json]:
     return models
 
 
-def make_catalog(listed: Iterable[Json], logins: Iterable[str], default: str | None) -> Catalog:
+def make_catalog(listed: Iterable[Json], logins: Iterable[str], requested: str | None) -> Catalog:
     """Return the catalog.
 
     `listed` is what opencode printed of each model, `logins` are the providers in auth.json,
-    `default` is the model that the user chose. Raises LookupError, TypeError or ValueError where
-    opencode printed something else.
+    `requested` is the default model that the user chose, perhaps without its provider. Raises
+    LookupError, TypeError or ValueError where opencode printed something else.
     """
     logins = set(logins)
-    chosen = logins | {provider_of(default or "")}
-    if "opencode" not in chosen and not os.environ.get("OPENCODE_API_KEY"):
+    listed = sorted(listed, key=lambda entry: len(entry["id"]))  # a model before its modes
+    free_model = first_free(listed)
+    is_cloud_chosen = "opencode" in logins or provider_of(requested or "") == "opencode"
+    if not is_cloud_chosen and not os.environ.get("OPENCODE_API_KEY"):
         # opencode's own cloud is offered to everybody: only who chose it may be sent there
         listed = [entry for entry in listed if entry["providerID"] != "opencode"]
-    listed = sorted(listed, key=lambda entry: len(entry["id"]))  # a model before its modes
 
     models = {}
     for entry in listed:
-        name = f"{entry['providerID']}/{entry['id']}"
-        models[name] = Model(name, entry["capabilities"]["temperature"], entry["limit"]["output"])
-
+        model = read_model(entry)
+        models[model.name] = model
     providers = frozenset(entry["providerID"] for entry in listed)
-    default = default or first_offered(models)
-    if provider_of(default) in providers and default not in models:
-        models[default] = Model(default)
-    return Catalog(models, default, providers, trim(listed, logins))
+    catalog = Catalog(models, DEFAULT_MODEL, providers, free_model, trim(listed, logins))
+    return catalog._replace(default=choose_default(catalog, requested))
 
 
-def first_offered(models: Mapping[str, Model]) -> str:
-    """Return the default model, or the first of its successors that is offered."""
-    for name in (DEFAULT_MODEL, *SUCCESSORS):
-        if name in models:
+def first_free(listed: Iterable[Json]) -> str:
+    """Return the name of a model that opencode's cloud gives away, "" where none is listed."""
+    names = [entry["id"] for entry in listed if entry["providerID"] == "opencode"]
+    if not names:
+        return ""
+    return "opencode/" + ("big-pickle" if "big-pickle" in names else min(names))
+
+
+def read_model(entry: Json) -> Model:
+    """Return a model from what opencode printed of it."""
+    limit = entry["limit"]
+    return Model(
+        f"{entry['providerID']}/{entry['id']}",
+        entry["capabilities"]["temperature"],
+        limit["output"],
+        limit.get("context", 0),
+        entry.get("name", ""),
+    )
+
+
+def choose_default(catalog: Catalog, requested: str | None) -> str:
+    """Return the name of the model that answers when no other is asked for.
+
+    It is the one that the user chose, whether it is offered or not; else the usual one, or its
+    successor; else a model of such a name at any provider; else the first of all.
+    """
+    if requested:
+        model = find_model(catalog, requested)
+        if model is not None:
+            return model.name
+        return requested if "/" in requested else f"{provider_of(DEFAULT_MODEL)}/{requested}"
+
+    usual = (DEFAULT_MODEL, *SUCCESSORS)
+    for name in usual:
+        if name in catalog.models:
             return name
-    return DEFAULT_MODEL
+    for name in usual:
+        model = find_model(catalog, name.partition("/")[2])
+        if model is not None:
+            return model.name
+    return min(catalog.models, default=DEFAULT_MODEL)
 
 
 def trim(listed: Iterable[Json], logins: Iterable[str]) -> Json:
@@ -2302,17 +2431,23 @@ class Opencode:
     directory. `pids` are those of all processes that run, for `reap_orphans`.
     """
 
-    def __init__(self, path: str, default_model: str | None = None) -> None:
-        """Make the private directory and listen for asks; raise StartError if that fails."""
+    def __init__(self, path: str, requested_model: str | None = None) -> None:
+        """Make the private directory and listen for asks.
+
+        Raises StartError where that fails, or the user's OPENCODE_CONFIG_CONTENT is not JSON.
+        """
         self.path = path
-        self.default_model = default_model
+        self.requested_model = requested_model  # the default that the user chose
         self.version = ""
-        self.catalog = Catalog({}, default_model or DEFAULT_MODEL)
+        self.catalog = Catalog({}, requested_model or DEFAULT_MODEL)
         self.trim = True  # whether processes start with the trimmed catalog
         self.foreign: set[str] = set()  # models whose wire format was found to be none of ours
         self.pids: set[int] = set()
         self._auth = user_folder("XDG_DATA_HOME", "~/.local/share") / "auth.json"
         self._config = user_folder("XDG_CONFIG_HOME", "~/.config")
+        self._config_file = path_in("OPENCODE_CONFIG")
+        self._config_folder = path_in("OPENCODE_CONFIG_DIR")
+        self._config_content = read_config_content(os.environ.get("OPENCODE_CONFIG_CONTENT", ""))
         self._cache = user_folder("XDG_CACHE_HOME", "~/.cache")
         self._engine = engine_variables(memory_of_machine())
         self._lock = threading.Lock()
@@ -2342,15 +2477,20 @@ class Opencode:
             if isinstance(login, dict) and login.get("type") == "oauth":
                 login.update(access="", refresh="", expires=0)  # opencode itself renews these
 
-        paths = [self._config / name for name in CONFIG_FILES]
-        if os.environ.get("OPENCODE_CONFIG"):
-            paths.append(pathlib.Path(os.path.abspath(os.environ["OPENCODE_CONFIG"])))
         files = []
-        for path in paths:
+        for path in self._configuration_files():
             with contextlib.suppress(OSError):
                 status = path.stat()
                 files.append((path, status.st_mtime_ns, status.st_size, status.st_ino))
         return logins, files
+
+    def _configuration_files(self) -> list[pathlib.Path]:
+        paths = [self._config / name for name in CONFIG_FILES]
+        if self._config_folder is not None:
+            paths += [self._config_folder / name for name in CONFIG_FILES]
+        if self._config_file is not None:
+            paths.append(self._config_file)
+        return paths
 
     def use_catalog(self, catalog: Catalog) -> None:
         """Make `catalog` the one that later processes start with; raise OSError on a full disk."""
@@ -2395,22 +2535,28 @@ class Opencode:
 
     def _furnish(self, home: pathlib.Path) -> None:
         """Make the folders of a home; link the user's login, configuration and packages in."""
-        config = home / "config/opencode"
         packages = home / "cache/opencode/packages"
-        (config / "node_modules").mkdir(parents=True)
         packages.mkdir(parents=True)
         for name in ("data/opencode", "state", "tmp", "cwd", "home"):
             (home / name).mkdir(parents=True)
 
         (home / "data/opencode/auth.json").symlink_to(self._auth)
-        for name in CONFIG_FILES:
-            if (self._config / name).exists():
-                (config / name).symlink_to(self._config / name)
+        self._furnish_configuration(self._config, home / "config/opencode")
+        if self._config_folder is not None:
+            self._furnish_configuration(self._config_folder, home / "config/more")
         self._link_packages(packages)
 
+    def _furnish_configuration(self, source: pathlib.Path, target: pathlib.Path) -> None:
+        """Make a folder of configuration: the user's files, and the files that these refer to."""
+        (target / "node_modules").mkdir(parents=True)
+        for name in CONFIG_FILES:
+            if (source / name).exists():
+                (target / name).symlink_to(source / name)
+                link_references(source / name, target)
+
         # Without these opencode first waits for an npm install.
-        (config / "package.json").write_text("{}")
-        (config / "package-lock.json").write_text(
+        (target / "package.json").write_text("{}")
+        (target / "package-lock.json").write_text(
             '{"packages":{"":{"dependencies":{"@opencode-ai/plugin":"*"}}}}'
         )
 
@@ -2431,26 +2577,46 @@ class Opencode:
 
         for feature in DISABLED_FEATURES:
             variables["OPENCODE_DISABLE_" + feature] = "1"
-        for kind in ("config", "data", "state", "cache"):
-            variables[f"XDG_{kind.upper()}_HOME"] = str(home / kind)
         for name in ("NO_PROXY", "no_proxy"):
             variables[name] = with_loopback(os.environ.get(name, ""))
-
         variables["OPENCODE_DB"] = ":memory:"
         variables["OPENCODE_LOG_LEVEL"] = "ERROR"
         variables["OPENCODE_SERVER_PASSWORD"] = secrets.token_hex(16)
         variables["OPENCODE_PROXY_SOCKET"] = str(self.asks.path)
-        variables["OPENCODE_TEST_HOME"] = str(home / "home")
-        variables["TMPDIR"] = str(home / "tmp")
-        variables["PWD"] = str(home / "cwd")
-        path = os.environ.get("PATH", os.defpath)
-        variables["PATH"] = path + os.pathsep + str(self._directory.path)
+        variables.update(self._folders(home))
+        variables.update(self._users_configuration(home, is_acp))
+        return variables
 
+    def _folders(self, home: pathlib.Path) -> dict[str, str]:
+        """Return the variables that say where a process finds and leaves things."""
+        path = os.environ.get("PATH", os.defpath)
+        return {
+            "PATH": path + os.pathsep + str(self._directory.path),
+            "PWD": str(home / "cwd"),
+            "TMPDIR": str(home / "tmp"),
+            "OPENCODE_TEST_HOME": str(home / "home"),
+            "XDG_CACHE_HOME": str(home / "cache"),
+            "XDG_CONFIG_HOME": str(home / "config"),
+            "XDG_DATA_HOME": str(home / "data"),
+            "XDG_STATE_HOME": str(home / "state"),
+        }
+
+    def _users_configuration(self, home: pathlib.Path, is_acp: bool) -> dict[str, str]:
+        """Return the variables for what the user has configured and, for `acp`, ours over it."""
+        variables = {}
+        if self._config_file is not None:
+            variables["OPENCODE_CONFIG"] = str(self._config_file)
+        if self._config_folder is not None:
+            variables["OPENCODE_CONFIG_DIR"] = str(home / "config/more")
+
+        content = self._config_content
         models = self._cache / "models.json"
         if is_acp:
-            variables["OPENCODE_CONFIG_CONTENT"] = json.dumps(self._configuration())
+            content = merge_configuration(content, self._configuration())
             if self.trim:
                 models = self._models
+        if content:
+            variables["OPENCODE_CONFIG_CONTENT"] = json.dumps(content)
         if models.exists():
             variables["OPENCODE_MODELS_PATH"] = str(models)
         return variables
@@ -2462,10 +2628,6 @@ class Opencode:
         for name in catalog.providers:
             options = {"headerTimeout": NEVER_MILLISECONDS, "chunkTimeout": NEVER_MILLISECONDS}
             providers[name] = {"options": options}
-
-        provider, _, model = catalog.default.partition("/")
-        if provider in providers and model not in catalog.trimmed[provider]["models"]:
-            providers[provider]["models"] = {model: {}}  # chosen by --model
 
         permission = {"*": "deny", "doom_loop": "allow"}
         agent = {"mode": "primary", "prompt": "-", "permission": permission}
@@ -2488,7 +2650,7 @@ class Opencode:
 # Of the proxy's environment: opencode's own settings, but for logins and the user's configuration;
 # and what would make opencode speak to a collector of traces, or to systemd.
 NOT_INHERITED = re.compile(
-    r"OPENCODE(?!_(CONFIG|API_KEY|AUTH_CONTENT)$)|OTEL_|NOTIFY_SOCKET|BUN_INSPECT_PRELOAD"
+    r"OPENCODE(?!_(API_KEY|AUTH_CONTENT)$)|OTEL_|NOTIFY_SOCKET|BUN_INSPECT_PRELOAD"
 )
 DISABLED_FEATURES = (
     "AUTOUPDATE",
@@ -2499,6 +2661,74 @@ DISABLED_FEATURES = (
     "PROJECT_CONFIG",
 )
 NEVER_MILLISECONDS = 10**9  # opencode gives an answer up after 5 minutes; 1.17.0 refuses `false`
+
+
+def path_in(variable: str) -> pathlib.Path | None:
+    """Return the path in an environment variable, made absolute: processes work elsewhere."""
+    value = os.environ.get(variable)
+    return pathlib.Path(os.path.abspath(value)) if value else None
+
+
+FILE_REFERENCE = re.compile(r"\{file:([^}]+)\}")
+
+
+def link_references(path: pathlib.Path, target: pathlib.Path) -> None:
+    """Link the files that a configuration file names by {file:...} to where opencode looks.
+
+    opencode takes a relative name from the folder of the file, which is `target` for a process. A
+    file that cannot be read, or a name that leads out of the process's home, is left to opencode.
+    """
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        for name in FILE_REFERENCE.findall(path.read_text(encoding="utf-8")):
+            if os.path.isabs(name) or name.startswith("~/"):
+                continue
+            link = pathlib.Path(os.path.normpath(target / name))
+            if link.parents[0] == target or target.parents[1] in link.parents:
+                link.parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileExistsError):
+                    link.symlink_to(os.path.normpath(path.parent / name))
+
+
+JSON_STRING_OR_COMMENT = re.compile(r'("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
+JSON_STRING_OR_TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', re.DOTALL)
+
+
+def read_config_content(text: str) -> Json:
+    """Return the user's OPENCODE_CONFIG_CONTENT, JSON with comments; raise StartError.
+
+    The files that it names are taken from the folder that the proxy was started in.
+    """
+    if not text.strip():
+        return {}
+    text = JSON_STRING_OR_COMMENT.sub(lambda match: match[1] or " ", text)
+    text = JSON_STRING_OR_TRAILING_COMMA.sub(lambda match: match[1] or "", text)
+    text = FILE_REFERENCE.sub(absolute_reference, text)
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise StartError(f"OPENCODE_CONFIG_CONTENT is not valid: {error}") from None
+
+
+def absolute_reference(reference: re.Match[str]) -> str:
+    """Return a {file:...} whose name does not depend on the folder that opencode works in."""
+    name = reference[1]
+    if name.startswith("~/"):
+        return reference[0]
+    return "{file:" + os.path.abspath(name) + "}"
+
+
+def merge_configuration(users: Json, ours: Json) -> Json:
+    """Return the user's configuration with ours over it; of plugins both are kept."""
+    merged = dict(users)
+    for name, value in ours.items():
+        other = merged.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            merged[name] = merge_configuration(other, value)
+        elif name == "plugin" and isinstance(other, list):
+            merged[name] = other + value
+        else:
+            merged[name] = value
+    return merged
 
 
 def with_loopback(hosts: str) -> str:
@@ -3730,6 +3960,7 @@ class Pool:
         """Read the catalog and start the first process; raise StartError saying what is wrong."""
         try:
             self.watch.begin()
+            self._check_default()
             if self.opencode.catalog.default in self.opencode.catalog.models:
                 self._start_first()
         except Exception as error:
@@ -3742,6 +3973,14 @@ class Pool:
         self._retry_at = 0.0
         self._tender.start()
         self.watch.start()
+
+    def _check_default(self) -> None:
+        """Raise StartError where the user chose a model that a connected provider has not."""
+        catalog = self.opencode.catalog
+        name = catalog.default
+        if name not in catalog.models and provider_of(name) in catalog.providers:
+            offered = ", ".join(model.bare_name for model in by_provider(catalog)[:12])
+            raise StartError(f"--model {name} is not offered; these are, among others: {offered}")
 
     def _start_first(self) -> None:
         while not self.closing.wait(LOOK_SECONDS / 10):
@@ -3792,7 +4031,7 @@ class Pool:
             elif self._failed_starts > 0 and not self._in(READY):
                 reason = f"opencode does not start: {self.last_error}"
             elif catalog.default not in catalog.models:
-                reason = NOT_LOGGED_IN.format(provider_of(catalog.default))
+                reason = catalog.not_logged_in()
         return {
             "status": "unhealthy" if reason else "healthy",
             "reason": reason,
@@ -3963,7 +4202,7 @@ class CatalogWatch:
             logins = self._opencode.logins()
             output = self._output()
             try:
-                return make_catalog(parse_models(output), logins, self._opencode.default_model)
+                return make_catalog(parse_models(output), logins, self._opencode.requested_model)
             except (LookupError, TypeError, ValueError) as error:
                 reason = repr(error)
         raise ProcessFailed(f"`opencode models` printed no models: {reason}")
