@@ -4363,5 +4363,275 @@ class RealAISDKTest(RealCase):
             )
 
 
+# ---------------------------------------------------------------------------- names, configuration
+def listed_model(name, **changes):
+    """Return what `opencode models` prints of a model."""
+    provider, _, model = name.partition("/")
+    able = dict.fromkeys(("temperature", "reasoning", "attachment", "toolcall"), True)
+    entry = {
+        "id": model,
+        "providerID": provider,
+        "name": model.title(),
+        "api": {"id": model, "npm": "n", "url": "u"},
+        "capabilities": {**able, "input": {"text": True, "audio": False}, "output": {"text": True}},
+        "limit": {"context": 128000, "output": 16384},
+        "options": {},
+        "headers": {},
+    }
+    return {**entry, **changes}
+
+
+def catalog_of(*names, requested=None, logins=("login",)):
+    return proxy.make_catalog([listed_model(name) for name in names], logins, requested)
+
+
+COPILOT_NAMES = (
+    "github-copilot/gpt-5-mini",
+    "github-copilot/gpt-5.4-mini",
+    "github-copilot/claude-sonnet-4.6",
+    "github-copilot/claude-haiku-4.5",
+    "openai/gpt-5.5",
+    "openai/gpt-5-mini",
+    "anthropic/claude-opus-4-5-20251101",
+)
+
+
+class NamesTest(unittest.TestCase):
+    """Which model is meant by a name."""
+
+    SPELLINGS = (
+        ("no name", None, "github-copilot/gpt-5-mini"),
+        ("the name", "openai/gpt-5-mini", "openai/gpt-5-mini"),
+        ("bare, at the default provider", "gpt-5-mini", "github-copilot/gpt-5-mini"),
+        ("bare, at another provider", "gpt-5.5", "openai/gpt-5.5"),
+        ("upper case", "GPT-5-Mini", "github-copilot/gpt-5-mini"),
+        ("a dash for the dot", "claude-sonnet-4-6", "github-copilot/claude-sonnet-4.6"),
+        ("a dot for the dash", "claude-opus-4.5", "anthropic/claude-opus-4-5-20251101"),
+        ("the day", "claude-haiku-4-5-20251001", "github-copilot/claude-haiku-4.5"),
+        ("the day with dashes", "gpt-5-mini-2025-08-07", "github-copilot/gpt-5-mini"),
+        ("Ollama's suffix", "gpt-5-mini:latest", "github-copilot/gpt-5-mini"),
+        ("Claude Code's suffix", "claude-sonnet-4-6[1m]", "github-copilot/claude-sonnet-4.6"),
+        ("a word of LiteLLM", "github_copilot/gpt-5-mini", "github-copilot/gpt-5-mini"),
+        ("a word of Google", "models/gpt-5.5", "openai/gpt-5.5"),
+        ("two words", "x/y/gpt-5.5", "openai/gpt-5.5"),
+        ("another spelling with a provider", "openai/GPT-5-5", "openai/gpt-5.5"),
+        ("bare and unknown", "gpt-4o", "github-copilot/gpt-5-mini"),
+    )
+
+    def test_every_spelling_finds_its_model(self):
+        catalog = catalog_of(*COPILOT_NAMES)
+        for name, requested, expected in self.SPELLINGS:
+            with self.subTest(name):
+                self.assertEqual(catalog.resolve(requested).name, expected)
+
+    RELATIVES = (
+        ("an older haiku", "claude-3-5-haiku-20241022", "github-copilot/claude-haiku-4.5"),
+        ("a newer sonnet", "claude-sonnet-9", "github-copilot/claude-sonnet-4.6"),
+        ("an older mini", "gpt-4o-mini", "github-copilot/gpt-5.4-mini"),
+        ("without a size", "gpt-4.1", "openai/gpt-5.5"),
+        ("a known one", "gpt-5-mini", "github-copilot/gpt-5-mini"),
+    )
+
+    def test_where_the_model_matters_the_newest_relative_answers(self):
+        catalog = catalog_of(*COPILOT_NAMES)
+        for name, requested, expected in self.RELATIVES:
+            with self.subTest(name):
+                self.assertEqual(catalog.resolve(requested, exact=True).name, expected)
+
+    def test_what_nobody_offers_is_not_found(self):
+        catalog = catalog_of(*COPILOT_NAMES)
+        for requested, exact in (("github-copilot/gpt-9", False), ("llama-3", True)):
+            with self.subTest(requested), self.assertRaises(proxy.APIError) as caught:
+                catalog.resolve(requested, exact)
+            self.assertEqual(
+                (caught.exception.status, caught.exception.code), (404, "model_not_found")
+            )
+
+    DEFAULTS = (
+        (
+            "the usual one",
+            ("github-copilot/gpt-4.1", "github-copilot/gpt-5-mini"),
+            None,
+            "github-copilot/gpt-4.1",
+        ),
+        ("its successor", COPILOT_NAMES, None, "github-copilot/gpt-5-mini"),
+        ("only a ChatGPT login", ("openai/gpt-5.4", "openai/gpt-5.5"), None, "openai/gpt-5.5"),
+        ("only another key", ("z/b", "acme/m", "z/a"), None, "acme/m"),
+        ("chosen", COPILOT_NAMES, "openai/gpt-5.5", "openai/gpt-5.5"),
+        ("chosen by a bare name", COPILOT_NAMES, "gpt-5.5", "openai/gpt-5.5"),
+        ("chosen, and not offered", COPILOT_NAMES, "github-copilot/gpt-9", "github-copilot/gpt-9"),
+        ("chosen bare, and not offered", COPILOT_NAMES, "gpt-9", "github-copilot/gpt-9"),
+        ("nobody is logged in", (), None, "github-copilot/gpt-4.1"),
+    )
+
+    def test_the_default_is_the_best_that_is_there(self):
+        for name, offered, requested, expected in self.DEFAULTS:
+            with self.subTest(name):
+                self.assertEqual(catalog_of(*offered, requested=requested).default, expected)
+
+    def test_without_a_login_the_free_models_are_named_but_never_used(self):
+        catalog = catalog_of("opencode/some-free", "opencode/big-pickle")
+        self.assertEqual(catalog.names, ())
+        for requested in (None, "gpt-5-mini"):
+            with self.subTest(requested), self.assertRaises(proxy.APIError) as caught:
+                catalog.resolve(requested)
+            self.assertEqual(caught.exception.code, "provider_not_logged_in")
+            self.assertIn("`opencode auth login`", caught.exception.message)
+            self.assertIn("--model opencode/big-pickle", caught.exception.message)
+            self.assertIn("opencode's cloud", caught.exception.message)
+
+    def test_the_free_models_are_there_for_who_chose_them(self):
+        for name, catalog in (
+            ("by --model", catalog_of("opencode/big-pickle", requested="opencode/big-pickle")),
+            ("by a login", catalog_of("opencode/big-pickle", logins=("opencode",))),
+        ):
+            with self.subTest(name):
+                self.assertEqual(catalog.resolve(None).name, "opencode/big-pickle")
+
+    def test_a_model_knows_its_limits_and_title(self):
+        model = catalog_of("acme/m").models["acme/m"]
+        self.assertEqual(model, proxy.Model("acme/m", True, 16384, 128000, "M"))
+
+
+class ConfigurationTest(unittest.TestCase):
+    """What a process is given of the user's configuration."""
+
+    NO_PROXY = (
+        ("unset", "", "127.0.0.1,localhost,::1"),
+        ("others", "a.example, .corp", "a.example,.corp,127.0.0.1,localhost,::1"),
+        ("complete", "::1,localhost,127.0.0.1", "::1,localhost,127.0.0.1"),
+    )
+
+    def test_requests_to_itself_go_around_a_proxy(self):
+        for name, value, expected in self.NO_PROXY:
+            with self.subTest(name):
+                self.assertEqual(proxy.with_loopback(value), expected)
+
+    def test_content_may_have_comments_and_names_files_of_this_folder(self):
+        text = """// a comment, with "quotes"
+            {"a": "no // comment", /* , } */ "b": ["{file:k}", "{file:/k}", "{file:~/k}",],}"""
+        here = os.path.abspath("k")
+        self.assertEqual(
+            proxy.read_config_content(text),
+            {"a": "no // comment", "b": ["{file:" + here + "}", "{file:/k}", "{file:~/k}"]},
+        )
+        self.assertEqual(proxy.read_config_content(" "), {})
+        for wrong in ("{", "[1]", "1"):
+            with self.subTest(wrong), self.assertRaisesRegex(proxy.StartError, "CONFIG_CONTENT"):
+                proxy.read_config_content(wrong)
+
+    def test_ours_is_merged_over_the_users(self):
+        users = {
+            "provider": {"a": {"name": "A", "options": {"x": 1}}},
+            "share": "auto",
+            "plugin": ["p"],
+        }
+        ours = {"provider": {"a": {"options": {"y": 2}}}, "share": "disabled", "plugin": ["q"]}
+        self.assertEqual(
+            proxy.merge_configuration(users, ours),
+            {
+                "provider": {"a": {"name": "A", "options": {"x": 1, "y": 2}}},
+                "share": "disabled",
+                "plugin": ["p", "q"],
+            },
+        )
+
+    def test_files_that_are_named_are_found_beside_the_private_configuration(self):
+        with tempfile.TemporaryDirectory() as folder:
+            source = pathlib.Path(folder, "user/config/opencode")
+            target = pathlib.Path(folder, "proxy/home/config/opencode")
+            source.mkdir(parents=True)
+            target.mkdir(parents=True)
+            for name in (
+                "./key",
+                "keys/key",
+                "../above",
+                "/etc/absolute",
+                "~/home",
+                "../../../../out",
+            ):
+                (source / "opencode.json").write_text(f'{{"a": "{{file:{name}}}"}}')
+                proxy.link_references(source / "opencode.json", target)
+            links = {
+                str(path.relative_to(pathlib.Path(folder, "proxy"))): os.readlink(path)
+                for path in pathlib.Path(folder, "proxy").rglob("*")
+                if path.is_symlink()
+            }
+            self.assertEqual(
+                links,
+                {
+                    "home/config/opencode/key": f"{source}/key",
+                    "home/config/opencode/keys/key": f"{source}/keys/key",
+                    "home/config/above": f"{source.parent}/above",
+                },
+            )
+
+
+class RealConfigurationTest(unittest.TestCase):
+    """However a user configures opencode, the proxy knows what plain opencode knows."""
+
+    def provider(self, key):
+        options = {"baseURL": self.upstream.url + "/v1", "apiKey": key}
+        own = {"npm": "@ai-sdk/openai-compatible", "options": options, "models": {"m": {}}}
+        return json.dumps({"provider": {"acme": own}})
+
+    def relative_reference(self):
+        (self.folder / ".config/opencode/acme.key").write_text("secret")
+        path = self.folder / ".config/dotfiles/opencode.json"
+        path.parent.mkdir()
+        path.write_text(self.provider("{file:./acme.key}"))
+        link = self.folder / ".config/opencode/opencode.json"
+        link.unlink()
+        link.symlink_to(path)
+        return {}
+
+    def relative_file(self):
+        (self.folder / "own.json").write_text(self.provider("{file:../key-of-acme}"))
+        (self.folder.parent / "key-of-acme").write_text("secret")
+        return {"OPENCODE_CONFIG": "own.json"}
+
+    def folder_of_configuration(self):
+        (self.folder / "more").mkdir()
+        (self.folder / "more/key").write_text("secret")
+        (self.folder / "more/opencode.json").write_text(self.provider("{file:key}"))
+        return {"OPENCODE_CONFIG_DIR": "more"}
+
+    def content_of_configuration(self):
+        (self.folder / "key").write_text("secret")
+        return {"OPENCODE_CONFIG_CONTENT": "// mine\n" + self.provider("{file:key}")}
+
+    def company_proxy(self):
+        nobody = "http://127.0.0.1:9"
+        (self.folder / ".config/opencode/opencode.json").write_text(self.provider("secret"))
+        return {"HTTP_PROXY": nobody, "HTTPS_PROXY": nobody, "NO_PROXY": "corp.example"}
+
+    def test_providers_are_found(self):
+        path = real_opencode()
+        for make in (
+            self.relative_reference,
+            self.relative_file,
+            self.folder_of_configuration,
+            self.content_of_configuration,
+            self.company_proxy,
+        ):
+            with self.subTest(make.__name__), contextlib.ExitStack() as stack:
+                outer = stack.enter_context(tempfile.TemporaryDirectory())
+                self.folder = pathlib.Path(outer, "home")
+                self.upstream = Upstream()
+                stack.callback(self.upstream.close)
+                variables = {**clean_environment(), **make_home(self.folder, self.upstream)}
+                stack.callback(os.chdir, os.getcwd())
+                os.chdir(self.folder)
+                variables.update(make())
+                patch = unittest.mock.patch.dict(os.environ, variables, clear=True)
+                stack.enter_context(patch)
+                stack.enter_context(unittest.mock.patch.object(proxy, "log", lambda text: None))
+                running = Running(path)
+                stack.callback(running.close)
+                self.assertEqual(running.content(model="acme/m"), HELLO)
+                key = self.upstream.exchanges[0].headers["Authorization"]
+                self.assertEqual(key, "Bearer secret")
+
+
 if __name__ == "__main__":
     unittest.main()
