@@ -3888,7 +3888,7 @@ class RealTest(RealCase):
             error = json.loads(data)["error"]
             self.assertEqual((status, error["code"]), (400, "wrong_endpoint"))
             self.assertRegex(error["message"], "gpt-5-mini .*/chat/completions")
-            status, _, data = self.proxy.request("POST", path, {**body, "model": "gpt-none"})
+            status, _, data = self.proxy.request("POST", path, {**body, "model": "llama-none"})
             self.assertEqual(status, 404)
             self.assertEqual("type" in json.loads(data), path == "/v1/messages")
             self.assertEqual(self.upstream.exchanges, [])
