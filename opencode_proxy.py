@@ -144,6 +144,7 @@ MAX_STDERR_BYTES = 4 << 10  # memory: the end of what a process says on stderr
 MAX_ERROR_CHARACTERS = 64 << 10  # memory: the beginning of an answer that may be no stream
 MAX_TURNS_PER_PROCESS = 32  # answers that a process which ends takes with it
 MIN_MEMORY_BYTES = 3 << 30  # a machine with less does not bear processes that collect no garbage
+LARGE_HEAP_BYTES = 256 << 20  # ... whose heap is let grow so far between collections
 WORN_GROWTH_BYTES = 400 << 20  # memory: a fresh process takes the place of one that grew by more
 MAX_GROWTH_BYTES = 900 << 20  # memory: one that grew by more serves nothing more
 MAX_ATTEMPTS = 3  # processes that may fail a request before it fails
@@ -2449,7 +2450,9 @@ class Opencode:
         self._config_folder = path_in("OPENCODE_CONFIG_DIR")
         self._config_content = read_config_content(os.environ.get("OPENCODE_CONFIG_CONTENT", ""))
         self._cache = user_folder("XDG_CACHE_HOME", "~/.cache")
-        self._engine = engine_variables(memory_of_machine())
+        self.collecting = "rarely"  # how often the newest process collects garbage
+        self._collects_rarely = True  # until a process says that it cannot
+        self._is_small = memory_of_machine() < MIN_MEMORY_BYTES
         self._lock = threading.Lock()
         try:
             self._directory = PrivateDirectory()
@@ -2458,6 +2461,7 @@ class Opencode:
         self.asks = Asks(self._directory.path / "ask")
         self._models = self._directory.path / "models.json"
         self._plugin = self._directory.path / "plugin.js"
+        self._preload = self._directory.path / "preload.js"
 
     def close(self) -> None:
         """Remove the private directory."""
@@ -2523,8 +2527,9 @@ class Opencode:
         """Make what all processes share, also again after a cleaner of temp folders."""
         self._directory.restore()
         self.asks.restore()
-        if not self._plugin.exists():
-            self._plugin.write_text(PLUGIN, encoding="utf-8")
+        for path, text in ((self._plugin, PLUGIN), (self._preload, PRELOAD)):
+            if not path.exists():
+                path.write_text(text, encoding="utf-8")
         if self.catalog.trimmed and not self._models.exists():
             self._write_models(self.catalog)
 
@@ -2570,7 +2575,7 @@ class Opencode:
 
     def environment(self, home: pathlib.Path, is_acp: bool) -> dict[str, str]:
         """Return the environment of a process in `home`: an `acp` one, or one that lists models."""
-        variables = dict(self._engine)
+        variables = self._engine_variables()
         for name, value in os.environ.items():
             if not NOT_INHERITED.match(name):
                 variables[name] = value
@@ -2586,6 +2591,30 @@ class Opencode:
         variables.update(self._folders(home))
         variables.update(self._users_configuration(home, is_acp))
         return variables
+
+    def _engine_variables(self) -> dict[str, str]:
+        """Return the settings of opencode's JavaScript engine; what the user has set comes first.
+
+        A process is soon gone: the slowest compiler does not pay.
+        """
+        variables = {"BUN_JSC_useFTLJIT": "0", "BUN_GC_TIMER_DISABLE": "1"}
+        if self._collects_rarely:
+            variables["BUN_INSPECT_PRELOAD"] = str(self._preload)
+            variables["BUN_JSC_largeHeapSize"] = str(LARGE_HEAP_BYTES)
+            variables["BUN_JSC_collectionTimerMaxPercentCPU"] = "0.0001"
+        elif not self._is_small:
+            variables["BUN_JSC_useGC"] = "0"
+        return variables
+
+    def note_timers(self, are_closed: bool) -> None:
+        """Note whether a process could close the timers by which it collects garbage."""
+        if are_closed:
+            self.collecting = "rarely"
+        elif self._collects_rarely:
+            self.collecting = "at every token"
+            self._collects_rarely = False  # the next process starts in another way
+        else:
+            self.collecting = "at every token" if self._is_small else "never"
 
     def _folders(self, home: pathlib.Path) -> dict[str, str]:
         """Return the variables that say where a process finds and leaves things."""
@@ -2741,16 +2770,6 @@ def with_loopback(hosts: str) -> str:
         if name not in names:
             names.append(name)
     return ",".join(names)
-
-
-def engine_variables(memory: int) -> dict[str, str]:
-    """Return the settings of opencode's JavaScript engine on a machine with so many bytes.
-
-    A process is soon gone: the slowest compiler does not pay, nor do pauses of 15 ms to collect
-    garbage at nearly every token (Bun 1.3.14). Where memory is short, garbage is collected.
-    """
-    collects = "1" if memory < MIN_MEMORY_BYTES else "0"
-    return {"BUN_JSC_useFTLJIT": "0", "BUN_JSC_useGC": collects}
 
 
 def memory_of_machine() -> int:
@@ -3218,8 +3237,14 @@ class OpencodeProcess(Child):
                 continue
             if message.get("id") == number:
                 return result_of(message, method)
-            self._reports.add(str(message.get("method")).partition("proxy/")[2])
+            self._note_report(message)
         raise self.failed("opencode ended")
+
+    def _note_report(self, message: Json) -> None:
+        kind = str(message.get("method")).partition("proxy/")[2]
+        self._reports.add(kind)
+        if kind == "loaded":
+            self.opencode.note_timers(message["params"].get("hasClosedTimers") is True)
 
     def serve(self) -> None:
         """Pass messages on until the process ends."""
@@ -4040,6 +4065,7 @@ class Pool:
             "running": running,
             "waiting": waiting,
             "spares": spares,
+            "collecting": self.opencode.collecting,
             "last_error": self.last_error or None,
         }
 
@@ -4926,11 +4952,65 @@ def main(argv: Sequence[str] | None = None) -> None:
 # provider's JSON. It asks Python what to tell opencode of a turn, asks for the body to send when
 # opencode is about to send its own, sends it once, and relays the answer; opencode is refused.
 
-PLUGIN = r"""
+# Why opencode collects garbage at every token, and how not to. Bun 1.3.14, which opencode 1.17.0 to
+# 1.18.33 carry, looks at its heap whenever the event loop turns, and collects 16 ms after the size
+# has changed; collecting changes it: 62 collections a second, of 7 to 15 ms, as long as an answer
+# streams. (https://github.com/oven-sh/bun/pull/35356 mends that; BUN_GC_TIMER_DISABLE, which is
+# set always, has an effect from then on.) On Linux its two timers are timerfds of the process, one
+# after the other: a one-shot with the interval 0, and a repeating one of a second. Closing both
+# ends it; /dev/null holds their numbers, so that whoever still uses them hits nothing else.
+# The preload does it 30 to 70 ms after the start and, with a ballast of memory that is never
+# touched, keeps Bun from collecting while opencode loads; where it did not run, the plugin does it.
+# Where not exactly these two are found (another Bun, macOS, no /proc) it closes none and says so:
+# later processes collect no garbage at all. When every opencode that is supported carries the
+# mended Bun, CLOSE_TIMERS, PRELOAD, Opencode.collects_rarely and BUN_JSC_useGC can go.
+
+CLOSE_TIMERS = r"""
+import { closeSync, openSync, readdirSync, readFileSync, readlinkSync } from "node:fs"
+const periodOf = (fd) => { // "seconds, nanoseconds" of a timer, undefined for other files
+  try {
+    if (!readlinkSync("/proc/self/fd/" + fd).endsWith("[timerfd]")) return undefined
+    const info = readFileSync("/proc/self/fdinfo/" + fd, "latin1")
+    return info.match(/it_interval: \((\d+, \d+)\)/)?.[1]
+  } catch { return undefined }
+}
+const closeTimers = () => { // returns whether it did
+  try {
+    const repeating = readdirSync("/proc/self/fd").map(Number)
+      .filter((fd) => periodOf(fd) === "1, 0" && periodOf(fd - 1) === "0, 0")
+    if (repeating.length !== 1) return false
+    for (const fd of [repeating[0] - 1, repeating[0]]) {
+      closeSync(fd)
+      openSync("/dev/null", "r") // the lowest free number: this one
+    }
+    return true
+  } catch { return false }
+}
+"""
+
+PRELOAD = (
+    CLOSE_TIMERS
+    + r"""
+delete process.env.BUN_INSPECT_PRELOAD // not for what opencode starts
+globalThis.opencodeProxyHasClosedTimers = closeTimers()
+const BALLAST_BYTES = 2 ** 31
+const BALLAST_MILLISECONDS = 1500
+try {
+  globalThis.opencodeProxyBallast = new ArrayBuffer(BALLAST_BYTES)
+  setTimeout(() => delete globalThis.opencodeProxyBallast, BALLAST_MILLISECONDS).unref()
+} catch {} // no room for it (RLIMIT_AS, strict overcommit): the start collects garbage
+"""
+)
+
+PLUGIN = (
+    CLOSE_TIMERS
+    + r"""
+import { edenGC } from "bun:jsc"
 const HEADER = "x-opencode-proxy-session"
 const WINDOW = 1 << 20 // characters of an answer that are relayed before the client has taken them
 const PIECE = 1 << 16 // characters in a line, at most
 const MAX_REFUSAL = 1 << 16 // characters of a refusal's body
+const IDLE_MILLISECONDS = 150 // after the last turn, until its garbage is collected: it takes 25 ms
 
 // The module is instantiated more than once: what it knows lies where all of them find it.
 const proxy = (globalThis.opencodeProxy ??= { turns: new Map(), fetch: globalThis.fetch })
@@ -5028,12 +5108,22 @@ const asMessages = (user, conversation) => conversation.map(({ role, parts }, m)
     parts: parts.map((part, p) => ({ id: `prt_${m}_${p}`, sessionID, messageID: id, ...part })) }
 })
 
+// Collects the garbage of the turns that are over, while there is no other.
+const collectWhenIdle = () => {
+  clearTimeout(proxy.collecting)
+  const collect = () => { if (proxy.turns.size === 0) edenGC() }
+  if (proxy.isCalm) proxy.collecting = setTimeout(collect, IDLE_MILLISECONDS)
+}
+
 // What an answer that opencode reads says.
 const tell = ({ type, properties }) => {
   const { info, part, partID, delta, status, error } = properties
   const id = properties.sessionID ?? part?.sessionID ?? info?.sessionID
   const turn = proxy.turns.get(id)
-  if (status?.type === "idle" && (turn?.hasAsked || turn?.warmup)) proxy.turns.delete(id)
+  if (turn && status?.type === "idle") {
+    proxy.turns.delete(id)
+    collectWhenIdle()
+  }
   if (!turn || turn.isOurs || turn.warmup) return
   if (type === "message.part.updated") turn.types[part.id] = part.type
   if (type === "message.part.delta") report("delta", id, { type: turn.types[partID], text: delta })
@@ -5071,10 +5161,12 @@ const hooks = {
   event: async ({ event }) => tell(event),
 }
 export const OpencodeProxy = async () => {
-  report("loaded")
+  proxy.isCalm ??= globalThis.opencodeProxyHasClosedTimers || closeTimers()
+  report("loaded", undefined, { hasClosedTimers: proxy.isCalm })
   return hooks
 }
 """
+)
 
 
 if __name__ == "__main__":
