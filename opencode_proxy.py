@@ -3242,9 +3242,9 @@ class OpencodeProcess(Child):
 
     def _note_report(self, message: Json) -> None:
         kind = str(message.get("method")).partition("proxy/")[2]
-        self._reports.add(kind)
-        if kind == "loaded":
+        if kind == "loaded" and kind not in self._reports:  # it is told more than once
             self.opencode.note_timers(message["params"].get("hasClosedTimers") is True)
+        self._reports.add(kind)
 
     def serve(self) -> None:
         """Pass messages on until the process ends."""

@@ -4633,5 +4633,81 @@ class RealConfigurationTest(unittest.TestCase):
                 self.assertEqual(key, "Bearer secret")
 
 
+class RealMemoryTest(unittest.TestCase):
+    """How the real opencode is kept from collecting garbage at every token, and what if not."""
+
+    def start(self, *wrapper):
+        """Return a running proxy whose opencode is started by a shell script `wrapper`."""
+        program = real_opencode()
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if wrapper:
+            script = folder / "opencode"
+            script.write_text("\n".join(("#!/bin/sh", *wrapper)).format(program))
+            script.chmod(0o700)
+            program = str(script)
+        upstream = Upstream()
+        stack.callback(upstream.close)
+        variables = {**clean_environment(), **make_home(folder, upstream)}
+        stack.enter_context(unittest.mock.patch.dict(os.environ, variables, clear=True))
+        stack.enter_context(unittest.mock.patch.object(proxy, "log", lambda text: None))
+        running = Running(program)
+        stack.callback(running.close)
+        return running
+
+    def collecting(self, running):
+        """Return what /health tells before and after the process has been replaced by another."""
+        first = running.health()["collecting"]
+        self.assertEqual(running.content(), HELLO)
+        self.assertTrue(running.becomes(running=0, spares=1))
+        return first, running.health()["collecting"]
+
+    @staticmethod
+    def repeating_timers():
+        """Return how many timers of one second each opencode process has."""
+        counts = []
+        for pid in opencode_pids():
+            infos = pathlib.Path(f"/proc/{pid}/fdinfo").iterdir()
+            counts.append(sum("it_interval: (1, 0)" in info.read_text() for info in infos))
+        return counts
+
+    @unittest.skipUnless(sys.platform == "linux", "only on Linux the timers can be found")
+    def test_the_timers_are_closed_before_opencode_is_loaded(self):
+        running = self.start()
+        self.assertEqual(self.repeating_timers(), [0])
+        self.assertEqual(self.collecting(running), ("rarely", "rarely"))
+
+    @unittest.skipUnless(sys.platform == "linux", "only on Linux the timers can be found")
+    def test_the_plugin_closes_them_where_the_preload_did_not_run(self):
+        running = self.start("unset BUN_INSPECT_PRELOAD", 'exec {} "$@"')
+        self.assertEqual(self.repeating_timers(), [0])
+        self.assertEqual(self.collecting(running), ("rarely", "rarely"))
+
+    def test_where_they_are_not_found_later_processes_do_not_collect(self):
+        """An empty folder hides what the kernel tells of the files of a process."""
+        hide = "mount --bind $(mktemp -d) /proc/$$/fdinfo"
+        command = ["unshare", "-m", "sh", "-c", hide]
+        if not shutil.which("unshare") or subprocess.run(command, check=False).returncode:
+            self.skipTest("mount namespaces are not allowed here")
+        running = self.start(f"""exec unshare -m sh -c '{hide}; exec "$0" "$@"' {{}} "$@" """)
+        self.assertEqual(self.collecting(running), ("at every token", "never"))
+
+    def test_without_room_for_the_ballast_it_starts_all_the_same(self):
+        if not shutil.which("prlimit"):
+            self.skipTest("prlimit is missing")
+        running = self.start(f'exec prlimit --as={self.address_space()} {{}} "$@"')
+        self.assertEqual(self.collecting(running), ("rarely", "rarely"))
+
+    def address_space(self):
+        """Return the bytes that opencode reserves, and room for all but a ballast."""
+        self.start()
+        (pid,) = opencode_pids()
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+        peak = int(re.search(r"VmPeak:\s+(\d+)", status)[1]) << 10
+        self.doCleanups()
+        return peak - (1 << 30)
+
+
 if __name__ == "__main__":
     unittest.main()
