@@ -3,6 +3,9 @@
 Tables test pure functions. FakeCase has a fake opencode, RealCase the real one, and on loopback a
 provider, Upstream, or Services: a login as it really is. Where the real opencode or a client's
 library is missing, tests are skipped, or fail with OPENCODE_PROXY_TEST_ALL=1.
+
+Nothing here waits for a while and hopes: a test waits for what must happen (`eventually`), and
+where the program waits for a time to pass, a Clock is put on.
 """
 
 import asyncio
@@ -14,6 +17,7 @@ import os
 import pathlib
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -24,6 +28,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
+import types
 import unittest.mock
 from typing import Any, NamedTuple
 
@@ -37,9 +42,11 @@ SOON = 30.0  # the same where a time-out of the program would end it too, later
 def eventually(condition, seconds=DEADLINE):
     """Return the first true value of `condition()`, or its last one after `seconds`."""
     deadline = time.monotonic() + seconds
-    while not (value := condition()) and time.monotonic() < deadline:
+    while True:
+        value = condition()
+        if value or time.monotonic() >= deadline:
+            return value
         time.sleep(0.02)
-    return value
 
 
 def at_once(call, items):
@@ -50,39 +57,66 @@ def at_once(call, items):
 
 def missing(what):
     """Skip a test for want of `what`, or fail it where everything must be there."""
-    everything = os.environ.get("OPENCODE_PROXY_TEST_ALL") == "1"
-    raise (AssertionError if everything else unittest.SkipTest)(what + " is missing")
+    if os.environ.get("OPENCODE_PROXY_TEST_ALL") == "1":
+        raise AssertionError(what + " is missing")
+    raise unittest.SkipTest(what + " is missing")
+
+
+class Clock:
+    """Python's `time`, for the program alone, which a test can put on by `ahead` seconds."""
+
+    def __init__(self):
+        self.ahead = 0.0
+
+    def monotonic(self):
+        return time.monotonic() + self.ahead
+
+    def __getattr__(self, name):
+        return getattr(time, name)
 
 
 # ------------------------------------------------------------------------- a provider on loopback
-CHAT, RESPONSES, MESSAGES = (
-    "github-copilot/" + name for name in ("gpt-5-mini", "gpt-5.4-mini", "claude-sonnet-4.6")
-)
+CHAT = "github-copilot/gpt-5-mini"
+RESPONSES = "github-copilot/gpt-5.4-mini"
+MESSAGES = "github-copilot/claude-sonnet-4.6"
 FORMATS = {"chat/completions": CHAT, "responses": RESPONSES, "messages": MESSAGES}
 OAUTH = {"type": "oauth", "refresh": "gho_x", "access": "gho_x", "expires": 0}
 
 
+def format_of(path):
+    """Return the wire format that a request's path ends with, or the path."""
+    bare = path.partition("?")[0]
+    for name in FORMATS:
+        if bare.endswith("/" + name):
+            return name
+    return path
+
+
 class Upstream(http.server.ThreadingHTTPServer):
-    """A provider of models: records each request, answers as `respond(exchange)` says."""
+    """A provider of models: records each request, answers as `respond(exchange)` says.
+
+    Each connection has a thread; `exchanges` only grows, by single steps that need no lock.
+    """
 
     daemon_threads = True
     request_queue_size = 128
 
     def __init__(self):
-        self.exchanges, self.respond = [], answer_text
-        self.handle_error = lambda *arguments: None
         super().__init__(("127.0.0.1", 0), Exchange)
+        self.exchanges = []
+        self.respond = answer_text
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.thread = threading.Thread(target=self.serve_forever, args=(0.05,))
         self.thread.start()
 
+    def handle_error(self, request, client_address):
+        """Say nothing: clients that leave in the middle are what many tests are about."""
+
     def login(self):
         """Return what leads to this provider: auth.json, opencode.json, environment variables."""
         claude = {"claude-sonnet-4.6": {"provider": {"npm": "@ai-sdk/anthropic"}}}
-        copilot = {
-            "models": claude,
-            "options": {"baseURL": self.url, "headerTimeout": 1000, "chunkTimeout": 1000},
-        }
+        hasty = {"headerTimeout": 1000, "chunkTimeout": 1000}
+        copilot = {"models": claude, "options": {"baseURL": self.url, **hasty}}
         own = {"options": {"baseURL": self.url + "/v1", "apiKey": "k"}, "models": {"m": {}}}
         providers = {
             "github-copilot": copilot,
@@ -90,6 +124,12 @@ class Upstream(http.server.ThreadingHTTPServer):
             "local": {"npm": "@ai-sdk/openai-compatible", **own},
         }
         return {"github-copilot": OAUTH}, {"provider": providers}, {}
+
+    def models(self, exchange):
+        """Return the list of models that a service has, None where it has none."""
+
+    def refusal(self, exchange):
+        """Return what a service says of a body that it does not take, None where it does."""
 
     def close(self):
         self.shutdown()
@@ -102,7 +142,10 @@ class Exchange(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    host, log_message = "", unittest.mock.Mock()
+    host = ""
+
+    def log_message(self, *arguments):
+        pass
 
     def finish(self):
         if not self.wfile.closed:
@@ -112,35 +155,45 @@ class Exchange(http.server.BaseHTTPRequestHandler):
     def do_CONNECT(self):
         self.host = self.path.partition(":")[0]
         self.server.hosts.append(self.host)
-        known = self.host in (COPILOT, CHATGPT)
-        self.send_response(200 if known else 502)
+        if self.host not in (COPILOT, CHATGPT):
+            self.send_error(502)
+            return
+        self.send_response(200)
         self.end_headers()
-        if known:
-            self.request = self.server.context.wrap_socket(self.request, server_side=True)
-            self.setup()
+        self.request = self.server.context.wrap_socket(self.request, server_side=True)
+        self.setup()
 
-    def do_GET(self):  # opencode looks for a list of models at some providers
-        listed = (self.host, self.path) == (COPILOT, "/models")
-        failing(*((200, {"data": [*map(offer, OFFERS)]}) if listed else (404, "")))(self)
+    def do_GET(self):
+        """Answer with the list of models, for which opencode looks at some providers."""
+        models = self.server.models(self)
+        if models is None:
+            failing(404, "")(self)
+        else:
+            failing(200, models)(self)
 
     def do_POST(self):
         self.raw = self.rfile.read(int(self.headers["Content-Length"]))
         self.body = json.loads(self.raw)
-        self.format = next((name for name in FORMATS if f"/{name}?" in self.path + "?"), self.path)
+        self.format = format_of(self.path)
         self.closed_by_client = threading.Event()
         self.server.exchanges.append(self)
-        service = {COPILOT: self.format, CHATGPT: CHATGPT}.get(self.host)
-        broken = [text for asked, breaks, text in RULES if asked == service and breaks(self.body)]
-        respond = failing(400, {"error": {"message": broken[0]}}) if broken else self.server.respond
-        respond(self)
+        refusal = self.server.refusal(self)
+        if refusal is None:
+            self.server.respond(self)
+        else:
+            failing(400, {"error": {"message": refusal}})(self)
 
     def begin(self, status=200, content_type="text/event-stream", **headers):
+        """Send the head of an answer; `headers` have _ for -."""
         self.send_response(status)
-        for name, value in {"Content-Type": content_type, "Connection": "close", **headers}.items():
+        self.send_header("Content-Type", content_type)
+        self.send_header("Connection", "close")
+        for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
 
     def send(self, *events):
+        """Send events of a stream: objects, or text that is no JSON."""
         for event in events:
             name = f"event: {event['type']}\n" if "type" in event else ""
             data = event if isinstance(event, str) else json.dumps(event)
@@ -168,6 +221,25 @@ USAGE = {
     "prompt_tokens_details": {"cached_tokens": 4},
     "completion_tokens_details": {"reasoning_tokens": 7},
 }
+RESPONSES_USAGE = {
+    "input_tokens": 11,
+    "input_tokens_details": {"cached_tokens": 4},
+    "output_tokens": 20,
+    "output_tokens_details": {"reasoning_tokens": 7},
+    "total_tokens": 31,
+}
+MESSAGES_USAGE = {"input_tokens": 7, "cache_read_input_tokens": 4, "output_tokens": 1}
+CUTS = {"length": "max_output_tokens", "content_filter": "content_filter"}
+STOP_REASONS = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "content_filter": "refusal",
+}
+
+
+# An answer as events of each wire format: `parts` are ("text", text), ("thought", text) or
+# ("call", id, name, pieces of the arguments).
 
 
 def chat_chunk(delta, finish=None, **more):
@@ -175,98 +247,93 @@ def chat_chunk(delta, finish=None, **more):
     return {"id": "up", "object": "chat.completion.chunk", "choices": [choice], **more}
 
 
-# An answer as events of each wire format: `parts` are ("text", text), ("thought", text) or
-# ("call", id, name, pieces of the arguments).
+def chat_deltas(parts):
+    yield {"role": "assistant", "content": ""}
+    calls = 0
+    for kind, text, *call in parts:
+        if kind == "text":
+            yield {"content": text}
+        elif kind == "thought":
+            yield {"reasoning_content": text}
+        else:
+            name, pieces = call
+            function = {"name": name, "arguments": ""}
+            first = {"index": calls, "id": text, "type": "function", "function": function}
+            yield {"tool_calls": [first]}
+            for piece in pieces:
+                yield {"tool_calls": [{"index": calls, "function": {"arguments": piece}}]}
+            calls += 1
 
 
 def chat_stream(parts, finish="stop"):
-    deltas, calls = [{"role": "assistant", "content": ""}], 0
-    for kind, text, *call in parts:
-        if call:
-            first = {"id": text, "type": "function", "function": {"name": call[0], "arguments": ""}}
-            more = [{"function": {"arguments": piece}} for piece in call[1]]
-            deltas += [{"tool_calls": [{"index": calls, **delta}]} for delta in (first, *more)]
-            calls += 1
-        else:
-            deltas.append({"content" if kind == "text" else "reasoning_content": text})
-    chunks = [chat_chunk(delta) for delta in deltas]
-    return [*chunks, chat_chunk({}, finish), chat_chunk({}, choices=[], usage=USAGE), "[DONE]"]
+    events = [chat_chunk(delta) for delta in chat_deltas(parts)]
+    events.append(chat_chunk({}, finish))
+    events.append(chat_chunk({}, choices=[], usage=USAGE))
+    events.append("[DONE]")
+    return events
+
+
+def responses_item(index, kind, text, *call):
+    """Return an item of /responses, empty and whole, its deltas' name, and its pieces."""
+    item = {"id": f"i{index}"}
+    if kind == "text":
+        item.update({"type": "message", "role": "assistant", "content": []})
+        return item, item, "output_text", [text]
+    if kind == "thought":
+        item.update({"type": "reasoning", "summary": []})
+        return item, item, "reasoning_summary_text", [text]
+    name, pieces = call
+    item.update({"type": "function_call", "call_id": text, "name": name, "arguments": ""})
+    return item, {**item, "arguments": "".join(pieces)}, "function_call_arguments", pieces
 
 
 def responses_stream(parts, finish="stop"):
-    kinds = {
-        "text": ({"type": "message", "role": "assistant", "content": []}, "output_text"),
-        "thought": ({"type": "reasoning", "summary": []}, "reasoning_summary_text"),
-        "call": ({"type": "function_call", "arguments": ""}, "function_call_arguments"),
-    }
-    steps = [("created", {"response": {"id": "r", "created_at": 1, "model": "m"}})]
-    for index, (kind, text, *call) in enumerate(parts):
-        item, name = {"id": f"i{index}", **kinds[kind][0]}, kinds[kind][1]
-        item.update({"call_id": text, "name": call[0]} if call else {})
-        done = {**item, "arguments": "".join(call[1])} if call else item
-        pieces = [(name + ".delta", {"delta": piece}) for piece in (call[1] if call else [text])]
-        steps += [
-            (step, {"output_index": index, "item_id": item["id"], **more})
-            for step, more in (
-                ("output_item.added", {"item": item}),
-                *pieces,
-                ("output_item.done", {"item": done}),
-            )
-        ]
-    response = {
-        "id": "r",
-        "usage": {
-            "input_tokens": 11,
-            "input_tokens_details": {"cached_tokens": 4},
-            "output_tokens": 20,
-            "output_tokens_details": {"reasoning_tokens": 7},
-            "total_tokens": 31,
-        },
-    }
-    reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(finish)
-    response.update({"incomplete_details": {"reason": reason}} if reason else {})
-    steps.append(("incomplete" if reason else "completed", {"response": response}))
-    return [{"type": "response." + step, **more} for step, more in steps]
+    events = []
+
+    def add(step, **more):
+        events.append({"type": "response." + step, **more})
+
+    add("created", response={"id": "r", "created_at": 1, "model": "m"})
+    for index, part in enumerate(parts):
+        empty, whole, name, pieces = responses_item(index, *part)
+        place = {"output_index": index, "item_id": empty["id"]}
+        add("output_item.added", item=empty, **place)
+        for piece in pieces:
+            add(name + ".delta", delta=piece, **place)
+        add("output_item.done", item=whole, **place)
+    response = {"id": "r", "usage": RESPONSES_USAGE}
+    if finish in CUTS:
+        add("incomplete", response={**response, "incomplete_details": {"reason": CUTS[finish]}})
+    else:
+        add("completed", response=response)
+    return events
+
+
+def messages_block(kind, text, *call):
+    """Return an empty content block of /messages, and its deltas."""
+    if kind == "text":
+        return {"type": "text", "text": ""}, [{"type": "text_delta", "text": text}]
+    if kind == "thought":
+        delta = {"type": "thinking_delta", "thinking": text}
+        return {"type": "thinking", "thinking": ""}, [delta]
+    name, pieces = call
+    block = {"type": "tool_use", "input": {}, "id": text, "name": name}
+    return block, [{"type": "input_json_delta", "partial_json": piece} for piece in pieces]
 
 
 def messages_stream(parts, finish="stop"):
-    kinds = {
-        "text": ({"type": "text", "text": ""}, "text_delta", "text"),
-        "thought": ({"type": "thinking", "thinking": ""}, "thinking_delta", "thinking"),
-        "call": ({"type": "tool_use", "input": {}}, "input_json_delta", "partial_json"),
-    }
-    message = {
-        "id": "m",
-        "type": "message",
-        "role": "assistant",
-        "model": "m",
-        "content": [],
-        "usage": {"input_tokens": 7, "cache_read_input_tokens": 4, "output_tokens": 1},
-    }
-    events = [{"type": "message_start", "message": message}]
-    for index, (kind, text, *call) in enumerate(parts):
-        block, name, key = kinds[kind]
-        block = {**block, "id": text, "name": call[0]} if call else block
-        deltas = [{"type": name, key: piece} for piece in (call[1] if call else [text])]
-        events += [
-            {"type": "content_block_" + step, "index": index, **more}
-            for step, more in (
-                ("start", {"content_block": block}),
-                *[("delta", {"delta": delta}) for delta in deltas],
-                ("stop", {}),
-            )
-        ]
-    reason = {
-        "stop": "end_turn",
-        "length": "max_tokens",
-        "tool_calls": "tool_use",
-        "content_filter": "refusal",
-    }[finish]
-    return [
-        *events,
-        {"type": "message_delta", "delta": {"stop_reason": reason}, "usage": {"output_tokens": 20}},
-        {"type": "message_stop"},
-    ]
+    message = {"id": "m", "type": "message", "role": "assistant", "model": "m", "content": []}
+    events = [{"type": "message_start", "message": {**message, "usage": MESSAGES_USAGE}}]
+    for index, part in enumerate(parts):
+        block, deltas = messages_block(*part)
+        events.append({"type": "content_block_start", "index": index, "content_block": block})
+        for delta in deltas:
+            events.append({"type": "content_block_delta", "index": index, "delta": delta})
+        events.append({"type": "content_block_stop", "index": index})
+    end = {"stop_reason": STOP_REASONS[finish]}
+    events.append({"type": "message_delta", "delta": end, "usage": {"output_tokens": 20}})
+    events.append({"type": "message_stop"})
+    return events
 
 
 STREAMS = {
@@ -281,8 +348,8 @@ def answering(*parts, finish="stop"):
 
     def respond(exchange):
         events = STREAMS[exchange.format](parts, finish)
-        asked = (exchange.body.get("stream_options") or {}).get("include_usage")
-        if exchange.format == "chat/completions" and not asked:
+        options = exchange.body.get("stream_options") or {}
+        if exchange.format == "chat/completions" and not options.get("include_usage"):
             del events[-2]
         exchange.begin()
         exchange.send(*events)
@@ -294,10 +361,11 @@ answer_text = answering(("text", "Hel"), ("text", "lo "), ("text", "w\u00f6r\u20
 
 
 def failing(status, body, content_type="application/json", **headers):
-    """Return a `respond` that refuses."""
+    """Return a `respond` that refuses, or answers with a whole `body`."""
 
     def respond(exchange):
-        data = (body if isinstance(body, str) else json.dumps(body)).encode()
+        text = body if isinstance(body, str) else json.dumps(body)
+        data = text.encode()
         exchange.begin(status, content_type, Content_Length=str(len(data)), **headers)
         exchange.wfile.write(data)
 
@@ -317,7 +385,8 @@ Lo5tBWaRoLmI+a69h+8wN6jJYMJRN0TponlAAKpIcv6RlXFe1sfRErmLY7dbSLmAuzwwCgYIKoZIzj0E
 XdFd99hcKjspygq8xuPbu2ZKG8e80hn2Pu8+KNECIQCdGKLWSqgTmb5X5QJcHEy4TXaX+jh3rGZYh2FuInY9kg==
 -----END CERTIFICATE-----
 """
-COPILOT, CHATGPT = "api.githubcopilot.com", "chatgpt.com"
+COPILOT = "api.githubcopilot.com"
+CHATGPT = "chatgpt.com"
 # What GitHub lists: a name, its endpoints, the most tokens of an answer, reasoning efforts.
 OFFERS = (
     ("gpt-5-mini", "/chat/completions /responses", 64000, "low medium high"),
@@ -334,27 +403,13 @@ LIVE = {
 }
 LIMITS = {name: limit for name, _, limit, _ in OFFERS}
 CHATGPT_REFUSES = {"max_output_tokens", "temperature", "top_p", "user", "metadata"}
-# What the services refuse: ChatGPT or a format of GitHub's, whether it does, what it says then.
-RULES = (
-    (CHATGPT, lambda body: not body.get("instructions"), "Instructions are required"),
-    (CHATGPT, lambda body: body.get("store") is not False, "Store must be set to false"),
-    (CHATGPT, lambda body: CHATGPT_REFUSES & body.keys(), "Unsupported parameter"),
-    ("responses", lambda body: body.get("max_output_tokens", 16) < 16, "max: below 16"),
-    ("messages", lambda body: body["max_tokens"] > LIMITS[body["model"]], "max_tokens"),
-    ("messages", lambda body: {"temperature", "top_p"} <= body.keys(), "not both"),
-)
 
 
-def offer(row):
+def offer(name, endpoints, limit, efforts):
     """Return a model as GitHub lists it."""
-    name, endpoints, limit, efforts = row
-    supports = {
-        "streaming": True,
-        "tool_calls": True,
-        "vision": True,
-        "parallel_tool_calls": True,
-        **({"reasoning_effort": efforts.split()} if efforts else {}),
-    }
+    supports = dict.fromkeys(("streaming", "tool_calls", "vision", "parallel_tool_calls"), True)
+    if efforts:
+        supports["reasoning_effort"] = efforts.split()
     limits = {
         "max_context_window_tokens": 200000,
         "max_prompt_tokens": 128000,
@@ -377,7 +432,8 @@ class Services(Upstream):
     """A CONNECT proxy to the services that a login leads to; `hosts` are what was asked for."""
 
     def __init__(self):
-        self.hosts, self.context = [], ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.hosts = []
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         with tempfile.NamedTemporaryFile("w") as file:
             file.write(KEY_PAIR)
             file.flush()
@@ -386,15 +442,44 @@ class Services(Upstream):
 
     def login(self):
         chatgpt = {**OAUTH, "access": "a.b.c", "expires": 99999999999999, "accountId": "account"}
-        return (
-            {"github-copilot": OAUTH, "openai": chatgpt},
-            {},
-            {
-                "HTTPS_PROXY": self.url,
-                "NO_PROXY": "127.0.0.1,localhost",
-                "NODE_TLS_REJECT_UNAUTHORIZED": "0",
-            },
-        )
+        variables = {
+            "HTTPS_PROXY": self.url,
+            "NO_PROXY": "127.0.0.1,localhost",
+            "NODE_TLS_REJECT_UNAUTHORIZED": "0",
+        }
+        return {"github-copilot": OAUTH, "openai": chatgpt}, {}, variables
+
+    def models(self, exchange):
+        if (exchange.host, exchange.path) != (COPILOT, "/models"):
+            return None
+        return {"data": [offer(*row) for row in OFFERS]}
+
+    def refusal(self, exchange):
+        if exchange.host == CHATGPT:
+            return self.refusal_of_chatgpt(exchange.body)
+        if exchange.format == "responses" and exchange.body.get("max_output_tokens", 16) < 16:
+            return "max_output_tokens: below 16"
+        if exchange.format == "messages":
+            return self.refusal_of_claude(exchange.body)
+        return None
+
+    @staticmethod
+    def refusal_of_chatgpt(body):
+        if not body.get("instructions"):
+            return "Instructions are required"
+        if body.get("store") is not False:
+            return "Store must be set to false"
+        if CHATGPT_REFUSES & body.keys():
+            return "Unsupported parameter"
+        return None
+
+    @staticmethod
+    def refusal_of_claude(body):
+        if body["max_tokens"] > LIMITS[body["model"]]:
+            return "max_tokens"
+        if {"temperature", "top_p"} <= body.keys():
+            return "temperature and top_p: not both"
+        return None
 
 
 # ---------------------------------------------------------------------------------------- proxies
@@ -417,9 +502,10 @@ class Client:
 
     def request(self, method, path, body=None, headers=None):
         """Return (status, headers, body) of one request on a connection of its own."""
+        if isinstance(body, (dict, list)):
+            body = json.dumps(body)
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE)
         with contextlib.closing(connection):
-            body = json.dumps(body) if isinstance(body, (dict, list)) else body
             connection.request(method, path, body, headers or {})
             response = connection.getresponse()
             return response.status, response.headers, response.read()
@@ -450,6 +536,15 @@ class Client:
         connection.sendall(f"{head}{len(body)}\r\n\r\n".encode() + body + after)
         return connection
 
+    @contextlib.contextmanager
+    def streaming(self, content="hi", **fields):
+        """Yield a connection on which a streamed chat request was sent: getresponse() is next."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE)
+        with contextlib.closing(connection):
+            body = chat_body(content, stream=True, **fields)
+            connection.request("POST", "/v1/chat/completions", body)
+            yield connection
+
     def health(self):
         """Return what /health tells, its HTTP status included."""
         status, _, data = self.request("GET", "/health")
@@ -466,7 +561,11 @@ class Running(Client):
     def __init__(self, opencode_path, **changes):
         values = settings(**changes)
         self.pool = proxy.Pool(proxy.Opencode(opencode_path, values.model), values, None)
-        self.server = proxy.ProxyServer(values, self.pool)
+        try:
+            self.server = proxy.ProxyServer(values, self.pool)
+        except BaseException:
+            self.pool.close()
+            raise
         super().__init__(self.server.server_port)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
         self.thread.start()
@@ -482,12 +581,25 @@ class Running(Client):
             self.thread.join()
 
 
+def lines_until(response, text):
+    """Read a streamed answer up to the line that has `text`; return its lines."""
+    lines = []
+    while True:
+        line = response.readline()
+        assert line, f"{text} did not come, only {lines}"
+        lines.append(line)
+        if text in line:
+            return lines
+
+
 def sse_events(data):
     """Return what is in the events of an SSE stream; fail on what is no event and no comment."""
     events = []
     for block in data.decode().split("\n\n"):
-        if block.startswith("data: "):
-            events.append(block[6:] if block == "data: [DONE]" else json.loads(block[6:]))
+        if block == "data: [DONE]":
+            events.append("[DONE]")
+        elif block.startswith("data: "):
+            events.append(json.loads(block[6:]))
         elif block and not block.startswith(":"):
             raise AssertionError(f"not an event: {block!r}")
     return events
@@ -495,12 +607,11 @@ def sse_events(data):
 
 def deltas_of(events):
     """Return the deltas of the chunks among `events`."""
-    return [
-        choice["delta"]
-        for event in events
-        if event != "[DONE]"
-        for choice in event.get("choices", ())
-    ]
+    deltas = []
+    for event in events:
+        if event != "[DONE]":
+            deltas += [choice["delta"] for choice in event.get("choices", ())]
+    return deltas
 
 
 def children(parent=None):
@@ -509,22 +620,22 @@ def children(parent=None):
     output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.decode()
     rows = [line.split(None, 3) for line in output.splitlines()]
     family = {str(parent or os.getpid())}
+    found = []
     for _ in range(9):  # generations
         family.update(row[0] for row in rows if row[1] in family)
-    return [
-        [int(pid), state, args]
-        for pid, above, state, args in rows
-        if above in family and args != " ".join(command)
-    ]
+    for pid, above, state, arguments in rows:
+        if above in family and arguments != " ".join(command):
+            found.append([int(pid), state, arguments])
+    return found
 
 
 def opencode_pids(parent=None):
     """Return the processes of opencode, without zombies, that serve this process or `parent`."""
-    return [
-        pid
-        for pid, state, args in children(parent)
-        if "acp" in args.split() and not state.startswith("Z")
-    ]
+    pids = []
+    for pid, state, arguments in children(parent):
+        if "acp" in arguments.split() and not state.startswith("Z"):
+            pids.append(pid)
+    return pids
 
 
 def clean_environment():
@@ -543,10 +654,11 @@ def real_opencode():
 def make_home(folder, upstream, **config):
     """Make a HOME whose opencode is logged in at `upstream`; return the environment for it."""
     logins, own_config, variables = upstream.login()
-    for path, content in (
-        (".local/share/opencode/auth.json", logins),
-        (".config/opencode/opencode.json", {**own_config, **config}),
-    ):
+    files = {
+        ".local/share/opencode/auth.json": logins,
+        ".config/opencode/opencode.json": {**own_config, **config},
+    }
+    for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(json.dumps(content))
     return {"HOME": str(folder), **variables}
@@ -583,145 +695,301 @@ class RealCase(unittest.TestCase):
 
 
 # -------------------------------------------------------------------------------- a fake opencode
-# Speaks as opencode with the plugin does, and is its own provider. It does what it is told in
-# Python: by FAKE_MODE when it starts, by the last user message where that begins with "do "; any
-# other message is the answer itself. A journal beside it tells what happened.
-FAKE = r"""
-import json, os, queue, signal, subprocess, sys, threading, time
+# Speaks as opencode with the plugin does, and is its own provider. FAKE_MODE is Python that it runs
+# when it starts, and may change `fake`. The last user message is the answer, or, where it begins
+# with "do ", a script in Python that makes one. A journal beside it tells what happened.
+FAKE = r'''
+import http.client, itertools, json, os, queue, signal, socket, subprocess, sys, threading, time
 
-ACP = sys.argv[1] == "acp"  # otherwise it lists the models
-NAMES, VERSION = ["github-copilot/gpt-5-mini", "local/m"], "1.18.33"
-LOADS = WARMS = True
-DEAF = DIES = False  # when it has got the first line of a request
-ABLE = dict.fromkeys(("temperature", "reasoning", "attachment", "toolcall"), True)
-ENTRY = {"api": {"id": "any", "url": "", "npm": "x"}, "limit": {"output": 0},
-         "capabilities": {**ABLE, "input": {}, "output": {}}}
 HERE = os.path.dirname(os.path.abspath(__file__))
-OUT, SESSIONS = threading.Lock(), {}
+WINDOW = 1 << 20  # characters of an answer that are relayed before the client has taken them
+PIECE = 60000  # of them in a line
+ABLE = dict.fromkeys(("temperature", "reasoning", "attachment", "toolcall"), True)
+ENTRY = {
+    "api": {"id": "any", "url": "", "npm": "x"},
+    "limit": {"output": 0},
+    "capabilities": {**ABLE, "input": {}, "output": {}},
+}
 
-def note(*words):
-    with open(HERE + "/journal", "a") as journal:
-        journal.write(" ".join(map(str, words)) + "\n")
-def write(text, descriptor=1):
-    with OUT:
-        os.write(descriptor, text.encode())
-def out(**message):
-    write(json.dumps({"jsonrpc": "2.0", **message}, separators=(",", ":")) + "\n")
-def chunk(delta, finish=None, **more):
-    choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
-    return "data: " + json.dumps({"id": "x", "choices": choices, **more}) + "\n\n"
+
+class Over(Exception):
+    """The session is cancelled, or nobody waits for its answer."""
+
+
+class AskConnection(http.client.HTTPConnection):
+    """Leads to the proxy's Unix socket."""
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(os.environ["OPENCODE_PROXY_SOCKET"])
+
+
 class Session:
-    ahead, text, begun = 0, "", False
+    """One session; its turn runs on a thread of its own."""
+
     def __init__(self, name, model):
-        self.name, self.model, self.lines = name, model, queue.Queue()
+        self.name = name
+        self.model = model
+        self.text = ""  # the last user message
+        self.order = 0  # among the answers of this process
+        self.has_begun = False  # the answer
+        self.sent = 0  # characters of it since the client has taken all
         self.cancelled = threading.Event()
+        self.asking = None  # the socket of the ask that is waiting for its answer
+
     def cancel(self):
         note("cancelled", os.getpid(), self.text[:60])
         self.cancelled.set()
-        self.lines.put(None)
+        if self.asking is not None:
+            try:
+                self.asking.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # answered meanwhile
+
+    # -- what scripts call
+
     def rest(self, seconds):
         if self.cancelled.wait(seconds):
-            raise InterruptedError
-    def hold(self):  # until the test lets go
-        while not os.path.exists(HERE + "/go"):
+            raise Over("cancelled")
+
+    def hold(self, name="go"):
+        """Wait until the test lets go."""
+        while not os.path.exists(os.path.join(HERE, name)):
             self.rest(0.02)
-    def line(self):
-        line = self.lines.get()
-        self.rest(0)
-        return line
-    def tell(self, kind, **params):
-        out(method="proxy/" + kind, params={"sessionId": self.name, **params})
+
+    def report(self, kind, **params):
+        send(method="proxy/" + kind, params={"sessionId": self.name, **params})
+
     def data(self, text):
-        if not self.begun:
-            self.begun = True
-            self.tell("upstream", status=200, headers={})
-        for start in range(0, len(text), 60000):
-            piece = text[start:start + 60000]
-            if self.ahead > 1 << 20:
+        """Relay a piece of the provider's answer."""
+        if not self.has_begun:
+            self.has_begun = True
+            self.report("upstream", status=200, headers={"content-type": "text/event-stream"})
+        for start in range(0, len(text), PIECE):
+            piece = text[start : start + PIECE]
+            self.report("data", text=piece)
+            self.sent += len(piece)
+            if self.sent >= WINDOW:
                 note("waits", self.name)
-            while self.ahead > 1 << 20:
-                self.rest(0.02)
-            self.ahead += len(piece)
-            self.tell("data", text=piece, size=len(piece))
+                self.ask("more", {})
+                self.sent = 0
+
+    def chunk(self, delta, finish=None, **more):
+        choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
+        return "data: " + json.dumps({"id": "x", "choices": choices, **more}) + "\n\n"
+
     def say(self, text):
-        self.data(chunk({"content": text}))
+        self.data(self.chunk({"content": text}))
+
+    def do(self, script):
+        own = {"session": self, "order": self.order}
+        for name in ("rest", "hold", "report", "data", "chunk", "say"):
+            own[name] = getattr(self, name)
+        exec(script, {**globals(), **own})
+
+    # -- its turn
+
     def run(self, number):
         try:
             self.turn()
-            out(id=number, error={"code": -32603, "message": "Internal error: over"})
-        except InterruptedError:
-            out(id=number, result={"stopReason": "cancelled"})
-        del SESSIONS[self.name]
-    def turn(self):
-        if self.line().get("warmup"):
-            return WARMS and self.tell("warm")
-        if DIES:
-            os._exit(3)
-        theirs = {"model": self.model.partition("/")[2], "stream": True}
-        self.tell("outgoing", url="http://127.0.0.1/chat/completions", body=theirs)
-        text = self.text = self.line()["messages"][-1]["content"]
-        note("post", os.getpid(), text[:60])
-        own = {"data": self.data, "say": self.say, "rest": self.rest, "hold": self.hold}
-        code = text[3:] if text.startswith("do ") else "say(%r)" % text
-        exec(code, {**globals(), **own})
-        usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), 1)
-        self.data(chunk({}, "stop", usage=usage) + "data: [DONE]\n\n")
-        self.tell("end")
-def listen():
-    for line in FIFO:
-        try:
-            kind, name, payload = line.decode().rstrip("\n").split(" ", 2)
-            session, payload = SESSIONS[name], json.loads(payload)
-        except (ValueError, KeyError):
-            continue  # broken off, or of a session that is over
-        if kind == "taken":
-            session.ahead -= payload
-        elif kind != "headers":
-            session.lines.put(payload)
-        if DEAF and kind == "turn" and "warmup" not in payload:
-            return note("deaf", os.getpid())
-def serve(number, method, params):
-    session, result = SESSIONS.get(params.get("sessionId")), {}
-    if method == "initialize":
-        LOADS and out(method="proxy/loaded", params={})
-        result = {"agentInfo": {"version": VERSION}}
-    elif method == "session/new":
-        name = "ses_%d_%d" % (os.getpid(), number)
-        model = json.loads(os.environ["OPENCODE_CONFIG_CONTENT"])["model"]
-        SESSIONS[name] = Session(name, model)
-        options = [{"value": name} for name in NAMES]
-        offer = {"id": "model", "currentValue": model, "options": options}
-        result = {"sessionId": name, "configOptions": [offer]}
-    elif method == "session/set_model":
-        session.model = params["modelId"]
-    elif method == "session/cancel":
-        return session and session.cancel()
-    else:
-        return threading.Thread(target=session.run, args=(number,), daemon=True).start()
-    out(id=number, result=result)
+            send(id=number, error={"code": -32603, "message": "Internal error: over"})
+        except Over:
+            send(id=number, result={"stopReason": "cancelled"})
+        del fake.sessions[self.name]
 
-if ACP:
+    def turn(self):
+        told = json.loads(self.ask("turn", {})[1])
+        if told.get("warmup"):
+            if fake.reaches_model:
+                self.report("warm")
+            return
+        self.do(fake.before_request)
+        body = self.body_to_send(told)
+        note("sent", self.name, json.dumps(body)[:4000])
+        try:
+            self.answer(body)
+        except OSError as error:
+            self.report("error", network=None, message=str(error))
+
+    def body_to_send(self, told):
+        """Ask the proxy for a body, as the plugin does when opencode is about to send its own."""
+        name = self.model.partition("/")[2]
+        own = {"model": name, "stream": True}
+        url = "http://127.0.0.1" + fake.paths.get(self.model, "/chat/completions")
+        headers, data = self.ask("request", {"url": url, "body": own})
+        if data is None:
+            return {**own, "contents": told["conversation"]}
+        note("headers", self.name, headers.get("x-headers"))
+        return json.loads(data)
+
+    def answer(self, body):
+        """Be the provider."""
+        said = body.get("messages") or body.get("input") or body["contents"]
+        content = said[-1].get("content") or said[-1]["parts"]
+        self.text = content if isinstance(content, str) else content[-1]["text"]
+        self.order = next(fake.orders)
+        note("post", os.getpid(), self.text[:60])
+        if self.text.startswith(("do ", "do\n")):
+            self.do(self.text[3:])
+        else:
+            self.say(self.text)
+        if self.model in fake.paths:
+            self.report("end")
+            return
+        usage = {"prompt_tokens": 1, "completion_tokens": 1000, "total_tokens": 1001}
+        self.data(self.chunk({}, "stop", usage=usage) + "data: [DONE]\n\n")
+        self.report("end")
+        note("answered", os.getpid())
+
+    def ask(self, kind, question):
+        """Return the headers and the body that the proxy answers; None for a body of our own."""
+        connection = AskConnection("localhost")
+        try:
+            connection.connect()
+            self.asking = connection.sock
+            self.rest(0)
+            connection.request("POST", f"/{kind}/{self.name}", json.dumps(question))
+            response = connection.getresponse()
+            data = self.read(response, kind)
+        except (OSError, http.client.HTTPException) as error:
+            self.rest(0)
+            note("broken", os.getpid(), kind)
+            self.report("error", network=None, message="asking the proxy: " + repr(error))
+            raise Over("the answer broke off")
+        finally:
+            self.asking = None
+            connection.close()
+        if response.status not in (200, 204):
+            note("refused", response.status, kind)
+            self.report("error", network=None, message="nobody waits for this answer")
+            raise Over("nobody waits")
+        return response.headers, data if response.status == 200 else None
+
+    def read(self, response, kind):
+        """Return a whole body; what is shorter than announced raises an error."""
+        if kind != "request" or not fake.in_request:
+            return response.read()
+        first = response.read(1000)
+        self.do(fake.in_request)
+        return first + response.read()
+
+
+class Fake:
+    """What this opencode is like; FAKE_MODE changes it."""
+
+    def __init__(self):
+        self.is_acp = sys.argv[1] == "acp"  # otherwise it lists the models
+        self.version = "1.18.33"
+        self.names = [
+            "github-copilot/gpt-5-mini",
+            "github-copilot/gpt-5.4-mini",
+            "github-copilot/claude-sonnet-4.6",
+            "local/m",
+            "other/m",
+        ]
+        self.paths = {  # of requests to models that do not speak chat completions
+            "github-copilot/gpt-5.4-mini": "/responses",
+            "github-copilot/claude-sonnet-4.6": "/v1/messages",
+            "other/m": "/v1beta/models/m:streamGenerateContent?alt=sse",
+        }
+        self.loads_plugin = True
+        self.reaches_model = True
+        self.makes_sessions = True
+        self.before_request = ""  # scripts: before it asks for a body, and while it reads that
+        self.in_request = ""
+        self.sessions = {}
+        self.sessions_made = 0  # the first one proves that it works
+        self.orders = itertools.count()
+        self.output = threading.Lock()
+
+    def list_models(self):
+        note("models", os.getpid())
+        for name in self.names:
+            provider, _, model = name.partition("/")
+            entry = {**ENTRY, "id": model, "providerID": provider}
+            print(name, json.dumps(entry), sep="\n")
+
+    def serve(self):
+        for line in sys.stdin.buffer:
+            message = json.loads(line)
+            if "method" in message:
+                self.obey(message.get("id"), message["method"], message["params"])
+            else:
+                note("reply", message["error"]["message"])
+        os._exit(0)
+
+    def obey(self, number, method, params):
+        session = self.sessions.get(params.get("sessionId"))
+        if method == "initialize":
+            if self.loads_plugin:
+                send(method="proxy/loaded", params={})
+            send(id=number, result={"agentInfo": {"version": self.version}})
+        elif method == "session/new":
+            self.open_session(number)
+        elif method == "session/set_model":
+            session.model = params["modelId"]
+            send(id=number, result={})
+        elif method == "session/prompt":
+            threading.Thread(target=session.run, args=(number,), daemon=True).start()
+        elif method == "session/cancel" and session is not None:
+            session.cancel()
+
+    def open_session(self, number):
+        name = f"ses_{os.getpid()}_{number}"
+        note("session", os.getpid(), number)
+        if self.sessions_made and not self.makes_sessions:
+            send(id=number, error={"code": -32603, "message": "no sessions today"})
+            return
+        self.sessions_made += 1
+        model = json.loads(os.environ["OPENCODE_CONFIG_CONTENT"])["model"]
+        self.sessions[name] = Session(name, model)
+        options = [{"value": name} for name in self.names]
+        offer = {"id": "model", "currentValue": model, "options": options}
+        send(id=number, result={"sessionId": name, "configOptions": [offer]})
+
+
+def note(*words):
+    with open(os.path.join(HERE, "journal"), "a") as journal:
+        journal.write(" ".join(map(str, words)) + "\n")
+
+
+def write(text, descriptor=1):
+    rest = text.encode("utf-8", "surrogateescape")
+    with fake.output:
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+
+
+def line(**message):
+    return json.dumps({"jsonrpc": "2.0", **message}, separators=(",", ":")) + "\n"
+
+
+def send(**message):
+    write(line(**message))
+
+
+fake = Fake()
+if fake.is_acp:
     note("start", os.getpid())
 exec(os.environ.get("FAKE_MODE", ""))
-if not ACP:
-    for provider, model in (name.split("/") for name in NAMES):
-        entry = {**ENTRY, "id": model, "providerID": provider}
-        print(provider + "/" + model, json.dumps(entry), sep="\n")
-    sys.exit()
-FIFO = open(os.environ["OPENCODE_PROXY_FIFO"], "rb")
-threading.Thread(target=listen, daemon=True).start()
-for message in map(json.loads, sys.stdin.buffer):
-    if "method" in message:
-        serve(message.get("id"), message["method"], message["params"])
-    else:
-        note("reply", message["error"]["message"])
-os._exit(0)
-"""
-# Messages that it obeys.
+if fake.is_acp:
+    fake.serve()
+else:
+    fake.list_models()
+'''
+# Scripts for messages.
 PID = "do say(str(os.getpid()))"
 DIE = "do say('a'); write('last words\\n', 2); os._exit(3)"
 PAUSE = "do say('a'); rest(600)"
 SLOWLY = "do for n in range(2000): say('%d ' % n); rest(0.05)"
+# What FAKE_MODE may be.
+FAILS = "if fake.is_acp: sys.exit('no memory')"
+LISTS_LATE = """
+if not fake.is_acp:
+    note("listing")
+    while not os.path.exists(HERE + "/list"):
+        time.sleep(0.02)
+"""
 
 
 class FakeCase(unittest.TestCase):
@@ -732,14 +1000,13 @@ class FakeCase(unittest.TestCase):
         self.addCleanup(self.stack.close)
         self.stack.callback(self.assert_nothing_left, threading.enumerate())
         self.folder = pathlib.Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
-        self.mode = lambda words: os.environ.update(FAKE_MODE=words)  # of fakes that start then
-        self.let_go = (self.folder / "go").touch  # lets the answers go on that hold()
-        self.tmp, self.fake = self.folder / "tmp", self.folder / "opencode"
+        self.tmp = self.folder / "tmp"
+        self.tmp.mkdir()
+        self.patch(tempfile, tempdir=str(self.tmp))
         self.auth = self.folder / ".local/share/opencode/auth.json"
         self.auth.parent.mkdir(parents=True)
         self.auth.write_text("{}")
-        self.tmp.mkdir()
-        self.patch(tempfile, tempdir=str(self.tmp))
+        self.fake = self.folder / "opencode"
         self.fake.write_text(f"#!{sys.executable} -IS\n{FAKE}")
         self.fake.chmod(0o700)
         variables = {**clean_environment(), "HOME": str(self.folder)}
@@ -752,6 +1019,20 @@ class FakeCase(unittest.TestCase):
         """Give attributes of `target` other values until the test ends."""
         self.stack.enter_context(unittest.mock.patch.multiple(target, **values))
 
+    def wind(self):
+        """Put the program's clock under the test's control."""
+        clock = Clock()
+        self.patch(proxy, time=clock)
+        return clock
+
+    def mode(self, script):
+        """Let the fakes that start from now on be as `script` makes them."""
+        os.environ["FAKE_MODE"] = script
+
+    def let_go(self, name="go"):
+        """Let the scripts go on that call hold()."""
+        (self.folder / name).touch()
+
     def start(self, **changes):
         """Return a running proxy, without spares where `changes` want none."""
         running = Running(str(self.fake), **{"spares": 0, **changes})
@@ -759,10 +1040,35 @@ class FakeCase(unittest.TestCase):
         return running
 
     def journal(self, kind, text=""):
-        """Return what the fakes noted with `text`: start, post, cancelled, reply, deaf or waits."""
+        """Return what the fakes noted with `text`.
+
+        Kinds: models, start, session, post, sent, headers, waits, cancelled, reply, and for asks
+        that were not answered broken and refused.
+        """
         journal = self.folder / "journal"
         lines = journal.read_text().splitlines() if journal.exists() else []
-        return [line[len(kind) + 1 :] for line in lines if line.startswith(kind) and text in line]
+        found = []
+        for line in lines:
+            first, _, rest = line.partition(" ")
+            if first == kind and text in rest:
+                found.append(rest)
+        return found
+
+    def noted(self, kind, text="", count=1):
+        """Tell whether the fakes come to note something `count` times."""
+        return eventually(lambda: len(self.journal(kind, text)) >= count)
+
+    def only(self, running, **expected):
+        """Wait until nothing is answered and one process is left; return its pid."""
+        self.assertTrue(running.becomes(running=0, **expected))
+        self.assertTrue(eventually(lambda: len(opencode_pids()) == 1))
+        return opencode_pids()[0]
+
+    def assert_error(self, reply, status, code, text=""):
+        """Check a (status, answer) for an error."""
+        got, answer = reply
+        self.assertEqual((got, answer["error"]["code"]), (status, code), answer)
+        self.assertIn(text, answer["error"]["message"])
 
     def assert_nothing_left(self, before):
         def left():
@@ -2710,200 +3016,395 @@ class AnswerTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------- the catalog
-class CatalogTest(unittest.TestCase):
-    def catalog(self, *names, wanted=None):
+class TrimmedTest(unittest.TestCase):
+    """The catalog with which opencode starts faster."""
+
+    @staticmethod
+    def trimmed(*names):
         able = dict.fromkeys(("temperature", "reasoning", "attachment", "toolcall"), True)
-        return proxy.make_catalog(
-            [
-                {
-                    "id": model,
-                    "providerID": provider,
-                    "api": {"id": model[:1], "npm": "n", "url": "u"},
-                    "capabilities": {**able, "input": {}, "output": {}},
-                    "limit": {"output": 9},
-                    "options": {"serviceTier": "priority"},
-                    "headers": {},
-                }
-                for provider, _, model in (name.partition("/") for name in names)
-            ],
-            ["login"],
-            wanted,
-        )
+        listed = []
+        for name in names:
+            provider, _, model = name.partition("/")
+            entry = {
+                "id": model,
+                "providerID": provider,
+                "api": {"id": model[:1], "npm": "n", "url": "u"},
+                "capabilities": {**able, "input": {}, "output": {}},
+                "limit": {"output": 9},
+                "options": {"serviceTier": "priority"},
+                "headers": {},
+            }
+            listed.append(entry)
+        return proxy.make_catalog(listed, ["login"], None).trimmed
 
-    def test_names(self):
-        own, newer = proxy.DEFAULT_MODEL, proxy.SUCCESSORS[0]
-        for names, wanted, asked, found in (
-            ((newer, own), None, None, own),
-            ((newer,), None, None, newer),
-            (("a/m", own), "a/m", None, "a/m"),
-            ((own, newer), None, newer, newer),
-            ((own, newer), None, newer.partition("/")[2], newer),
-            ((own,), None, "gpt-x", own),
-            ((own,), None, "a/m", 404),
-            (("a/m",), None, None, 503),
-            ((), "a/m", None, 503),
-        ):
-            with self.subTest(names=names, wanted=wanted, asked=asked):
-                try:
-                    self.assertEqual(self.catalog(*names, wanted=wanted).resolve(asked).name, found)
-                except proxy.APIError as error:
-                    code = {404: "model_not_found", 503: "provider_not_logged_in"}[found]
-                    self.assertEqual((error.status, error.code), (found, code))
-        with self.assertRaisesRegex(proxy.APIError, "gpt-x"):
-            self.catalog(own).resolve("gpt-x", exact=True)
-
-    def test_trimmed(self):
-        trimmed = self.catalog("a/m-fast", "a/m", "opencode/free").trimmed
+    def test_a_fast_model_is_a_mode_of_another(self):
+        trimmed = self.trimmed("a/m-fast", "a/m")
         fast = {"provider": {"body": {"service_tier": "priority"}, "headers": {}}}
         self.assertEqual(trimmed["a"]["models"]["m"]["experimental"], {"modes": {"fast": fast}})
+
+    def test_only_connected_providers_are_in_it(self):
+        self.assertEqual(set(self.trimmed("a/m", "opencode/free")), {"a", "login"})
 
 
 # --------------------------------------------------------------------------------------- processes
 class FaultTest(FakeCase):
     """A process that does what it should not; the next request is answered all the same."""
 
-    def fails(self, running, content, status, text):
-        got, answer = running.chat(content)
-        self.assertEqual(got, status, answer)
-        self.assertIn(text, answer["error"]["message"])
+    NOISE = r"""write('Segmentation fault\n\n{}\n[1]\n{"jsonrpc"\nhas printed this')"""
+    ORPHANS = {
+        "in its group": "do subprocess.Popen(['sleep', '5']); os._exit(0)",
+        "in a session of its own": (
+            "do subprocess.Popen(['sleep', '5'], start_new_session=True); os._exit(0)"
+        ),
+    }
+    BROKEN_LINES = {
+        "too long": "report('data', text='x' * (17 << 20))",
+        "broken off": "write(line(method='proxy/data', params=own)[:-9] + '\\n')",
+        "no JSON": "write(line(method='proxy/data', params=own)[:-3] + '}]\\n')",
+    }
+
+    def assert_fails(self, running, content, text):
+        """Check that one request fails with 502, and the next one is answered."""
+        self.assert_error(running.chat(content), 502, "opencode_failed", text)
         self.assertEqual(running.content("well"), "well")
 
-    def test_child_that_dies(self):
-        """What was handed over is not sent twice."""
-        running = self.start(spares=1)
-        self.fails(running, DIE, 502, "opencode ended: last words")
-        orphan = "do subprocess.Popen(['sleep', '5']%s); os._exit(0)"  # that holds the pipes
-        for text in ("do os._exit(3)", orphan % "", orphan % ", start_new_session=True"):
-            self.fails(running, text, 502, "opencode ended")
-        self.assertEqual(len(self.journal("post")), 8)
-        events = running.stream(DIE)
+    def test_a_child_that_dies_fails_its_answer_with_its_last_words(self):
+        self.assert_fails(self.start(spares=1), DIE, "opencode ended: last words")
+
+    def test_a_child_that_dies_ends_a_stream_with_an_error(self):
+        events = self.start().stream(DIE)
         self.assertIn({"content": "a"}, deltas_of(events))
         self.assertEqual((events[-2]["error"]["code"], events[-1]), ("opencode_failed", "[DONE]"))
 
-    def test_what_was_not_handed_over_is_given_to_another_process(self):
-        self.mode("DIES = True")
+    def test_what_was_handed_over_is_not_sent_twice(self):
         running = self.start(spares=1)
+        self.assert_fails(running, "do os._exit(3)", "opencode ended")
+        self.assertEqual(len(self.journal("post", "_exit")), 1)
+
+    def test_orphans_that_keep_the_pipes_open_hold_nobody_up(self):
+        running = self.start(spares=1)
+        for name, script in self.ORPHANS.items():
+            with self.subTest(name):
+                self.assert_fails(running, script, "opencode ended")
+
+    def test_a_request_that_was_not_asked_for_is_given_to_another_process(self):
+        self.mode("fake.before_request = 'os._exit(3)'")
+        running = self.start(spares=1, requests_per_process=100)
         self.mode("")
         self.assertEqual(running.content("well"), "well")
-        self.assertEqual([len(self.journal(kind)) for kind in ("start", "post")], [2, 1])
+        self.assertEqual(len(self.journal("start")), 2)
+        self.assertEqual(len(self.journal("post")), 1)
 
-    def test_what_comes_over_the_pipes(self):
-        """Plugins print anything, anywhere; opencode asks, which is refused; lines have a bound."""
-        noise = "write('Segmentation fault\\n\\n{}\\n[1]\\n{\"jsonrpc\"\\nhas printed this')"
-        self.mode(f"ACP and {noise}")
+    def test_a_body_that_was_not_handed_over_in_full_is_given_to_another_process(self):
+        self.mode("fake.in_request = 'os._exit(3)'")
+        running = self.start(spares=1, requests_per_process=100)
+        self.mode("")
+        text = "x" * (8 << 20)
+        self.assertEqual(running.content(text), text)
+        self.assertEqual(len(self.journal("start")), 2)
+        self.assertEqual(len(self.journal("post")), 1)
+
+    def test_a_body_that_was_given_up_is_not_sent_and_the_next_one_is_whole(self):
+        self.mode("""fake.in_request = 'note("reading"); hold("read")'""")
+        running = self.start(spares=1, requests_per_process=100, timeout=600.0)
+        with running.send("x" * (24 << 20)):
+            self.assertTrue(self.noted("reading"))
+        self.assertTrue(running.becomes(SOON, running=0))
+        self.assertTrue(self.noted("cancelled"))
+        self.let_go("read")
+        text = "y" * (8 << 20)
+        self.assertEqual(running.content(text), text)
+        self.assertEqual(self.journal("post", "xxx"), [])
+        self.assertEqual(len(self.journal("start")), 1)
+
+    def test_a_slow_body_holds_up_no_other(self):
+        slow_first = """
+if not os.path.exists(HERE + "/first"):
+    open(HERE + "/first", "w").close()
+    note("reading")
+    hold("read")
+"""
+        self.mode(f"fake.in_request = {slow_first!r}")
+        running = self.start(spares=1, requests_per_process=100, timeout=600.0)
+        slow = self.background.submit(running.content, "x" * (8 << 20))
+        self.assertTrue(self.noted("reading"))
+        text = "y" * (8 << 20)
+        self.assertEqual(running.content(text), text)
+        self.assertFalse(slow.done())
+        self.let_go("read")
+        self.assertEqual(slow.result(), "x" * (8 << 20))
+        self.assertEqual(len(self.journal("start")), 1)
+
+    def test_what_plugins_print_is_skipped_and_the_last_of_it_told(self):
+        self.mode(f"if fake.is_acp: {self.NOISE}")
         running = self.start()
-        self.assertEqual(running.content(f"do {noise}; say('well')"), "well")
-        self.fails(running, f"do {noise}; os._exit(3)", 502, "opencode ended: has printed this")
-        self.fails(running, "do write('x' * (32 << 20))", 502, "of over 16777216 bytes")
-        ask = (
-            "do out(id=9, method='fs/read_text_file', params={})\n"
-            "while 'reply refused' not in open(HERE + '/journal').read(): rest(0.02)"
-        )
-        self.assertEqual(running.content(ask), "")
-        on_stderr = "do write(('e' * 100000 + '\\n') * 200, 2); say('well')"
-        self.assertEqual(running.content(on_stderr), "well")
+        self.assertEqual(running.content(f"do {self.NOISE}; say('well')"), "well")
+        script = f"do {self.NOISE}; os._exit(3)"
+        self.assert_fails(running, script, "opencode ended: has printed this")
 
-    def test_silent_child_that_ignores_sigterm(self):
+    def test_what_opencode_asks_for_is_refused(self):
+        script = """do send(id=9, method='fs/read_text_file', params={})
+while 'reply refused' not in open(HERE + '/journal').read(): rest(0.02)"""
+        self.assertEqual(self.start().content(script), "")
+
+    def test_a_full_stderr_stops_nothing(self):
+        script = "do write(('e' * 100000 + '\\n') * 200, 2); say('well')"
+        self.assertEqual(self.start().content(script), "well")
+
+    def test_a_line_that_cannot_be_used_fails_its_answer_and_no_other(self):
+        running = self.start(spares=1, requests_per_process=100)
+        for name, script in self.BROKEN_LINES.items():
+            with self.subTest(name):
+                posts = len(self.journal("post"))
+                answer = f"do say(str(os.getpid())); hold('{name}'); say(' b')"
+                other = self.background.submit(running.content, answer)
+                self.assertTrue(self.noted("post", count=posts + 1))
+                script = f"own = {{'sessionId': session.name, 'text': 'abc'}}; {script}; rest(600)"
+                reply = running.chat(f"do note('pid', os.getpid()); {script}")
+                self.let_go(name)
+                self.assertEqual(other.result(), self.journal("pid")[-1] + " b")
+                self.assert_error(reply, 502, "opencode_failed")
+
+    def test_a_silent_provider_fails_the_request_after_the_time_out(self):
+        clock = self.wind()
+        running = self.start(spares=1, timeout=300.0)
+        answer = self.background.submit(running.chat, PAUSE)
+        self.assertTrue(self.noted("post", PAUSE))
+        clock.ahead += 301
+        self.assert_error(answer.result(), 504, "timeout", "sent nothing for 300 seconds")
+        self.assertEqual(running.content("well"), "well")
+
+    def test_a_child_that_ignores_sigterm_is_killed(self):
         self.patch(proxy, STOP_SECONDS=0.3)
         self.mode("signal.signal(signal.SIGTERM, signal.SIG_IGN)")
-        running = self.start(timeout=0.5, spares=1)
-        self.fails(running, "do time.sleep(600)", 504, "sent nothing for 0.5 seconds")
-        first = int(self.journal("start")[0])
+        running = self.start(spares=1)
+        (first,) = opencode_pids()
+        self.assertEqual(running.content("well"), "well")
         self.assertTrue(eventually(lambda: first not in opencode_pids(), SOON))
 
-    def test_pings(self):
-        """In the queue, before the first token and between tokens; an error then is an event."""
-        self.patch(proxy, PING_SECONDS=0.1)
-        running = self.start(max_concurrency=1, timeout=0.8)
-        with running.send(SLOWLY):
-            self.assertTrue(running.becomes(running=1))
-            with running.send("queued", stream=True) as waiting:
-                pieces = iter(lambda: waiting.recv(65536), b"")
-                self.assertTrue(any(b": keep-alive\n\n" in piece for piece in pieces))
-        body = chat_body("do rest(0.3); say('one'); rest(0.3); say('two'); rest(600)", stream=True)
-        data = running.request("POST", "/v1/chat/completions", body)[2]
-        self.assertTrue(data.startswith(b'data: {"id":"chatcmpl-'), data[:50])
-        for piece in re.split(b"one|two", data):
-            self.assertIn(b": keep-alive\n\n", piece)
-        self.assertEqual(sse_events(data)[-2]["error"]["code"], "timeout")
 
-    def test_clients_that_leave(self):
-        """Whatever they have sent after their request: their session ends, and nothing else."""
+class PingTest(FakeCase):
+    """A stream that is silent for long is kept alive by comments."""
+
+    PING = b": keep-alive\n"
+
+    def setUp(self):
+        super().setUp()
+        self.clock = self.wind()
+
+    @contextlib.contextmanager
+    def silence(self):
+        """Let more time pass, again and again, than a stream may be silent."""
+        is_over = threading.Event()
+
+        def pass_time():
+            while not is_over.wait(0.05):
+                self.clock.ahead += proxy.PING_SECONDS
+
+        passing = self.background.submit(pass_time)
+        try:
+            yield
+        finally:
+            is_over.set()
+            passing.result()
+
+    def assert_ping(self, connection):
+        """Wait for a ping; return the answer, of which it is the last line that was read."""
+        with self.silence():
+            answer = connection.getresponse()
+            lines_until(answer, self.PING)
+        return answer
+
+    def test_pings_in_the_queue(self):
+        running = self.start(max_concurrency=1, timeout=86400.0)
+        with running.send(PAUSE):
+            self.assertTrue(self.noted("post", PAUSE))
+            with running.streaming("queued") as connection:
+                self.assertTrue(running.becomes(waiting=1))
+                self.assert_ping(connection)
+
+    def test_pings_before_the_first_token_and_between_tokens(self):
+        running = self.start(timeout=86400.0)
+        script = "do hold('one'); say('first'); hold('two'); say('second')"
+        with running.streaming(script) as connection:
+            self.assertTrue(self.noted("post"))
+            answer = self.assert_ping(connection)
+            self.let_go("one")
+            lines_until(answer, b'"first"')
+            with self.silence():
+                lines_until(answer, self.PING)
+            self.let_go("two")
+            lines_until(answer, b'"second"')
+
+    def test_a_stream_begins_with_the_role_and_not_with_a_ping(self):
+        running = self.start(timeout=86400.0)
+        with running.streaming("do hold()") as connection:
+            self.assertTrue(self.noted("post"))
+            with self.silence():
+                answer = connection.getresponse()
+                self.assertEqual(answer.readline()[:22], b'data: {"id":"chatcmpl-')
+
+    def test_an_error_after_pings_is_an_event(self):
+        running = self.start(timeout=86400.0)
+        with running.streaming("do hold()") as connection:
+            self.assertTrue(self.noted("post"))
+            answer = self.assert_ping(connection)
+            self.clock.ahead += 86401
+            lines_until(answer, b'"code":"timeout"')
+            lines_until(answer, b"data: [DONE]")
+
+
+class LeavingTest(FakeCase):
+    """Clients that leave, or read late: their session ends, and nothing else."""
+
+    PIPELINED = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    LONG = "data(chunk({'content': 'tok ' * 1000}) * 800)"  # 3.2 MB
+    # Row: what is sent after the request, whether it is streamed.
+    LEAVERS = {
+        "streamed": (b"", True),
+        "whole": (b"", False),
+        "with an empty line": (b"\r\n", True),
+        "with another request": (PIPELINED, False),
+    }
+
+    def test_a_client_that_leaves_ends_its_session_and_no_other(self):
         running = self.start(timeout=600.0, spares=1, requests_per_process=100)
         pid = running.content(PID)
-        pipelined = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        cases = ((b"", True), (b"", False), (b"\r\n", True), (pipelined, False))
-        for number, (after, stream) in enumerate(cases, 1):
-            with running.send(PAUSE, after, stream=stream):
-                self.assertTrue(eventually(lambda: len(self.journal("post", PAUSE)) == number))
-            self.assertTrue(running.becomes(SOON, running=0), after)
-            expected = [f"{pid} {PAUSE}"] * number
-            self.assertTrue(eventually(lambda: self.journal("cancelled", PAUSE) == expected))
+        for number, (name, (after, stream)) in enumerate(self.LEAVERS.items(), 1):
+            with self.subTest(name):
+                with running.send(PAUSE, after, stream=stream):
+                    self.assertTrue(self.noted("post", PAUSE, number))
+                self.assertTrue(running.becomes(SOON, running=0))
+                self.assertTrue(self.noted("cancelled", PAUSE, number))
+        self.assertEqual(self.journal("cancelled", PAUSE), [f"{pid} {PAUSE}"] * number)
         self.assertEqual(running.content(PID), pid)
 
-    def test_children_that_do_not_read_their_prompt(self):
-        """Clients that leave are noticed then, too; at last the request fails."""
-        self.patch(proxy, FIFO_SECONDS=600.0)
-        self.mode("DEAF = True")
-        running = self.start(timeout=600.0)
-        with running.send("x" * (5 << 20)):
-            self.assertTrue(eventually(lambda: self.journal("deaf")))
+    def test_a_client_that_leaves_while_opencode_does_not_go_on_is_noticed(self):
+        self.mode("fake.before_request = 'note(\"stuck\"); rest(600)'")
+        running = self.start(timeout=600.0, spares=1, requests_per_process=100)
+        with running.send("x"):
+            self.assertTrue(self.noted("stuck"))
         self.assertTrue(running.becomes(SOON, running=0))
-        self.patch(proxy, FIFO_SECONDS=0.2)
-        self.assertEqual(running.chat("x" * (5 << 20))[0], 502)
+        self.assertTrue(self.noted("cancelled"))
+        self.assertEqual(self.journal("post"), [])
+
+    def test_an_opencode_that_does_not_go_on_fails_the_request_at_last(self):
+        clock = self.wind()
+        self.mode("fake.before_request = 'note(\"stuck\"); rest(600)'")
+        running = self.start(timeout=600.0)
+        answer = self.background.submit(running.chat, "x")
+        for attempt in range(proxy.MAX_ATTEMPTS):
+            self.assertTrue(self.noted("stuck", count=attempt + 1))
+            clock.ahead += proxy.START_SECONDS + 1
+        self.assert_error(answer.result(), 502, "opencode_failed", "did not go on within")
         self.assertEqual(self.journal("post"), [])
 
     def test_clients_that_read_late_get_everything_and_fill_no_memory(self):
         running = self.start(timeout=600.0)
-        text = "do hold(); data(chunk({'content': 'tok '}) * 40000)"  # 3.4 MB
-        with running.send(text, b"GET / HTTP/1.0\r\n\r\n", stream=True, n=2) as client:
-            self.assertTrue(eventually(lambda: len(self.journal("post")) == 2))
+        script = f"do hold(); {self.LONG}"
+        after = b"GET / HTTP/1.0\r\n\r\n"
+        with running.send(script, after, stream=True, n=2) as client:
+            self.assertTrue(self.noted("post", count=2))
             tracemalloc.start()
             self.addCleanup(tracemalloc.stop)
             self.let_go()
             self.assertTrue(eventually(lambda: len(set(self.journal("waits"))) == 2))
-            time.sleep(0.5)  # in which all of it would come
-            self.assertLess(tracemalloc.get_traced_memory()[1], 5 << 20)
+            self.assertLess(tracemalloc.get_traced_memory()[1], 8 << 20)
             tracemalloc.stop()
             data = b"".join(iter(lambda: client.recv(1 << 20), b""))
-        self.assertEqual(data.count(b'"content":"tok "'), 80000)
+        self.assertEqual(data.count(b"tok "), 1600000)
+
+    def test_a_slow_client_runs_into_no_time_out_of_the_provider(self):
+        """What has come lies unread meanwhile, of two choices."""
+        clock = self.wind()
+        running = self.start(timeout=20.0)
+        with running.streaming(f"do {self.LONG}", n=2) as connection:
+            self.assertTrue(eventually(lambda: len(set(self.journal("waits"))) == 2))
+            clock.ahead += 21
+            data = connection.getresponse().read()
+        self.assertNotIn(b'"error"', data)
+        self.assertEqual(data.count(b"tok "), 1600000)
+
+    def test_a_slow_client_gets_the_usage_that_the_provider_counted(self):
+        """One choice's usage lies unread while the client does not take the other's text."""
+        clock = self.wind()
+        self.patch(proxy, FINISH_SECONDS=40.0)
+        running = self.start(timeout=600.0)
+        script = """do
+if order == 0:
+    hold("finished")
+    data(chunk({"content": "tok " * 1000}) * 800)
+else:
+    say("first")
+    data(chunk({}, "stop"))
+    hold("usage")
+"""
+        options = {"include_usage": True}
+        with running.streaming(script, n=2, stream_options=options) as connection:
+            answer = connection.getresponse()
+            lines_until(answer, b'"first"')
+            self.let_go("finished")
+            self.assertTrue(self.noted("waits"))
+            self.let_go("usage")
+            self.assertTrue(self.noted("answered"))
+            clock.ahead += 41
+            data = answer.read()
+        self.assertIn(b'"completion_tokens":2000', data)
 
 
 class StartTest(FakeCase):
+    """Starts that fail, stall or come early."""
+
+    INVALID = r"\x1b[91mError: \x1b[0mopencode.json is not valid JSON(C)"
+    # Row: how opencode is, what the program says of it.
+    USELESS = {
+        "invalid configuration": (
+            f"if not fake.is_acp: sys.exit('{INVALID}')",
+            "Error: opencode.json is not valid",
+        ),
+        "no models": (
+            r"if not fake.is_acp: sys.exit(print('a/b\n{}'))",
+            "opencode cannot be used: ",
+        ),
+        "ends at once": (FAILS, "opencode ended: no memory"),
+        "old version": ("fake.version = '1.16.9'", "1.16.9 is too old: 1.17.0 or newer"),
+        "no plugin": ("fake.loads_plugin = False", "did not load the proxy's plugin"),
+        "no request": (
+            "fake.reaches_model = False",
+            "did not reach the model in the start-up proof",
+        ),
+    }
+
     def test_what_does_not_work_is_said(self):
-        self.patch(proxy, START_SECONDS=0.7)
-        invalid = "\\x1b[91mError: \\x1b[0mopencode.json is not valid JSON(C)"
-        for mode, text in (
-            (f"ACP or sys.exit('{invalid}')", "Error: opencode.json is not valid"),
-            ("ACP or sys.exit(print('a/b\\n{}'))", "opencode cannot be used: "),
-            ("ACP and sys.exit('no memory')", "opencode ended: no memory"),
-            ("ACP and time.sleep(9)", "opencode did not answer initialize within"),
-            ("VERSION = '1.16.9'", "1.16.9 is too old: 1.17.0 or newer"),
-            ("LOADS = False", "did not load the proxy's plugin"),
-            ("WARMS = False", "did not reach the model in the start-up proof"),
-        ):
-            with self.subTest(mode), self.assertRaisesRegex(proxy.StartError, re.escape(text)):
+        for name, (mode, text) in self.USELESS.items():
+            with self.subTest(name), self.assertRaisesRegex(proxy.StartError, re.escape(text)):
                 self.mode(mode)
                 self.start()
+
+    def test_an_opencode_that_does_not_answer_is_said(self):
+        self.patch(proxy, START_SECONDS=0.7)
+        self.mode("if fake.is_acp: time.sleep(600)")
+        text = "opencode did not answer initialize within"
+        with self.assertRaisesRegex(proxy.StartError, text):
+            self.start()
+
+    def test_a_program_that_cannot_be_run_is_said(self):
         self.fake.write_text("#!/no/such/interpreter\n")
         with self.assertRaisesRegex(proxy.StartError, "cannot be run"):
             self.start()
 
-    def test_not_logged_in_and_then_logged_in(self):
-        self.mode("NAMES = ['opencode/free']")
+    def test_a_login_that_is_missing_is_said_and_noticed_when_it_comes(self):
+        self.mode("fake.names = ['opencode/free']")
         running = self.start(spares=1)
-        self.assertEqual(running.chat()[1]["error"]["code"], "provider_not_logged_in")
+        self.assert_error(running.chat(), 503, "provider_not_logged_in")
         self.assertIn("opencode auth login", running.health()["reason"])
         self.mode("")
         self.auth.write_text('{"github-copilot":{}}')
         self.assertEqual(running.content("now"), "now")
 
-    def test_models_that_a_session_does_not_offer(self):
-        model = "github-copilot/gpt-4.1"  # of the command line: opencode is told of it
-        status, answer = self.start(model=model).chat()
-        self.assertEqual((status, answer["error"]["code"]), (404, "model_not_found"))
-        self.mode("ACP and 'OPENCODE_MODELS_PATH' in os.environ and NAMES.pop()")
-        self.assertEqual(self.start().content("x", model="local/m"), "x")  # the catalog is at fault
+    def test_a_model_that_a_session_does_not_offer_is_refused(self):
+        running = self.start(model="github-copilot/gpt-4.1")  # opencode is told of it
+        self.assert_error(running.chat(), 404, "model_not_found")
 
     def test_early_requests_wait_for_the_proof(self):
         with unittest.mock.patch.object(proxy.Pool, "prove"):
@@ -2914,115 +3415,235 @@ class StartTest(FakeCase):
         running.pool.prove()
         self.assertEqual(early.result(), "well")
 
-    def test_directories_that_killed_proxies_left(self):
-        dead = subprocess.Popen(["true"])
-        dead.wait()
-        for name in (f"{dead.pid}-x", "9" * 30, "x", "-1-", f"{os.getpid()}-mine"):
-            (self.tmp / f"opencode-proxy-{name}").mkdir()
-        self.start().close()
-        self.assertEqual(len([*self.tmp.iterdir()]), 4)
-        self.assertEqual([*self.tmp.glob(f"*-{dead.pid}-x")], [])
-        shutil.rmtree(self.tmp)
-
-    def test_opencode_that_stops_working_and_is_repaired(self):
-        """/health tells it, whether there are spares or not."""
+    def test_an_opencode_that_stops_working_and_is_repaired_is_told_by_health(self):
         self.patch(proxy, TEND_SECONDS=0.1, MAX_RETRY_SECONDS=0.1)
+        reason = "opencode does not start: opencode ended: no memory"
         for spares in (0, 1):
-            running = self.start(spares=spares)
-            self.mode("ACP and sys.exit('no memory')")
-            for pid in opencode_pids():
-                os.kill(pid, signal.SIGKILL)
-            self.assertTrue(eventually(lambda: running.chat()[0] == 502))
-            reason = "opencode does not start: opencode ended: no memory"
-            self.assertTrue(running.becomes(http=503, status="unhealthy", reason=reason))
-            self.mode("")
-            self.assertEqual(running.content("well"), "well")
-            self.assertTrue(running.becomes(http=200, status="healthy"))
-            running.close()
+            with self.subTest(spares=spares):
+                self.mode("")
+                running = self.start(spares=spares)
+                self.mode(FAILS)
+                for pid in opencode_pids():
+                    os.kill(pid, signal.SIGKILL)
+                self.assertTrue(eventually(lambda: running.chat()[0] == 502))
+                self.assertTrue(running.becomes(http=503, status="unhealthy", reason=reason))
+                self.mode("")
+                self.assertEqual(running.content("well"), "well")
+                self.assertTrue(running.becomes(http=200, status="healthy"))
+                running.close()
 
-    def test_opencode_that_does_not_start_for_a_day(self):
-        self.patch(proxy, TEND_SECONDS=0.05, MAX_RETRY_SECONDS=0.0)
+    def test_starts_that_fail_a_thousand_times_end_nothing(self):
+        self.patch(proxy, TEND_SECONDS=0.01, MAX_RETRY_SECONDS=0.0)
         running = self.start(spares=1)
-        os.kill(opencode_pids()[0], signal.SIGKILL)
-        broken = BlockingIOError(11, "Resource temporarily unavailable")
-        with unittest.mock.patch.object(subprocess, "Popen", side_effect=broken) as popen:
-            self.assertTrue(eventually(lambda: popen.call_count > 1030))
-            self.assertEqual(running.chat()[1]["error"]["code"], "opencode_failed")
+        full = OSError(28, "No space left on device")
+        with unittest.mock.patch.object(tempfile, "mkdtemp", side_effect=full) as mkdtemp:
+            os.kill(opencode_pids()[0], signal.SIGKILL)
+            self.assertTrue(eventually(lambda: mkdtemp.call_count > 1030))
+            self.assert_error(running.chat(), 502, "opencode_failed", "No space left on device")
         self.assertEqual(running.content("well"), "well")
 
     def test_starts_that_stall_hold_nobody_up(self):
         running = self.start()
-        disk, start = threading.Event(), subprocess.Popen
-        with unittest.mock.patch.object(subprocess, "Popen") as popen:
-            popen.side_effect = lambda *words, **more: disk.wait(DEADLINE) and start(*words, **more)
-            asked = self.background.submit(running.content, "well")
+        disk = threading.Event()
+        start = subprocess.Popen
+
+        def stalled_start(*words, **more):
+            disk.wait(DEADLINE)
+            return start(*words, **more)
+
+        with unittest.mock.patch.object(subprocess, "Popen", side_effect=stalled_start):
+            answer = self.background.submit(running.content, "well")
             self.assertTrue(running.becomes(SOON, waiting=1))
             with running.send("x"):
                 self.assertTrue(running.becomes(SOON, waiting=2))
             self.assertTrue(running.becomes(SOON, waiting=1))
             disk.set()
-            self.assertEqual(asked.result(), "well")
+            self.assertEqual(answer.result(), "well")
 
-    def test_orphans_in_a_container_are_taken_leave_of(self):
-        orphan, here = subprocess.Popen(["true"]), os.getpid()
-        with unittest.mock.patch.object(os, "getpid", return_value=1):
-            gone = eventually(lambda: proxy.reap_orphans(set()) or not children(here), SOON)
-        self.assertTrue(gone)
-        orphan.wait()
+    # -- back-off, and what the machine refuses
+
+    def crowd(self, running, script):
+        """Let one answer fill its process; others wait for a start then."""
+        self.patch(proxy, MAX_TURNS_PER_PROCESS=1)
+        answer = self.background.submit(running.content, script)
+        self.assertTrue(self.noted("post"))
+        return answer
+
+    def test_a_waiting_request_fails_after_a_few_failed_starts(self):
+        self.patch(proxy, MAX_RETRY_SECONDS=0.1)
+        running = self.start()
+        answer = self.crowd(running, "do hold(); say('first')")
+        before = len(self.journal("start"))
+        self.mode(FAILS)
+        self.assert_error(running.chat(), 502, "opencode_failed", "no memory")
+        self.assertLessEqual(len(self.journal("start")), before + proxy.MAX_ATTEMPTS)
+        self.let_go()
+        self.assertEqual(answer.result(), "first")
+
+    def test_starts_that_fail_pause_although_requests_wait(self):
+        pause = 0.5
+        self.patch(proxy, MAX_RETRY_SECONDS=pause)
+        running = self.start()
+        answer = self.crowd(running, "do hold(); say('first')")
+        self.mode("if fake.is_acp: note('failed', time.monotonic()); sys.exit('no memory')")
+        self.assertEqual(running.chat()[0], 502)
+        self.let_go()
+        answer.result()
+        times = [float(text) for text in self.journal("failed")]
+        self.assertGreater(len(times), 1)
+        for earlier, later in zip(times, times[1:]):
+            self.assertGreaterEqual(later - earlier, 0.9 * pause)  # it takes some time to start
+
+    def without_threads(self):
+        """Return a patch under which the program gets no threads, but connections do."""
+        refused = RuntimeError("can't start new thread")
+        names = {**vars(threading), "Thread": unittest.mock.Mock(side_effect=refused)}
+        return unittest.mock.patch.object(proxy, "threading", types.SimpleNamespace(**names))
+
+    def test_a_refused_thread_of_a_process_fails_the_request_and_is_no_end(self):
+        self.patch(proxy, MAX_RETRY_SECONDS=0.1)
+        running = self.start()
+        with self.without_threads():
+            self.assert_error(running.chat(), 502, "opencode_failed", "can't start new thread")
+        self.assertTrue(running.becomes(running=0, waiting=0))
+        self.assertEqual(running.content("well"), "well")
+
+    def test_a_refused_thread_of_a_choice_fails_the_request_and_is_no_end(self):
+        running = self.start(spares=1, requests_per_process=100)
+        with self.without_threads():
+            status, answer = running.chat("x", n=2)
+        self.assertIn(status, (500, 502, 503))
+        self.assertIn("error", answer)
+        self.assertTrue(running.becomes(running=0, waiting=0))
+        self.assertEqual(running.content("well"), "well")
+
+    def test_a_refused_limit_of_files_does_not_matter(self):
+        for error in (ValueError("not allowed"), PermissionError(1, "not permitted")):
+            with self.subTest(repr(error)):
+                with unittest.mock.patch.object(resource, "setrlimit", side_effect=error):
+                    running = self.start()
+                self.assertEqual(running.content("well"), "well")
+
+
+class DirectoryTest(FakeCase):
+    """The private directory: who owns it, what is left of it, what is made again."""
+
+    def leave_one(self):
+        """Return the private directory that a killed proxy has left."""
+        before = set(self.tmp.iterdir())
+        script = "import os, opencode_proxy as p; o = p.Opencode('x'); os.kill(os.getpid(), 9)"
+        variables = {**os.environ, "TMPDIR": str(self.tmp), "PYTHONPATH": str(HERE)}
+        killed = subprocess.run([sys.executable, "-c", script], env=variables, check=False)
+        self.assertEqual(killed.returncode, -signal.SIGKILL)
+        (left,) = set(self.tmp.iterdir()) - before
+        return left
+
+    def test_what_a_killed_proxy_left_is_removed(self):
+        left = self.leave_one()
+        self.start()
+        self.assertFalse(left.exists())
+
+    def test_what_a_killed_proxy_of_the_same_pid_left_is_removed(self):
+        """In a container all of them are process 1."""
+        left = self.leave_one()
+        renamed = left.with_name(re.sub(r"-\d+-", f"-{os.getpid()}-", left.name))
+        left.rename(renamed)
+        self.start()
+        self.assertFalse(renamed.exists())
+
+    def test_what_a_living_proxy_owns_is_not_removed(self):
+        """Whatever its pid means here: it may have another namespace."""
+        first = self.start()
+        (own,) = self.tmp.iterdir()
+        with unittest.mock.patch.object(os, "kill", side_effect=ProcessLookupError):
+            second = self.start()
+        self.assertTrue(own.exists())
+        self.assertEqual(first.content("well"), "well")
+        self.assertEqual(second.content("well"), "well")
+
+    def test_what_another_proxy_is_just_making_is_not_removed(self):
+        new = self.tmp / (proxy.PrivateDirectory.PREFIX + "new")
+        new.mkdir()
+        self.start()
+        self.assertTrue(new.exists())
+        new.rmdir()
+
+    def test_what_a_cleaner_of_temp_folders_removes_is_made_again(self):
+        self.patch(proxy, TEND_SECONDS=0.1)
+        for spares in (0, 1):
+            with self.subTest(spares=spares):
+                running = self.start(spares=spares)
+                self.assertTrue(eventually(lambda: len(opencode_pids()) == spares))
+                for path in self.tmp.iterdir():
+                    shutil.rmtree(path, ignore_errors=True)
+                self.assertTrue(eventually(lambda: running.chat("well")[0] == 200))
+                self.assertEqual(running.content("again"), "again")
+                running.close()
+
+    def test_a_home_that_could_not_be_made_is_removed(self):
+        def homes():
+            return list(self.tmp.rglob("process-*"))
+
+        running = self.start()
+        self.assertTrue(eventually(lambda: not homes()))
+        full = OSError(28, "No space left on device")
+        with unittest.mock.patch.object(pathlib.Path, "symlink_to", side_effect=full):
+            self.assert_error(running.chat(), 502, "opencode_failed", "No space left on device")
+        self.assertEqual(homes(), [])
+        self.assertEqual(running.content("well"), "well")
 
 
 class LoadTest(FakeCase):
     """Who is answered by which process, and when one starts or ends."""
 
-    def only(self, running, **expected):
-        """Wait until nothing is answered and one process is left; return its pid."""
-        self.assertTrue(running.becomes(running=0, **expected))
-        self.assertTrue(eventually(lambda: len(opencode_pids()) == 1))
-        return opencode_pids()[0]
+    def test_a_process_serves_as_many_requests_as_it_may(self):
+        for limit in (1, 3):
+            with self.subTest(limit=limit):
+                running = self.start(spares=1, requests_per_process=limit)
+                pids = [self.only(running, spares=1)]
+                for _ in range(2):
+                    answers = {running.content(PID) for _ in range(limit)}
+                    self.assertEqual(answers, {str(pids[-1])})
+                    self.assertTrue(eventually(lambda: pids[-1] not in opencode_pids()))
+                    pids.append(self.only(running, spares=1))
+                self.assertEqual(self.journal("start")[-3:], [str(pid) for pid in pids])
+                running.close()
 
-    def test_requests_per_process(self):
-        for most in (1, 3):
-            running = self.start(spares=1, requests_per_process=most)
-            pids = [self.only(running, spares=1)]
-            for _ in range(2):
-                self.assertEqual({running.content(PID) for _ in range(most)}, {str(pids[-1])})
-                pids.append(self.only(running, spares=1))
-            self.assertEqual(self.journal("start")[-3:], [str(pid) for pid in pids])
-            running.close()
-
-    def test_requests_of_a_burst_share(self):
-        """No process starts while answers wait for their first token."""
+    def test_requests_of_a_burst_share_a_process(self):
+        """None starts while answers wait for their first token."""
         running = self.start(spares=1)
         used = self.only(running, spares=1)
         texts = [f"do hold(); say('{number}')" for number in range(16)]
         answers = self.background.submit(at_once, running.content, texts)
-        self.assertTrue(eventually(lambda: len(self.journal("post")) == 16))
+        self.assertTrue(self.noted("post", count=16))
         self.assertEqual(self.journal("start"), [str(used)])
         self.let_go()
         self.assertEqual(answers.result(), [str(number) for number in range(16)])
-        self.assertNotEqual(self.only(running, spares=1), used)
+        self.assertTrue(eventually(lambda: used not in opencode_pids()))
+        self.only(running, spares=1)
         self.assertEqual(len(self.journal("start")), 2)
-        with running.send(PAUSE):  # one starts when the only answer has begun
-            self.assertTrue(running.becomes(SOON, running=1, spares=1))
 
-    def test_queue(self):
+    def test_a_process_starts_when_the_only_answer_has_begun(self):
+        running = self.start(spares=1)
+        with running.send(PAUSE):
+            self.assertTrue(running.becomes(running=1, spares=1))
+
+    def test_the_queue_is_answered_in_order_and_has_an_end(self):
         running = self.start(max_concurrency=1, max_queue=2)
         answers = []
         for number in range(3):
-            text = f"do hold(); say('{number}')"
-            answers.append(self.background.submit(running.content, text))
+            script = f"do hold(); say('{number}')"
+            answers.append(self.background.submit(running.content, script))
             self.assertTrue(running.becomes(running=1, waiting=number))
-        status, answer = running.chat()
-        self.assertEqual((status, answer["error"]["code"]), (503, "queue_full"))
+        self.assert_error(running.chat(), 503, "queue_full")
         self.let_go()
         self.assertEqual([answer.result() for answer in answers], ["0", "1", "2"])
         self.assertEqual([post[-3] for post in self.journal("post")], ["0", "1", "2"])
 
-    def test_waiting_clients_that_leave(self):
-        """Their places are free, and nothing of their prompts is left in memory."""
+    def test_waiting_clients_that_leave_free_their_places_and_their_prompts(self):
         running = self.start(max_concurrency=1, max_queue=24, timeout=600.0)
         with running.send(PAUSE):
-            self.assertTrue(eventually(lambda: self.journal("post")))
+            self.assertTrue(self.noted("post"))
             tracemalloc.start()
             self.addCleanup(tracemalloc.stop)
             clients = [running.send("x" * (5 << 20)) for _ in range(24)]
@@ -3032,57 +3653,666 @@ class LoadTest(FakeCase):
                 client.close()
             self.assertTrue(running.becomes(SOON, waiting=0))
             self.assertTrue(eventually(lambda: tracemalloc.get_traced_memory()[0] < 10 << 20, SOON))
+            tracemalloc.stop()
         self.assertEqual(running.content("well"), "well")
 
-    def test_choices_share_a_process_and_stop_without_it(self):
-        self.patch(proxy, CUT_SECONDS=0.2)
+    def test_choices_share_a_process(self):
         running = self.start(max_concurrency=1, max_queue=0, spares=1, requests_per_process=100)
-        pid = running.content(PID)
-        for index, choice in enumerate(running.chat(SLOWLY, n=2, stop=["5 6"])[1]["choices"]):
-            self.assertEqual((choice["index"], choice["finish_reason"]), (index, "stop"))
-            self.assertEqual(choice["message"]["content"], "0 1 2 3 4 ")
-        expected = [f"{pid} {SLOWLY}"] * 2
-        self.assertTrue(eventually(lambda: self.journal("cancelled", SLOWLY) == expected))
-        self.assertEqual(running.content(PID), pid)
-        self.assertEqual(running.chat(DIE, n=3)[0], 502)
+        _, answer = running.chat(PID, n=3)
+        texts = {choice["message"]["content"] for choice in answer["choices"]}
+        self.assertEqual(texts, {running.content(PID)})
+        self.assertEqual(sorted(choice["index"] for choice in answer["choices"]), [0, 1, 2])
 
-    def test_processes_that_died_or_grew_are_replaced(self):
+    def test_choices_stop_each_for_itself_and_the_process_goes_on(self):
+        self.patch(proxy, CUT_SECONDS=0.2)
+        running = self.start(spares=1, requests_per_process=100)
+        pid = running.content(PID)
+        for choice in running.chat(SLOWLY, n=2, stop=["5 6"])[1]["choices"]:
+            self.assertEqual(choice["finish_reason"], "stop")
+            self.assertEqual(choice["message"]["content"], "0 1 2 3 4 ")
+        self.assertTrue(self.noted("cancelled", SLOWLY, 2))
+        self.assertEqual(self.journal("cancelled", SLOWLY), [f"{pid} {SLOWLY}"] * 2)
+        self.assertEqual(running.content(PID), pid)
+
+    def test_a_choice_that_fails_fails_its_request(self):
+        running = self.start(spares=1)
+        self.assert_error(running.chat(DIE, n=3), 502, "opencode_failed")
+        self.assertEqual(running.content("well"), "well")
+
+    # -- replacing
+
+    def assert_replaced(self, running, old):
+        """Check that a process ends, and another one answers."""
+        self.assertTrue(eventually(lambda: old not in opencode_pids()))
+        self.assertNotEqual(running.content(PID), str(old))
+
+    def test_a_process_that_died_is_replaced(self):
         self.patch(proxy, TEND_SECONDS=0.1, MAX_RETRY_SECONDS=0.1)
         running = self.start(spares=1, requests_per_process=100)
         os.kill(self.only(running), signal.SIGKILL)
-        self.assertTrue(eventually(lambda: len(self.journal("start")) == 2))
-        for limit in {"WORN_SECONDS": 0.5}, {"WORN_PROCESS_BYTES": 9}, {"MAX_PROCESS_BYTES": 9}:
-            with self.subTest(limit), unittest.mock.patch.multiple(proxy, **limit):
+        self.assertTrue(self.noted("start", count=2))
+        self.assertEqual(running.content("well"), "well")
+
+    def test_a_process_that_grew_old_is_replaced(self):
+        clock = self.wind()
+        self.patch(proxy, TEND_SECONDS=0.1)
+        running = self.start(spares=1, requests_per_process=100)
+        old = self.only(running)
+        clock.ahead += proxy.WORN_SECONDS + 1
+        self.assert_replaced(running, old)
+
+    def test_a_process_that_grew_while_it_served_is_replaced(self):
+        self.patch(proxy, TEND_SECONDS=0.1)
+        for growth in (proxy.WORN_GROWTH_BYTES, proxy.MAX_GROWTH_BYTES):
+            with self.subTest(growth=growth):
+                running = self.start(spares=1, requests_per_process=100)
                 old = self.only(running)
                 self.assertEqual(running.content(PID), str(old))
-                self.assertTrue(eventually(lambda: old not in opencode_pids()))
+                size = growth + (1 << 30)
+                with unittest.mock.patch.object(proxy.Child, "memory", return_value=size):
+                    self.assert_replaced(running, old)
+                running.close()
 
-    def test_changed_files_of_the_user_renew_everything(self):
-        self.patch(proxy, TEND_SECONDS=0.1)
+    def test_a_fresh_process_of_any_size_is_kept(self):
+        self.patch(proxy, TEND_SECONDS=0.05)
+        with unittest.mock.patch.object(proxy.Child, "memory", return_value=4 << 30) as memory:
+            running = self.start(spares=1)
+            fresh = self.only(running)
+            self.assertTrue(eventually(lambda: memory.call_count > 20))
+            self.assertEqual(self.journal("start"), [str(fresh)])
+            self.assertEqual(running.content(PID), str(fresh))
+
+    def test_processes_that_nobody_needs_end_one_by_one(self):
+        """Two fresh ones with one spare: one of them stays."""
+        self.patch(proxy, MAX_TURNS_PER_PROCESS=1)
+        running = self.start(spares=1)
+        first = self.only(running)
+        with running.send("do say('a'); hold()") as busy:
+            self.assertTrue(self.noted("post"))
+            self.mode("while not os.path.exists(HERE + '/start'): time.sleep(0.02)")
+            with running.send("x"), running.send("y"):
+                self.assertTrue(running.becomes(waiting=2))
+                self.assertTrue(self.noted("start", count=3))
+            self.assertTrue(running.becomes(waiting=0))
+            self.let_go("start")
+            others = {int(pid) for pid in self.journal("start")} - {first}
+            self.assertTrue(eventually(lambda: len(others & set(opencode_pids())) == 1))
+            self.let_go()
+            lines_until(busy.makefile("rb"), b'"chat.completion"')
+        self.assertIn(int(running.content(PID)), others)
+
+    # -- processes that fail a turn
+
+    def test_a_process_that_fails_a_turn_is_given_no_waiting_one(self):
+        self.mode("fake.makes_sessions = False")
+        running = self.start(spares=1, max_concurrency=1, requests_per_process=100)
+        self.mode("")
+        first = self.only(running)
+        texts = ("first", "second")
+        self.assertEqual(at_once(running.content, texts), list(texts))
+        sessions = [note for note in self.journal("session") if note.startswith(f"{first} ")]
+        self.assertEqual(len(sessions), 2)  # of its proof and of the turn that it failed
+
+    def test_a_process_that_hangs_after_the_hand_over_serves_nothing_more(self):
+        clock = self.wind()
+        running = self.start(spares=1, requests_per_process=100, timeout=30.0)
+        first = self.only(running)
+        answer = self.background.submit(running.chat, "do hold('never')")
+        self.assertTrue(self.noted("post"))
+        os.kill(first, signal.SIGSTOP)
+        clock.ahead += 31
+        self.assert_error(answer.result(), 504, "timeout")
+        self.assertEqual(running.content("well"), "well")
+        self.assertTrue(eventually(lambda: first not in opencode_pids(), SOON))
+
+    def test_a_process_whose_stdout_has_ended_is_given_no_turn(self):
+        self.mode("signal.signal(signal.SIGTERM, signal.SIG_IGN)")
+        running = self.start(spares=1, requests_per_process=100)
+        self.mode("")
+        first = self.only(running)
+        self.assertEqual(running.content("first"), "first")
+        self.patch(proxy, STOP_SECONDS=600.0, START_SECONDS=600.0)  # it is there for long
+        self.stack.callback(os.kill, first, signal.SIGKILL)
+        (session,) = self.journal("session", str(first))[1:]
+        self.background.submit(running.chat, "do os.close(1); rest(600)")
+        self.assertTrue(self.noted("post", "os.close"))
+        self.assertEqual(running.content("second"), "second")
+        self.assertIn(first, opencode_pids())
+
+    def test_a_turn_that_leaves_while_it_is_given_a_process_leaves_that_too(self):
+        running = self.start(spares=1, max_concurrency=1, timeout=600.0)
+        for number in range(20):
+            with running.send(f"do say('a'); hold('{number}')"):
+                self.assertTrue(self.noted("post", count=number + 1))
+                with running.send("x"):
+                    self.assertTrue(running.becomes(waiting=1))
+                self.let_go(str(number))
+        self.only(running)
+
+
+class WatchTest(FakeCase):
+    """The user's files and opencode's models are watched, and everything is renewed with them."""
+
+    NEW = "one/model"
+    # What opencode may print for its models, and no program foresees.
+    ODD_LISTS = {
+        "too deep": r"""print('a/b\n{"id":' + '[' * 200000)""",
+        "an odd shape": r"""print('a/b\n' + json.dumps({**ENTRY, 'id': 'b', 'providerID': 5}))""",
+        "an odd capability": (
+            r"""print('a/b\n' + json.dumps({**ENTRY, 'id': 'b', 'providerID': 'a',"""
+            r""" 'capabilities': {**ABLE, 'input': 5, 'output': 5}}))"""
+        ),
+    }
+
+    def setUp(self):
+        super().setUp()
+        self.patch(proxy, TEND_SECONDS=0.05, MAX_RETRY_SECONDS=0.1)
+
+    def log_in(self, *providers):
+        """Change the user's logins."""
+        new = self.auth.with_suffix(".new")
+        new.write_text(json.dumps({provider: {} for provider in providers}))
+        os.replace(new, self.auth)
+
+    def assert_serves(self, running, model):
+        """Check that a model comes to be there."""
+        self.assertTrue(eventually(lambda: running.chat(model=model)[0] == 200))
+
+    def test_changed_files_renew_all_processes_and_end_no_answer(self):
         running = self.start(spares=1, requests_per_process=100)
         config = self.folder / ".config/opencode/opencode.json"
         config.parent.mkdir(parents=True)
-        for path, text in (
-            (self.auth, '{"local":{"type":"api","key":"k"}}'),
-            (config, '{"provider":{"local":{}}}'),
-        ):
-            old = self.only(running)
-            with running.send(PAUSE):
-                self.assertTrue(running.becomes(running=1))
-                path.write_text(text)
-                self.assertNotEqual(running.content(PID), str(old))
-                self.assertIn(old, opencode_pids())  # it finishes what it has begun
-            self.assertTrue(eventually(lambda: old not in opencode_pids()), text)
+        changes = {
+            self.auth: '{"local":{"type":"api","key":"k"}}',
+            config: '{"provider":{"local":{}}}',
+        }
+        for path, text in changes.items():
+            with self.subTest(path.name):
+                old = self.only(running)
+                with running.send(PAUSE):
+                    self.assertTrue(running.becomes(running=1))
+                    path.write_text(text)
+                    self.assertNotEqual(running.content(PID), str(old))
+                    self.assertIn(old, opencode_pids())  # it finishes what it has begun
+                self.assertTrue(eventually(lambda: old not in opencode_pids()))
 
-    def test_catalog_that_could_not_be_read_is_read_again(self):
-        self.patch(proxy, TEND_SECONDS=0.1, MAX_RETRY_SECONDS=0.1)
+    def test_a_catalog_that_could_not_be_read_is_read_again(self):
         running = self.start()
-        self.mode("ACP or note('models', 1) or sys.exit('no memory')")
-        self.auth.write_text('{"one/model":{}}')
-        self.assertTrue(eventually(lambda: self.journal("models")))
+        self.mode("if not fake.is_acp: note('failed', 1); sys.exit('no memory')")
+        self.log_in("one")
+        self.assertTrue(self.noted("failed"))
         self.assertEqual(running.content("well"), "well")
-        self.mode("NAMES.append('one/model')")
-        self.assertTrue(eventually(lambda: running.chat(model="one/model")[0] == 200))
+        self.mode(f"fake.names.append('{self.NEW}')")
+        self.assert_serves(running, self.NEW)
+
+    def test_whatever_goes_wrong_in_a_renewal_requests_are_answered(self):
+        running = self.start(spares=1)
+        for name, script in self.ODD_LISTS.items():
+            with self.subTest(name):
+                self.mode(f"if not fake.is_acp: note('odd', 1); {script}; sys.exit()")
+                self.log_in(name)
+                self.assertTrue(self.noted("odd"))
+                self.assertEqual(running.content("well"), "well")
+
+    def test_a_login_while_the_catalog_is_read_is_noticed(self):
+        self.mode(LISTS_LATE)
+        starting = self.background.submit(self.start, spares=1)
+        self.assertTrue(self.noted("listing"))
+        self.log_in("one")
+        self.mode(f"fake.names.append('{self.NEW}')")
+        self.let_go("list")
+        self.assert_serves(starting.result(), self.NEW)
+
+    # -- the trimmed catalog
+
+    def trimmed(self):
+        """Tell of each process, in the order of their starts, whether its catalog is trimmed."""
+        return [note == "True" for note in self.journal("trimmed")]
+
+    def mode_of_models(self, script):
+        """Let fakes note whether their catalog is trimmed, and then have other models."""
+        note = "if fake.is_acp: note('trimmed', 'OPENCODE_MODELS_PATH' in os.environ)"
+        self.mode(f"{note}\n{script}")
+
+    def test_a_model_that_the_trimmed_catalog_loses_is_offered_untrimmed(self):
+        lose = (
+            "if fake.is_acp and 'OPENCODE_MODELS_PATH' in os.environ: fake.names.remove('local/m')"
+        )
+        self.mode_of_models(lose)
+        running = self.start()
+        self.assertEqual(running.content("x", model="local/m"), "x")
+        self.assertFalse(self.trimmed()[-1])
+
+    def test_a_model_that_vanished_leaves_the_catalog_trimmed(self):
+        self.mode_of_models("")
+        running = self.start(spares=1)
+        self.mode_of_models("fake.names.remove('local/m')")
+        self.assertEqual(running.content("used"), "used")  # the next process has one model less
+        self.assertTrue(eventually(lambda: running.chat(model="local/m")[0] == 404))
+        self.assertEqual(running.content("well"), "well")
+        self.assertTrue(running.becomes(spares=1))
+        self.assertTrue(self.trimmed()[-1])
+        self.assertIsNone(running.health()["last_error"])
+
+    def test_a_renewal_trims_again(self):
+        lose = (
+            "if fake.is_acp and 'OPENCODE_MODELS_PATH' in os.environ: fake.names.remove('local/m')"
+        )
+        self.mode_of_models(lose)
+        running = self.start(spares=1)
+        self.assertEqual(running.content("x", model="local/m"), "x")
+        self.mode_of_models(f"fake.names.append('{self.NEW}')")
+        self.log_in("one")
+        self.assert_serves(running, self.NEW)
+        self.assertTrue(running.becomes(spares=1))
+        self.assertTrue(self.trimmed()[-1])
+
+    def test_a_process_with_other_models_renews_the_catalog(self):
+        """At a start before the network is there opencode has the list that it was built with."""
+        self.mode("fake.names.remove('local/m')")
+        running = self.start(spares=1)
+        self.mode(f"fake.names.append('{self.NEW}')")
+        self.assertEqual(running.content("used"), "used")
+        self.assert_serves(running, self.NEW)
+        self.assertIsNone(running.health()["last_error"])
+
+
+class ForeignTest(FakeCase):
+    """A wire format that only opencode knows: its own body goes, and it reads the answer."""
+
+    ANSWER = """do
+report("upstream", status=200, headers={})
+report("delta", type="reasoning", text="hm")
+report("delta", type="text", text="Hel")
+report("delta", type="text", text="lo")
+report("finish", finish="length", tokens={"input": 7, "output": 13, "reasoning": 7,
+                                          "cache": {"read": 4, "write": 0}})
+"""
+    MESSAGE = {
+        "role": "assistant",
+        "content": "Hello",
+        "refusal": None,
+        "reasoning_content": "hm",
+    }
+    TOOL = {"type": "function", "function": {"name": "f"}}
+    # Row: fields of a request that opencode cannot be told of, the one that is named.
+    REFUSED = {
+        "tools": ({"tools": [TOOL]}, "tools"),
+        "a format": ({"response_format": {"type": "json_object"}}, "response_format"),
+    }
+
+    def test_an_answer_that_opencode_reads(self):
+        running = self.start()
+        _, answer = running.chat(self.ANSWER, model="other/m", max_tokens=50)
+        choice = {"index": 0, "logprobs": None, "finish_reason": "length", "message": self.MESSAGE}
+        self.assertEqual(answer["choices"], [choice])
+        self.assertEqual(answer["usage"]["completion_tokens_details"]["reasoning_tokens"], 7)
+        self.assertEqual(answer["usage"]["prompt_tokens_details"]["cached_tokens"], 4)
+
+    def test_opencode_is_told_the_conversation(self):
+        messages = [{"role": "system", "content": "S"}, {"role": "user", "content": self.ANSWER}]
+        self.start().chat(model="other/m", messages=messages)
+        sent = json.loads(self.journal("sent")[-1].partition(" ")[2])
+        self.assertEqual(sent["contents"][-1]["parts"], [{"type": "text", "text": self.ANSWER}])
+
+    def test_only_the_first_request_finds_out_that_a_format_is_foreign(self):
+        running = self.start(spares=1, requests_per_process=100)
+        sessions = []
+        for _ in range(2):
+            before = len(self.journal("session"))
+            running.content(self.ANSWER, model="other/m")
+            sessions.append(len(self.journal("session")) - before)
+        self.assertEqual(sessions, [2, 1])
+        self.assertEqual(len(self.journal("post")), 2)
+
+    def test_a_refusal_that_opencode_gets_is_passed_on(self):
+        body = json.dumps({"error": {"message": "slow down"}})
+        script = f"do report('refused', status=429, headers={{}}, body={body!r})"
+        status, answer = self.start().chat(script, model="other/m")
+        self.assertEqual((status, answer["error"]["message"]), (429, "slow down"))
+
+    def test_what_opencode_cannot_be_told_is_refused(self):
+        running = self.start()
+        for name, (fields, param) in self.REFUSED.items():
+            with self.subTest(name):
+                status, answer = running.chat(model="other/m", **fields)
+                self.assertEqual((status, answer["error"]["param"]), (400, param))
+        self.assertEqual(self.journal("post"), [])
+
+
+class PassThroughTest(FakeCase):
+    """Requests in a provider's own format go there, and the answers come back, byte for byte."""
+
+    # Row: path, model, fields around the message.
+    BODIES = {
+        "responses": ("/v1/responses", RESPONSES, "input", {"reasoning": {"effort": "low"}}),
+        "messages": ("/v1/messages", MESSAGES, "messages", {"max_tokens": 7, "temperature": 1.0}),
+    }
+    ANSWER = 'event: a\r\ndata: {"text": "w\u00f6r"}\r\n\r\n: odd\n\ndata: [DONE]\n\n'
+
+    def ask(self, running, name, script, model=None, **headers):
+        """Return the answer to a request in a format, and the body that was asked with."""
+        path, own_model, messages, fields = self.BODIES[name]
+        body = {
+            "model": (model or own_model).partition("/")[2],
+            messages: [{"role": "user", "content": script}],
+            **fields,
+            "stream": True,
+        }
+        return running.request("POST", path, body, headers), body
+
+    def test_bodies_and_answers_are_not_touched(self):
+        running = self.start(spares=1, requests_per_process=100)
+        for name in self.BODIES:
+            with self.subTest(name):
+                (status, _, data), body = self.ask(running, name, f"do data({self.ANSWER!r})")
+                self.assertEqual((status, data), (200, self.ANSWER.encode()))
+                sent = json.loads(self.journal("sent")[-1].partition(" ")[2])
+                self.assertIn(sent.pop("store", False), (False,))
+                self.assertEqual(sent, body)
+
+    def test_headers_of_the_format_go_along_and_no_others(self):
+        headers = {"anthropic-beta": "a-1", "X-Private": "p"}
+        self.ask(self.start(), "messages", "do data('x')", **headers)
+        sent = json.loads(self.journal("headers")[-1].partition(" ")[2])
+        self.assertEqual(sent, {"anthropic-beta": "a-1"})
+
+    def test_refusals_are_passed_on_as_they_are(self):
+        script = (
+            "do report('refused', status=429, headers={'retry-after': '3'}, body='{\"odd\": 1}')"
+        )
+        running = self.start(spares=1, requests_per_process=100)
+        for name in self.BODIES:
+            with self.subTest(name):
+                (status, headers, data), _ = self.ask(running, name, script)
+                self.assertEqual((status, data), (429, b'{"odd": 1}'))
+                self.assertEqual(headers["Retry-After"], "3")
+
+    def test_a_model_of_another_format_is_refused(self):
+        running = self.start(spares=1, requests_per_process=100)
+        for name in self.BODIES:
+            with self.subTest(name):
+                (status, _, data), _ = self.ask(running, name, "x", model=CHAT)
+                error = json.loads(data)["error"]
+                self.assertEqual(status, 400)
+                self.assertRegex(error["message"], "gpt-5-mini .*/chat/completions")
+        self.assertEqual(self.journal("post"), [])
+
+    def test_a_model_that_is_not_there_is_refused(self):
+        running = self.start()
+        for name in self.BODIES:
+            with self.subTest(name):
+                (status, _, data), _ = self.ask(running, name, "x", model="any/gpt-none")
+                self.assertEqual(status, 404)
+                self.assertEqual("type" in json.loads(data), name == "messages")
+
+    def test_a_client_that_leaves_ends_its_session(self):
+        running = self.start(timeout=600.0)
+        body = json.dumps({"model": "gpt-5.4-mini", "stream": True, "input": PAUSE}).encode()
+        head = f"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+        with socket.create_connection(("127.0.0.1", running.port)) as client:
+            client.sendall(head.encode() + b"\r\n\r\n" + body)
+            self.assertTrue(self.noted("session", count=2))
+        self.assertTrue(running.becomes(SOON, running=0))
+
+
+class ProgramTest(FakeCase):
+    """The program as a user runs it: its output, its end, its exit code."""
+
+    def run_program(self, *arguments, start=(str(HERE / "opencode_proxy.py"),), before=()):
+        """Return the program, started with the fake opencode on a free port of loopback."""
+        options = ["--opencode", str(self.fake), "--host", "127.0.0.1", "--port", "0"]
+        program = subprocess.Popen(
+            [*before, sys.executable, *start, *options, *arguments],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            universal_newlines=True,
+            env={**os.environ, "TMPDIR": str(self.tmp)},
+        )
+        self.stack.callback(program.stderr.close)
+        self.stack.callback(program.wait)
+        self.stack.callback(program.kill)
+        return program
+
+    def client_of(self, program):
+        """Wait for the line that tells the base URL; return a client and the lines before."""
+        lines = []
+        for line in program.stderr:
+            lines.append(line)
+            found = re.search(r"base URL for apps: http://127\.0\.0\.1:(\d+)/v1$", line)
+            if found:
+                return Client(int(found[1])), lines
+        raise AssertionError(f"the program ended: {lines}")
+
+    def test_it_tells_what_runs_and_where(self):
+        program = self.run_program()
+        _, lines = self.client_of(program)
+        text = f"opencode_proxy {proxy.__version__} with opencode 1.18.33, model {CHAT}\n"
+        self.assertEqual(lines[0][len("2026-01-01 00:00:00 ") :], text)
+
+    def test_signals_end_it_with_code_0_and_nothing_is_left(self):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            with self.subTest(number.name):
+                program = self.run_program()
+                client, _ = self.client_of(program)
+                self.assertEqual(client.content("well"), "well")
+                program.send_signal(number)
+                self.assertEqual(program.wait(DEADLINE), 0)
+                self.assertEqual(list(self.tmp.iterdir()), [])
+
+    def test_a_running_answer_is_finished_before_the_end(self):
+        program = self.run_program("--grace", "600")
+        client, _ = self.client_of(program)
+        answer = self.background.submit(client.content, "do hold(); say('well')")
+        self.assertTrue(self.noted("post"))
+        program.send_signal(signal.SIGTERM)
+        self.assertTrue(eventually(lambda: not self.is_listening(client.port)))
+        self.let_go()
+        self.assertEqual(answer.result(), "well")
+        self.assertEqual(program.wait(DEADLINE), 0)
+
+    def test_a_second_signal_ends_running_answers(self):
+        program = self.run_program("--grace", "600")
+        client, _ = self.client_of(program)
+        answer = self.background.submit(client.chat, PAUSE)
+        self.assertTrue(self.noted("post"))
+        program.send_signal(signal.SIGTERM)
+        self.assertTrue(eventually(lambda: not self.is_listening(client.port)))
+        program.send_signal(signal.SIGTERM)
+        self.assert_error(answer.result(), 503, "shutting_down")
+        self.assertEqual(program.wait(DEADLINE), 0)
+
+    @staticmethod
+    def is_listening(port):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return True
+        return False
+
+    def test_an_opencode_that_does_not_work_ends_it_with_code_1_and_its_words(self):
+        self.mode(FAILS)
+        program = self.run_program()
+        self.assertEqual(program.wait(DEADLINE), 1)
+        last = program.stderr.read().splitlines()[-1]
+        self.assertEqual(last, "opencode_proxy: opencode ended: no memory")
+
+    def test_a_failed_start_tells_waiting_clients_why_and_waits_for_none(self):
+        self.mode(LISTS_LATE + "    sys.exit('no memory')")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        program = self.run_program("--grace", "600", "--port", str(port))
+        self.assertTrue(self.noted("listing"))
+        self.assertTrue(eventually(lambda: self.is_listening(port)))
+        with Client(port).send("early") as waiting:
+            self.assertTrue(Client(port).becomes(reason="starting"))
+            self.let_go("list")
+            data = b"".join(iter(lambda: waiting.recv(1 << 16), b""))
+        self.assertIn(b"no memory", data)
+        self.assertEqual(program.wait(DEADLINE), 1)
+
+    def test_a_temp_folder_that_cannot_be_written_is_said(self):
+        refused = PermissionError(13, "Permission denied")
+        with unittest.mock.patch.object(tempfile, "mkdtemp", side_effect=refused):
+            with self.assertRaisesRegex(SystemExit, "^opencode_proxy: .*Permission denied"):
+                proxy.main(["--opencode", str(self.fake), "--port", "0"])
+
+    def test_a_port_that_is_taken_is_said(self):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            program = self.run_program("--port", str(taken.getsockname()[1]))
+            self.assertEqual(program.wait(DEADLINE), 1)
+        self.assertIn("cannot listen on 127.0.0.1:", program.stderr.read())
+
+    def test_killed_it_leaves_no_opencode_behind(self):
+        program = self.run_program()
+        self.client_of(program)
+        pids = opencode_pids(program.pid)
+        self.assertTrue(pids)
+        program.kill()
+        program.wait()
+        self.assertTrue(eventually(lambda: not any(map(self.is_alive, pids))))
+        shutil.rmtree(self.tmp)
+
+    @staticmethod
+    def is_alive(pid):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        return not pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].startswith(" Z")
+
+    def isolation(self):
+        """Return the command that runs a program as process 1 of a namespace."""
+        isolate = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        if os.getuid() != 0:
+            isolate += ["--user", "--map-root-user"]
+        try:
+            trial = subprocess.run([*isolate, "true"], stderr=subprocess.DEVNULL, check=False)
+        except OSError:
+            self.skipTest("there is no unshare")
+        if trial.returncode != 0:
+            self.skipTest("namespaces are not allowed here")
+        return isolate
+
+    def test_as_process_1_it_takes_leave_of_orphans(self):
+        path = f"import sys; sys.path.insert(0, {str(HERE)!r})"
+        program = f"{path}; import opencode_proxy as p; p.TEND_SECONDS = 0.1; p.main()"
+        program = self.run_program(start=("-c", program), before=self.isolation())
+        client, _ = self.client_of(program)
+        script = (
+            "do subprocess.run(['sh', '-c', '(sleep 0.1; echo orphan 1 >>' + HERE + '/journal)&'])"
+        )
+        self.assertEqual(client.content(script), "")
+        self.assertTrue(self.noted("orphan"))
+
+        def zombies():
+            return [row for row in children(program.pid) if row[1].startswith("Z")]
+
+        self.assertTrue(eventually(lambda: not zombies(), SOON), zombies())
+        self.assertEqual(client.content("well"), "well")
+
+
+class MachineTest(unittest.TestCase):
+    """What the machine says of itself decides how processes run."""
+
+    GIB = 1 << 30
+    # Row: /proc/self/cgroup, the files that may hold a limit.
+    GROUPS = {
+        "version 2": (
+            "0::/system.slice/proxy.service\n",
+            [
+                "/sys/fs/cgroup/system.slice/proxy.service/memory.max",
+                "/sys/fs/cgroup/system.slice/memory.max",
+                "/sys/fs/cgroup/memory.max",
+            ],
+        ),
+        "version 1": (
+            "7:cpu:/a\n6:memory:/docker/b\n",
+            [
+                "/sys/fs/cgroup/memory/docker/b/memory.limit_in_bytes",
+                "/sys/fs/cgroup/memory/docker/memory.limit_in_bytes",
+                "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            ],
+        ),
+        "version 1 with others": (
+            "6:cpu,memory:/\n1:name=systemd:/\n",
+            ["/sys/fs/cgroup/memory/memory.limit_in_bytes"],
+        ),
+        "a container": ("0::/\n", ["/sys/fs/cgroup/memory.max"]),
+        "a path with a colon": (
+            "0::/a:b\n",
+            ["/sys/fs/cgroup/a:b/memory.max", "/sys/fs/cgroup/memory.max"],
+        ),
+        "none": ("", []),
+    }
+    # Row: the temp folder, where the private one is made.
+    FOLDERS = {
+        "short": ("/tmp", "/tmp"),
+        "of a user on macOS": (
+            "/var/folders/ab/" + 30 * "c" + "/T",
+            "/var/folders/ab/" + 30 * "c" + "/T",
+        ),
+        "too long": ("/var/" + 90 * "x", "/tmp"),
+        "too long in bytes": ("/var/" + 40 * "\u00f6", "/tmp"),
+    }
+
+    def test_limits_of_all_control_groups_above_are_looked_at(self):
+        for name, (groups, files) in self.GROUPS.items():
+            with self.subTest(name):
+                self.assertEqual(proxy.cgroup_limit_files(groups), files)
+
+    def test_garbage_is_collected_where_memory_is_short(self):
+        for gib, collects in ((1, "1"), (2, "1"), (3, "0"), (64, "0")):
+            with self.subTest(gib=gib):
+                variables = proxy.engine_variables(gib * self.GIB)
+                self.assertEqual(variables["BUN_JSC_useGC"], collects)
+
+    def test_the_path_of_a_socket_is_never_too_long(self):
+        for name, (temporary, folder) in self.FOLDERS.items():
+            with self.subTest(name):
+                self.assertEqual(proxy.PrivateDirectory.base_folder(temporary), folder)
+
+    def memory_by_ps(self, script):
+        """Return what a process of group 7 is told to need by a `ps` that is a script."""
+        with contextlib.ExitStack() as stack:
+            folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            (folder / "ps").write_text("#!/bin/sh\n" + script)
+            (folder / "ps").chmod(0o700)
+            path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+            stack.enter_context(unittest.mock.patch.dict(os.environ, PATH=path))
+            stack.enter_context(unittest.mock.patch.object(sys, "platform", "darwin"))
+            child = proxy.Child(None)
+            child.pid = 7
+            return child.memory()
+
+    def test_on_macos_ps_tells_the_memory_of_a_group(self):
+        rows = "echo '  7  100'; echo '  8 1000'; echo '7 20'"
+        self.assertEqual(self.memory_by_ps(rows), 120 * 1024)
+
+    def test_a_ps_that_hangs_or_fails_tells_nothing(self):
+        with unittest.mock.patch.object(proxy, "PS_SECONDS", 0.2):
+            for script in ("exec sleep 600", "exit 1", "echo rubbish"):
+                with self.subTest(script):
+                    self.assertEqual(self.memory_by_ps(script), 0)
+
+
+class OrphanTest(FakeCase):
+    """As process 1 of a container, the proxy takes leave of what processes have left behind."""
+
+    def test_orphans_are_taken_leave_of_and_own_processes_are_not(self):
+        orphan = subprocess.Popen(["true"])
+        own = subprocess.Popen(["true"])
+        self.addCleanup(orphan.wait)
+        here = os.getpid()
+
+        def zombies():
+            return {pid for pid, state, _ in children(here) if state.startswith("Z")}
+
+        self.assertTrue(eventually(lambda: {orphan.pid, own.pid} <= zombies()))
+        with unittest.mock.patch.object(os, "getpid", return_value=1):
+            proxy.reap_orphans({own.pid})
+        self.assertEqual(own.wait(), 0)
 
 
 # --------------------------------------------------------------------------------------------- http
@@ -3555,36 +4785,73 @@ SYSTEM_PROMPT = re.compile(rb"agent|opencode|working directory", re.I)
 class RealTest(RealCase):
     """What the model receives and what the client gets, on the three wire formats."""
 
-    def test_body_is_the_clients_own(self):
-        fields = {
-            "temperature": 0,
-            "top_p": 1.0,
-            "max_completion_tokens": 6,
-            "stop": ["zz"],
-            "seed": 12345678901234567890,
-            "logit_bias": {"7": 1},
-            "user": "u",
-            "store": False,
-            "metadata": {"a": "b"},
-            "unknown": {"2": [1, None], "1": 1.0},
-        }
+    FIELDS = {
+        "temperature": 0,
+        "top_p": 1.0,
+        "max_completion_tokens": 6,
+        "stop": ["zz"],
+        "seed": 12345678901234567890,
+        "logit_bias": {"7": 1},
+        "user": "u",
+        "store": False,
+        "metadata": {"a": "b"},
+        "unknown": {"2": [1, None], "1": 1.0},
+    }
+    DELTAS = (
+        '{"role":"assistant","content":""}',
+        '{"content":"Hel"}',
+        '{"content":"lo "}',
+        '{"content":"w\\u00f6r\\u2028ld"}',
+    )
+    CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    # Row: messages, opencode's headers for them: x-initiator, Copilot-Vision-Request.
+    INITIATORS = {
+        "a question": ([{"role": "user", "content": "q"}], "user", None),
+        "a picture": ([{"role": "user", "content": [PICTURE]}], "user", "true"),
+        "a tool's picture": (
+            [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "tool_calls": [CALL]},
+                {"role": "tool", "tool_call_id": "c", "content": [PICTURE]},
+            ],
+            "agent",
+            "true",
+        ),
+    }
+
+    def each_format(self):
+        """Yield (format, model), each as a subtest with a provider that was asked for nothing."""
+        for name, model in FORMATS.items():
+            with self.subTest(name):
+                self.upstream.exchanges.clear()
+                yield name, model
+
+    def test_a_body_is_the_clients_own(self):
         text = "w\u00f6rld \u2028 {file:/etc/passwd} {env:HOME} /help"
         for model in (CHAT, "local/m"):
-            self.upstream.exchanges.clear()
-            self.assertEqual(self.proxy.content(text, model=model, **fields), HELLO)
-            expected = {
-                "model": model.partition("/")[2],
-                "stream": True,
-                "messages": [{"role": "user", "content": text}],
-                **fields,
-                "stream_options": {"include_usage": True},
-            }
-            self.assertEqual(self.exchange().raw.decode(), proxy.compact_json(expected))
-        self.assertEqual(self.exchange().headers["x-opencode-proxy-session"], None)
+            with self.subTest(model):
+                self.upstream.exchanges.clear()
+                self.assertEqual(self.proxy.content(text, model=model, **self.FIELDS), HELLO)
+                expected = {
+                    "model": model.partition("/")[2],
+                    "stream": True,
+                    "messages": [{"role": "user", "content": text}],
+                    **self.FIELDS,
+                    "stream_options": {"include_usage": True},
+                }
+                self.assertEqual(self.exchange().raw.decode(), proxy.compact_json(expected))
 
-    def test_stream_bytes(self):
+    def test_the_providers_never_see_the_mark_of_a_session(self):
+        for _, model in self.each_format():
+            self.proxy.content(model=model)
+            self.assertIsNone(self.exchange().headers["x-opencode-proxy-session"])
+
+    def test_a_stream_is_openais_to_the_byte(self):
         body = chat_body(model=CHAT, stream=True, stream_options={"include_usage": True})
         status, headers, data = self.proxy.request("POST", "/v1/chat/completions", body)
+        self.assertEqual(status, 200)
+        self.assertEqual(headers["Content-Type"], "text/event-stream; charset=utf-8")
+        self.assertEqual(headers["Transfer-Encoding"], "chunked")
         head = json.loads(data.split(b"\n\n")[0][6:])
         self.assertRegex(head["id"], "^chatcmpl-[0-9a-f]{32}$")
         frame = (
@@ -3593,112 +4860,48 @@ class RealTest(RealCase):
             '"system_fingerprint":"fp_opencode","choices":['
         )
         chunk = frame + '{"index":0,"delta":%s,"logprobs":null,"finish_reason":%s}],"usage":null}'
-        deltas = (
-            '{"role":"assistant","content":""}',
-            '{"content":"Hel"}',
-            '{"content":"lo "}',
-            '{"content":"w\\u00f6r\\u2028ld"}',
-        )
+        expected = [chunk % (delta, "null") for delta in self.DELTAS]
+        expected.append(chunk % ("{}", '"stop"'))
         usage = json.dumps(USAGE, separators=(",", ":"))
-        expected = [
-            *(chunk % (delta, "null") for delta in deltas),
-            chunk % ("{}", '"stop"'),
-            f'{frame}],"usage":{usage}}}',
-            "data: [DONE]",
-            "",
-        ]
-        self.assertEqual(data.decode(), "\n\n".join(expected))
-        self.assertEqual(
-            (status, headers["Content-Type"], headers["Transfer-Encoding"]),
-            (200, "text/event-stream; charset=utf-8", "chunked"),
-        )
+        expected.append(f'{frame}],"usage":{usage}}}')
+        expected.append("data: [DONE]")
+        self.assertEqual(data.decode(), "\n\n".join(expected) + "\n\n")
 
-    def test_answers(self):
-        pieces = ['{"command": "x', '", "n": 1.0,', ' "big": 12345678901234567890}']
-        parts = (
-            ("thought", "hm"),
-            ("text", "Let me "),
-            ("call", "c1", "bash", pieces),
-            ("call", "c2", "a.b", ["{}"]),
-        )
-        self.upstream.respond = answering(*parts, finish="tool_calls")
-        calls = [
-            {
-                "id": "c1",
-                "type": "function",
-                "function": {"name": "bash", "arguments": "".join(pieces)},
-            },
-            {"id": "c2", "type": "function", "function": {"name": "a.b", "arguments": "{}"}},
-        ]
-        tools = [{"type": "function", "function": {"name": name}} for name in ("bash", "a.b")]
-        for name, model in FORMATS.items():
-            _, answer = self.proxy.chat(model=model, tools=tools)
-            self.assertEqual(
-                answer["choices"],
-                [
-                    {
-                        "index": 0,
-                        "logprobs": None,
-                        "finish_reason": "tool_calls",
-                        "message": {
-                            "role": "assistant",
-                            "content": "Let me ",
-                            "refusal": None,
-                            "reasoning_content": "hm",
-                            "tool_calls": calls,
-                        },
-                    }
-                ],
-                name,
-            )
-            self.assertEqual((answer["model"], answer["usage"]["total_tokens"]), (model, 31))
-            deltas = deltas_of(self.proxy.stream(model=model, tools=tools))
-            self.assertEqual(deltas[1:3], [{"reasoning_content": "hm"}, {"content": "Let me "}])
-            told = [call for delta in deltas for call in delta.get("tool_calls", ())]
-            self.assertEqual([call["index"] for call in told if call.get("id")], [0, 1], name)
-            texts = [call["function"].get("arguments", "") for call in told if call["index"] == 0]
-            self.assertEqual([text for text in texts if text], pieces, name)
-        self.assertEqual(len(self.upstream.exchanges), 6)
-
-    def test_headers_and_effort(self):
-        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-        history = [
-            {"role": "user", "content": "q"},
-            {"role": "assistant", "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": "c", "content": [PICTURE]},
-        ]
-        for messages, expected in (
-            ([{"role": "user", "content": "q"}], ("user", None)),
-            ([{"role": "user", "content": [PICTURE]}], ("user", "true")),
-            (history, ("agent", "true")),
-        ):
-            for name, model in FORMATS.items():
-                self.upstream.exchanges.clear()
-                status, answer = self.proxy.chat(
-                    model=model, messages=messages, reasoning_effort="high"
-                )
-                self.assertEqual(status, 200, answer)
-                headers, body = self.exchange().headers, self.exchange().body
-                found = headers["x-initiator"], headers["Copilot-Vision-Request"]
-                self.assertEqual(found, expected, name)
-                efforts = (
-                    body.get("reasoning_effort"),
-                    body.get("reasoning", {}).get("effort"),
-                    body.get("output_config", {}).get("effort"),
-                )
-                self.assertIn("high", efforts, name)
-
-    def test_finish_reasons_and_empty_answers(self):
-        for model in FORMATS.values():
+    def test_finish_reasons(self):
+        for _, model in self.each_format():
             for finish in ("stop", "length", "content_filter"):
                 self.upstream.respond = answering(("text", "x"), finish=finish)
-                chunks = self.proxy.stream(model=model)[:-1]
+                *chunks, _ = self.proxy.stream(model=model)
                 reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
-                self.assertEqual(reasons, [None, None, finish], model)
-            self.upstream.respond = answering()
-            self.assertEqual(self.proxy.content(model=model), "")
-            for content in ("", []):
+                self.assertEqual(reasons, [None, None, finish])
+
+    def test_empty_answers_and_empty_questions(self):
+        self.upstream.respond = answering()
+        for _, model in self.each_format():
+            for content in ("hi", "", []):
                 self.assertEqual(self.proxy.content(content, model=model), "")
+
+    def test_headers_tell_who_asks_and_whether_there_are_pictures(self):
+        for _, model in self.each_format():
+            for name, (messages, initiator, vision) in self.INITIATORS.items():
+                with self.subTest(name):
+                    self.upstream.exchanges.clear()
+                    status, answer = self.proxy.chat(model=model, messages=messages)
+                    self.assertEqual(status, 200, answer)
+                    headers = self.exchange().headers
+                    self.assertEqual(headers["x-initiator"], initiator)
+                    self.assertEqual(headers["Copilot-Vision-Request"], vision)
+
+    def test_an_effort_reaches_the_model(self):
+        for name, model in self.each_format():
+            self.proxy.content(model=model, reasoning_effort="high")
+            body = self.exchange().body
+            efforts = {
+                "chat/completions": body.get("reasoning_effort"),
+                "responses": body.get("reasoning", {}).get("effort"),
+                "messages": body.get("output_config", {}).get("effort"),
+            }
+            self.assertEqual(efforts[name], "high")
 
     def test_deltas_arrive_as_they_come(self):
         go_on = threading.Event()
@@ -3712,186 +4915,286 @@ class RealTest(RealCase):
             exchange.send(*events[place:])
 
         self.upstream.respond = respond
-        for model in FORMATS.values():
+        for _, model in self.each_format():
             go_on.clear()
-            with self.proxy.send(model=model, stream=True) as connection:
-                data = b""
-                while b'"one"' not in data:  # the provider is still in the middle of its answer
-                    data += connection.recv(65536)
-                self.assertNotIn(b'"two"', data)
+            with self.proxy.streaming(model=model) as connection:
+                answer = connection.getresponse()
+                lines_until(answer, b'"one"')  # the provider is in the middle of its answer
                 go_on.set()
-                while b"[DONE]" not in data:
-                    data += connection.recv(65536)
-                self.assertIn(b'"two"', data)
+                lines_until(answer, b'"two"')
 
-    def test_clients_hang_up(self):
+    def test_every_character_arrives_wherever_a_chunk_begins(self):
+        """Also U+FEFF, which Bun's TextDecoder drops at the beginning of a chunk if it may."""
+        go_on = threading.Event()
+
+        def respond(exchange):
+            exchange.begin()
+            exchange.send(chat_chunk({"content": "one"}))
+            data = json.dumps(chat_chunk({"content": "\ufefftwo\U0001f600"}), ensure_ascii=False)
+            before, mark, after = f"data: {data}\n\n".partition("\ufeff")
+            exchange.wfile.write(before.encode())
+            go_on.wait(DEADLINE)
+            exchange.wfile.write((mark + after).encode())
+            exchange.send(chat_chunk({}, "stop"), "[DONE]")
+
+        self.upstream.respond = respond
+        with self.proxy.streaming() as connection:
+            answer = connection.getresponse()
+            lines_until(answer, b'"one"')  # which came in one chunk with the beginning of the next
+            go_on.set()
+            lines = lines_until(answer, b"two")
+        self.assertIn(rb'"content":"\ufefftwo\ud83d\ude00"', lines[-1])
+
+    def test_a_client_that_hangs_up_ends_the_request_to_the_provider(self):
         def respond(exchange):
             exchange.begin()
             exchange.send(chat_chunk({"content": "one"}))
             exchange.wait_closed()
 
-        self.upstream.respond = respond
-        for stream, after in ((True, b""), (False, b""), (False, b"\r\nGET / HTTP/1.1\r\n")):
-            self.upstream.exchanges.clear()
-            with self.proxy.send(stream=stream, after=after):
-                self.assertTrue(eventually(lambda: self.upstream.exchanges))
-            self.assertTrue(self.exchange().closed_by_client.wait(SOON - 10))
-        self.upstream.respond = answer_text
-        self.assertEqual(self.proxy.content(), HELLO)
+        leavers = {
+            "streamed": (True, b""),
+            "whole": (False, b""),
+            "with another request": (False, b"\r\nGET / HTTP/1.1\r\n"),
+        }
+        for name, (stream, after) in leavers.items():
+            with self.subTest(name):
+                self.upstream.respond = respond
+                self.upstream.exchanges.clear()
+                with self.proxy.send(stream=stream, after=after):
+                    self.assertTrue(eventually(lambda: self.upstream.exchanges))
+                self.assertTrue(self.exchange().closed_by_client.wait(SOON - 10))
+                self.upstream.respond = answer_text
+                self.assertEqual(self.proxy.content(), HELLO)
 
-    def test_stop_and_usage(self):
+    def test_a_stop_sequence_ends_the_answer_and_the_usage_is_the_providers(self):
         self.upstream.respond = answering(("text", "one ST"), ("text", "OP two"))
-        for (name, model), key in zip(FORMATS.items(), ("stop", None, "stop_sequences")):
-            self.upstream.exchanges.clear()
+        fields = {"chat/completions": ["stop"], "responses": [], "messages": ["stop_sequences"]}
+        for name, model in self.each_format():
             _, answer = self.proxy.chat(model=model, stop="STOP")
             choice = answer["choices"][0]
-            self.assertEqual(
-                (choice["message"]["content"], choice["finish_reason"]), ("one ", "stop"), name
-            )
-            self.assertEqual(answer["usage"]["total_tokens"], 31, name)
-            self.assertEqual([key] if key else [], [k for k in self.exchange().body if "stop" in k])
-
-    def test_a_foreign_format(self):
-        """What the proxy does not parse, opencode reads: text, reasoning, parameters, refusals."""
-
-        def respond(exchange):
-            usage = {
-                "promptTokenCount": 11,
-                "candidatesTokenCount": 13,
-                "thoughtsTokenCount": 7,
-                "totalTokenCount": 31,
-                "cachedContentTokenCount": 4,
-            }
-            exchange.begin()
-            for part, more in (
-                ({"text": "hm", "thought": True}, {}),
-                ({"text": "Hel"}, {}),
-                ({"text": "lo"}, {"finishReason": "MAX_TOKENS"}),
-            ):
-                content = {"role": "model", "parts": [part]}
-                candidates = [{"content": content, **more}]
-                exchange.send({"candidates": candidates, "usageMetadata": usage})
-
-        self.upstream.respond = respond
-        messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}]
-        for _ in range(2):  # the first one finds out that the format is foreign
-            self.upstream.exchanges.clear()
-            _, answer = self.proxy.chat(model="other/m", messages=messages, max_tokens=50)
-            self.assertEqual(
-                answer["choices"],
-                [
-                    {
-                        "index": 0,
-                        "logprobs": None,
-                        "finish_reason": "length",
-                        "message": {
-                            "role": "assistant",
-                            "content": "Hello",
-                            "refusal": None,
-                            "reasoning_content": "hm",
-                        },
-                    }
-                ],
-            )
-            self.assertEqual(answer["usage"], USAGE)
-            sent = self.exchange().body
-            self.assertEqual(sent["contents"], [{"role": "user", "parts": [{"text": "a"}]}])
-            self.assertEqual(sent["systemInstruction"], {"parts": [{"text": "S"}]})
-            self.assertEqual(sent["generationConfig"]["maxOutputTokens"], 50)
-        self.upstream.respond = failing(429, {"error": {"message": "slow down"}})
-        self.upstream.exchanges.clear()
-        status, answer = self.proxy.chat(model="other/m")
-        self.assertEqual((status, answer["error"]["message"]), (429, "slow down"))
-        self.exchange()
-        tool = {"type": "function", "function": {"name": "f"}}
-        for param, fields in (
-            ("messages", {"content": [PICTURE]}),
-            ("tools", {"tools": [tool]}),
-            ("response_format", {"response_format": {"type": "json_object"}}),
-        ):
-            status, answer = self.proxy.chat(model="other/m", **fields)
-            self.assertEqual((status, answer["error"]["param"]), (400, param))
-        self.exchange()
+            self.assertEqual(choice["message"]["content"], "one ")
+            self.assertEqual(choice["finish_reason"], "stop")
+            self.assertEqual(answer["usage"]["total_tokens"], 31)
+            sent = [field for field in self.exchange().body if "stop" in field]
+            self.assertEqual(sent, fields[name])
 
     def test_large_prompts(self):
-        payload = PNG.rstrip("=") * 180000
-        payload = payload[: len(payload) // 4 * 4]
+        payload = (PNG.rstrip("=") * 180000)[: 4 << 22]
         picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + payload}}
-        for model in FORMATS.values():
-            self.upstream.exchanges.clear()
+        for _, model in self.each_format():
             self.assertEqual(self.proxy.content([picture], model=model), HELLO)
             self.assertIn(payload.encode(), self.exchange().raw)
 
-    def test_models(self):
+    def test_models_that_are_not_there_are_refused(self):
         for name in ("github-copilot/no-such", "anthropic/claude", "opencode/big-pickle"):
-            status, answer = self.proxy.chat(model=name)
-            self.assertEqual((status, answer["error"]["code"]), (404, "model_not_found"))
+            with self.subTest(name):
+                status, answer = self.proxy.chat(model=name)
+                self.assertEqual((status, answer["error"]["code"]), (404, "model_not_found"))
         self.assertEqual(self.upstream.exchanges, [])
+
+    def test_models_of_connected_providers_are_listed_the_default_first(self):
         listed = json.loads(self.proxy.request("GET", "/v1/models")[2])["data"]
         names = [model["id"] for model in listed]
         self.assertEqual(names[0], self.proxy.health()["model"])
         providers = {name.partition("/")[0] for name in names}
         self.assertEqual(providers, {"github-copilot", "local", "other"})
 
-    # -- passed through
 
-    def test_pass_through(self):
-        bodies = {
-            "/v1/responses": (
-                RESPONSES,
-                {
-                    "input": [{"role": "user", "content": "w\u00f6 1.0"}],
-                    "reasoning": {"effort": "low"},
-                    "metadata": {"a": "b"},
-                },
-            ),
-            "/v1/messages": (
-                MESSAGES,
-                {
-                    "max_tokens": 7,
-                    "temperature": 1.0,
-                    "messages": [{"role": "user", "content": "w\u00f6"}],
-                },
-            ),
+class RealCallTest(RealCase):
+    """Text, reasoning and calls of tools, on the three wire formats."""
+
+    PIECES = ['{"command": "x', '", "n": 1.0,', ' "big": 12345678901234567890}']
+    PARTS = (
+        ("thought", "hm"),
+        ("text", "Let me "),
+        ("call", "c1", "bash", PIECES),
+        ("call", "c2", "a.b", ["{}"]),
+    )
+    TOOLS = [{"type": "function", "function": {"name": name}} for name in ("bash", "a.b")]
+    CALLS = [
+        {
+            "id": "c1",
+            "type": "function",
+            "function": {"name": "bash", "arguments": "".join(PIECES)},
+        },
+        {"id": "c2", "type": "function", "function": {"name": "a.b", "arguments": "{}"}},
+    ]
+    MESSAGE = {
+        "role": "assistant",
+        "content": "Let me ",
+        "refusal": None,
+        "reasoning_content": "hm",
+        "tool_calls": CALLS,
+    }
+
+    def setUp(self):
+        super().setUp()
+        self.upstream.respond = answering(*self.PARTS, finish="tool_calls")
+
+    def test_a_whole_answer(self):
+        choice = {
+            "index": 0,
+            "logprobs": None,
+            "finish_reason": "tool_calls",
+            "message": self.MESSAGE,
         }
-        answer = b'event: a\r\ndata: {"text": "w\xc3\xb6r"}\r\n\r\n: odd\n\ndata: [DONE]\n\n'
+        for name, model in FORMATS.items():
+            with self.subTest(name):
+                _, answer = self.proxy.chat(model=model, tools=self.TOOLS)
+                self.assertEqual(answer["choices"], [choice])
+                self.assertEqual((answer["model"], answer["usage"]["total_tokens"]), (model, 31))
 
-        def respond(exchange):
-            exchange.begin(content_type="text/event-stream; x=y")
-            exchange.wfile.write(answer)
+    def test_a_stream(self):
+        for name, model in FORMATS.items():
+            with self.subTest(name):
+                deltas = deltas_of(self.proxy.stream(model=model, tools=self.TOOLS))
+                self.assertEqual(deltas[1], {"reasoning_content": "hm"})
+                self.assertEqual(deltas[2], {"content": "Let me "})
+                calls = []
+                for delta in deltas:
+                    calls += delta.get("tool_calls", ())
+                self.assertEqual([call["index"] for call in calls if call.get("id")], [0, 1])
+                texts = [call["function"].get("arguments") for call in calls if call["index"] == 0]
+                self.assertEqual([text for text in texts if text], self.PIECES)
 
-        for path, (model, fields) in bodies.items():
-            for stream in (True, False):
+
+class RealForeignTest(RealCase):
+    """What the proxy does not parse, opencode reads: text, reasoning, parameters, refusals."""
+
+    PARTS = (
+        ({"text": "hm", "thought": True}, {}),
+        ({"text": "Hel"}, {}),
+        ({"text": "lo"}, {"finishReason": "MAX_TOKENS"}),
+    )
+    COUNTS = {
+        "promptTokenCount": 11,
+        "candidatesTokenCount": 13,
+        "thoughtsTokenCount": 7,
+        "totalTokenCount": 31,
+        "cachedContentTokenCount": 4,
+    }
+    CHOICE = {
+        "index": 0,
+        "logprobs": None,
+        "finish_reason": "length",
+        "message": {
+            "role": "assistant",
+            "content": "Hello",
+            "refusal": None,
+            "reasoning_content": "hm",
+        },
+    }
+    MESSAGES = [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}]
+    # Row: the parameter that is named, fields that opencode cannot be told of.
+    REFUSED = {
+        "messages": {"content": [PICTURE]},
+        "tools": {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        "response_format": {"response_format": {"type": "json_object"}},
+    }
+
+    def respond(self, exchange):
+        exchange.begin()
+        for part, more in self.PARTS:
+            content = {"role": "model", "parts": [part]}
+            candidates = [{"content": content, **more}]
+            exchange.send({"candidates": candidates, "usageMetadata": self.COUNTS})
+
+    def test_text_reasoning_usage_and_parameters(self):
+        self.upstream.respond = self.respond
+        for number in range(2):  # the first one finds out that the format is foreign
+            with self.subTest(number=number):
                 self.upstream.exchanges.clear()
-                self.upstream.respond = respond if stream else failing(200, '{"n": 1.0}')
-                body = {"model": model.partition("/")[2], **fields, "stream": stream}
-                status, headers, data = self.proxy.request(
-                    "POST", path, body, {"anthropic-beta": "a-1", "X-Private": "p"}
-                )
-                expected = answer if stream else b'{"n": 1.0}'
-                self.assertEqual((status, data), (200, expected), path)
-                sent = dict(self.exchange().body)
-                self.assertIn(sent.pop("store", False), (False,))
-                self.assertEqual(sent, body)
-                self.assertEqual(
-                    (
-                        self.exchange().headers["anthropic-beta"],
-                        self.exchange().headers["X-Private"],
-                    ),
-                    ("a-1", None),
-                )
-            self.upstream.respond = failing(429, '{"odd": 1}', Retry_After="3")
+                fields = {"messages": self.MESSAGES, "max_tokens": 50}
+                _, answer = self.proxy.chat(model="other/m", **fields)
+                self.assertEqual(answer["choices"], [self.CHOICE])
+                self.assertEqual(answer["usage"], USAGE)
+                sent = self.exchange().body
+                self.assertEqual(sent["contents"], [{"role": "user", "parts": [{"text": "a"}]}])
+                self.assertEqual(sent["systemInstruction"], {"parts": [{"text": "S"}]})
+                self.assertEqual(sent["generationConfig"]["maxOutputTokens"], 50)
+
+    def test_a_refusal_is_passed_on(self):
+        self.upstream.respond = failing(429, {"error": {"message": "slow down"}})
+        status, answer = self.proxy.chat(model="other/m")
+        self.assertEqual((status, answer["error"]["message"]), (429, "slow down"))
+        self.exchange()
+
+    def test_what_opencode_cannot_be_told_is_refused(self):
+        for param, fields in self.REFUSED.items():
+            with self.subTest(param):
+                status, answer = self.proxy.chat(model="other/m", **fields)
+                self.assertEqual((status, answer["error"]["param"]), (400, param))
+        self.assertEqual(self.upstream.exchanges, [])
+
+
+class RealPassThroughTest(RealCase):
+    """Requests in a provider's own format go there as they are, and so do the answers."""
+
+    # Row: the model, the body without it.
+    BODIES = {
+        "/v1/responses": (
+            RESPONSES,
+            {
+                "input": [{"role": "user", "content": "w\u00f6 1.0"}],
+                "reasoning": {"effort": "low"},
+                "metadata": {"a": "b"},
+            },
+        ),
+        "/v1/messages": (
+            MESSAGES,
+            {
+                "max_tokens": 7,
+                "temperature": 1.0,
+                "messages": [{"role": "user", "content": "w\u00f6"}],
+            },
+        ),
+    }
+    ANSWER = b'event: a\r\ndata: {"text": "w\xc3\xb6r"}\r\n\r\n: odd\n\ndata: [DONE]\n\n'
+
+    def respond(self, exchange):
+        exchange.begin(content_type="text/event-stream; x=y")
+        exchange.wfile.write(self.ANSWER)
+
+    def each_body(self, **fields):
+        """Yield (path, body), each as a subtest with a provider that was asked for nothing."""
+        for path, (model, body) in self.BODIES.items():
+            with self.subTest(path):
+                self.upstream.exchanges.clear()
+                yield path, {"model": model.partition("/")[2], **body, **fields}
+
+    def check_sent(self, body):
+        sent = dict(self.exchange().body)
+        self.assertIn(sent.pop("store", False), (False,))
+        self.assertEqual(sent, body)
+
+    def test_streams(self):
+        self.upstream.respond = self.respond
+        for path, body in self.each_body(stream=True):
+            status, _, data = self.proxy.request("POST", path, body)
+            self.assertEqual((status, data), (200, self.ANSWER))
+            self.check_sent(body)
+
+    def test_whole_answers(self):
+        self.upstream.respond = failing(200, '{"n": 1.0}')
+        for path, body in self.each_body(stream=False):
+            status, _, data = self.proxy.request("POST", path, body)
+            self.assertEqual((status, data), (200, b'{"n": 1.0}'))
+            self.check_sent(body)
+
+    def test_headers_of_the_format_go_along_and_no_others(self):
+        self.upstream.respond = self.respond
+        for path, body in self.each_body():
+            headers = {"anthropic-beta": "a-1", "X-Private": "p"}
+            self.proxy.request("POST", path, body, headers)
+            self.assertEqual(self.exchange().headers["anthropic-beta"], "a-1")
+            self.assertIsNone(self.exchange().headers["X-Private"])
+
+    def test_refusals_come_back_as_they_are(self):
+        self.upstream.respond = failing(429, '{"odd": 1}', Retry_After="3")
+        for path, body in self.each_body():
             status, headers, data = self.proxy.request("POST", path, body)
-            self.assertEqual((status, data, headers["Retry-After"]), (429, b'{"odd": 1}', "3"))
-            self.upstream.exchanges.clear()
-            status, _, data = self.proxy.request("POST", path, {**body, "model": "gpt-5-mini"})
-            error = json.loads(data)["error"]
-            self.assertEqual((status, error["code"]), (400, "wrong_endpoint"))
-            self.assertRegex(error["message"], "gpt-5-mini .*/chat/completions")
-            status, _, data = self.proxy.request("POST", path, {**body, "model": "llama-none"})
-            self.assertEqual(status, 404)
-            self.assertEqual("type" in json.loads(data), path == "/v1/messages")
-            self.assertEqual(self.upstream.exchanges, [])
+            self.assertEqual((status, data), (429, b'{"odd": 1}'))
+            self.assertEqual(headers["Retry-After"], "3")
 
 
 class RealFaultTest(RealCase):
@@ -3899,6 +5202,7 @@ class RealFaultTest(RealCase):
 
     changes = {"requests_per_process": 40, "timeout": 3.0}
     PART = chat_chunk({"content": "part"})
+    ERROR = {"error": {"message": "the words", "code": "c"}}
 
     def check(self, respond, status, code, text, broken=None, model=CHAT):
         """Ask whole and streamed; `broken` is the error's code where a stream has begun."""
@@ -3908,9 +5212,8 @@ class RealFaultTest(RealCase):
         self.assertEqual((got, answer["error"]["code"]), (status, code), answer)
         self.assertIn(text, answer["error"]["message"])
         if broken is None:
-            got, _, data = self.proxy.request(
-                "POST", "/v1/chat/completions", chat_body(model=model, stream=True)
-            )
+            body = chat_body(model=model, stream=True)
+            got, _, data = self.proxy.request("POST", "/v1/chat/completions", body)
             self.assertEqual((got, json.loads(data)["error"]["code"]), (status, code))
         else:
             events = self.proxy.stream(model=model)
@@ -3918,51 +5221,72 @@ class RealFaultTest(RealCase):
             self.assertEqual((events[-2]["error"]["code"], events[-1]), (broken, "[DONE]"))
         self.assertEqual(len(self.upstream.exchanges), 2)
 
-    def test_refusals(self):
+    @staticmethod
+    def begun(*events, then=None):
+        """Return a `respond` that sends `events`, and then does something else or ends."""
+
+        def respond(exchange):
+            exchange.begin()
+            exchange.send(*events)
+            if then is not None:
+                then(exchange)
+
+        return respond
+
+    def test_refusals_have_the_providers_status_and_words(self):
         for status in (400, 401, 403, 404, 413, 429, 500, 503):
-            body = {"error": {"message": "the words", "code": "c"}}
-            for model in FORMATS.values() if status == 429 else (CHAT,):
-                self.check(failing(status, body), status, "c", "the words", model=model)
-        self.check(failing(502, "<html><b>Unicorn!</b></html>", "text/html"), 502, None, "Unicorn!")
+            with self.subTest(status=status):
+                self.check(failing(status, self.ERROR), status, "c", "the words")
+
+    def test_refusals_in_all_formats(self):
+        for name, model in FORMATS.items():
+            with self.subTest(name):
+                self.check(failing(429, self.ERROR), 429, "c", "the words", model=model)
+
+    def test_a_refusal_in_html_is_read(self):
+        page = failing(502, "<html><b>Unicorn!</b></html>", "text/html")
+        self.check(page, 502, None, "Unicorn!")
+
+    def test_retry_after_is_passed_on(self):
         self.upstream.respond = failing(429, "{}", Retry_After="7")
         _, headers, _ = self.proxy.request("POST", "/v1/chat/completions", chat_body())
         self.assertEqual(headers["Retry-After"], "7")
 
-    def test_broken_answers(self):
-        def begun(*events, then=lambda exchange: None):
-            def respond(exchange):
-                exchange.begin()
-                exchange.send(*events)
-                time.sleep(0.2)
-                then(exchange)
-
-            return respond
-
-        error = {"error": {"message": "the words", "code": "c"}}
-        for respond, status, code, text, broken in (
-            (lambda exchange: exchange.drop(), 502, "upstream_unreachable", "connection", None),
-            (
-                begun(self.PART, then=Exchange.drop),
-                502,
-                "incomplete_answer",
-                "did not finish",
-                "incomplete_answer",
-            ),
-            (begun(self.PART), 502, "incomplete_answer", "did not finish", "incomplete_answer"),
-            (begun(self.PART, error), 502, "c", "the words", "c"),
-            (begun("rubbish"), 502, "incomplete_answer", "bad data", None),
-            (failing(200, error), 502, "c", "the words", None),
-            (begun(then=Exchange.wait_closed), 504, "timeout", "nothing for 3 seconds", None),
-            (
-                begun(self.PART, then=Exchange.wait_closed),
-                504,
-                "timeout",
-                "nothing for 3",
-                "timeout",
-            ),
-        ):
-            with self.subTest(text=text, broken=broken):
+    def test_broken_answers_are_errors(self):
+        cut = "incomplete_answer"
+        silent = self.begun(then=Exchange.wait_closed)
+        silent_later = self.begun(self.PART, then=Exchange.wait_closed)
+        rows = {
+            "dropped": (Exchange.drop, 502, "upstream_unreachable", "connection", None),
+            "cut off": (self.begun(self.PART), 502, cut, "did not finish", cut),
+            "an error": (self.begun(self.PART, self.ERROR), 502, "c", "the words", "c"),
+            "rubbish": (self.begun("rubbish"), 502, cut, "bad data", None),
+            "an error with 200": (failing(200, self.ERROR), 502, "c", "the words", None),
+            "silence": (silent, 504, "timeout", "nothing for 3 seconds", None),
+            "silence later": (silent_later, 504, "timeout", "nothing for 3", "timeout"),
+        }
+        for name, (respond, status, code, text, broken) in rows.items():
+            with self.subTest(name):
                 self.check(respond, status, code, text, broken)
+
+    def test_an_answer_that_is_dropped_in_the_middle_is_an_error(self):
+        """It is dropped when the client has its beginning: a reset may overtake data."""
+        has_part = threading.Event()
+
+        def respond(exchange):
+            exchange.begin()
+            exchange.send(self.PART)
+            has_part.wait(DEADLINE)
+            exchange.drop()
+
+        self.upstream.respond = respond
+        with self.proxy.streaming() as connection:
+            answer = connection.getresponse()
+            lines_until(answer, b'"part"')
+            has_part.set()
+            lines_until(answer, b'"code":"incomplete_answer"')
+            lines_until(answer, b"data: [DONE]")
+        self.exchange()
 
     def test_answers_that_do_not_end(self):
         def respond(exchange):
@@ -3975,8 +5299,8 @@ class RealFaultTest(RealCase):
             self.assertEqual(self.proxy.content(), "part")
         self.assertTrue(self.exchange().closed_by_client.wait(DEADLINE))
 
-    def test_slow_answers(self):
-        """opencode's own time-outs, a second in Upstream.login, cut nothing."""
+    def test_slow_answers_are_not_cut(self):
+        """opencode's own time-outs, a second in Upstream.login, do nothing."""
 
         def respond(exchange):
             time.sleep(2)
@@ -3990,8 +5314,59 @@ class RealFaultTest(RealCase):
         self.exchange()
 
 
+class RealLoadTest(RealCase):
+    """Answers in one process do not disturb one another."""
+
+    changes = {"requests_per_process": 40, "timeout": 600.0, "spares": 1}
+    CHUNKS = 4000
+    TEXT = 10000 * "x"
+
+    def respond(self, exchange):
+        if b"other" in exchange.raw:
+            exchange.begin()
+            exchange.send(chat_chunk({"content": "one"}))
+            self.go_on.wait(DEADLINE)
+            exchange.send(chat_chunk({"content": "two"}, "stop"), "[DONE]")
+            return
+        exchange.begin()
+        with contextlib.suppress(OSError):
+            for _ in range(self.CHUNKS):
+                exchange.send(chat_chunk({"content": self.TEXT}))
+            exchange.send(chat_chunk({}, "stop"), "[DONE]")
+        self.has_sent.set()
+
+    def test_a_client_that_reads_slowly_harms_nobody(self):
+        """40 MB wait for it while another answer goes on; then it gets all of them."""
+        self.go_on = threading.Event()
+        self.has_sent = threading.Event()
+        self.upstream.respond = self.respond
+        with self.proxy.streaming("other") as other, self.proxy.streaming("slow") as slow:
+            answer = other.getresponse()
+            lines_until(answer, b'"one"')
+            self.assertTrue(eventually(lambda: len(self.upstream.exchanges) == 2))
+            self.has_sent.wait(10)  # it pauses, until all that can be is sent and has piled up
+            self.go_on.set()
+            lines_until(answer, b"data: [DONE]")
+            data = slow.getresponse().read()
+        self.assertNotIn(b'"error"', data)
+        self.assertEqual(data.count(self.TEXT.encode()), self.CHUNKS)
+
+
 class RealFilesTest(unittest.TestCase):
-    """The user's files, and the program as a user runs it."""
+    """The user's files, and what is left of them all."""
+
+    LOGIN_PLUGIN = """
+        console.log("hello")
+        process.stdout.write("no newline")
+        const loader = async () => ({
+          fetch: (url, init) => {
+            console.log("asked")
+            const headers = { ...init.headers, "x-login": "yes" }
+            return fetch(new Request(url, { ...init, headers }))
+          },
+        })
+        export const Login = async () => ({ auth: { provider: "local", methods: [], loader } })
+    """
 
     def setUp(self):
         self.path = real_opencode()
@@ -4010,33 +5385,32 @@ class RealFilesTest(unittest.TestCase):
         self.stack.callback(running.close)
         return running
 
-    def test_changed_files_reach_running_processes(self):
-        auth = self.folder / ".local/share/opencode/auth.json"
+    def test_a_changed_configuration_reaches_running_processes(self):
         config = self.folder / ".config/opencode/opencode.json"
         running = self.start({"requests_per_process": 50})
-        for key in ("k", "second"):
+        for key in ("first", "second"):
             changed = json.loads(config.read_text())
             changed["provider"]["local"]["options"]["apiKey"] = key
             config.write_text(json.dumps(changed))
             self.assertEqual(running.content(model="local/m"), HELLO)
             authorization = self.upstream.exchanges[-1].headers["Authorization"]
             self.assertEqual(authorization, "Bearer " + key)
+
+    def test_a_renewed_token_is_no_new_login(self):
+        auth = self.folder / ".local/share/opencode/auth.json"
+        running = self.start({"requests_per_process": 50})
+        before = opencode_pids()
         login = json.loads(auth.read_text())
         login["github-copilot"]["refresh"] = "gho_new"
         auth.write_text(json.dumps(login))
-        before = opencode_pids()
-        self.assertEqual(running.content(), HELLO)  # a renewed token is no new login
+        self.assertEqual(running.content(), HELLO)
         self.assertEqual(self.upstream.exchanges[-1].headers["Authorization"], "Bearer gho_new")
         self.assertTrue(set(before) & set(opencode_pids()))
 
-    def test_plugins_of_the_user(self):
-        """One prints, and is the login to a provider that puts a Request together by itself."""
+    def test_plugins_of_the_user_print_and_log_in(self):
+        """This one puts a Request together by itself."""
         plugin = self.folder / "login.js"
-        plugin.write_text("""console.log("hello"); process.stdout.write("no newline")
-            export const Login = async () => ({ auth: { provider: "local", methods: [],
-              loader: async () => ({ fetch: (url, init) => { console.log("asked")
-                const headers = { ...init.headers, "x-login": "yes" }
-                return fetch(new Request(url, { ...init, headers })) } }) } })""")
+        plugin.write_text(self.LOGIN_PLUGIN)
         self.start(plugin=[plugin.as_uri()]).close()
         auth = self.folder / ".local/share/opencode/auth.json"
         auth.write_text('{"local":{"type":"api","key":"k"}}')
@@ -4061,135 +5435,144 @@ class RealFilesTest(unittest.TestCase):
         self.upstream.respond = answer_text
         self.assertEqual(running.content(), HELLO)
 
-    def test_nothing_of_the_machine_and_nothing_left(self):
-        (self.folder / "AGENTS.md").write_text("Answer like a pirate.")
-        running = self.start(
-            {"spares": 0}, instructions=[str(self.folder / "AGENTS.md")], username="somebody"
-        )
+    def test_nothing_of_the_machine_is_sent_and_no_prompt_is_left(self):
+        notes = self.folder / "AGENTS.md"
+        notes.write_text("Answer like a pirate.")
+        running = self.start({"spares": 0}, instructions=[str(notes)], username="somebody")
         known = set(self.folder.rglob("*"))
         self.assertEqual(running.content("a private prompt", tools=[]), HELLO)
         (exchange,) = self.upstream.exchanges
         self.assertIsNone(SYSTEM_PROMPT.search(exchange.raw))
         running.close()
         self.assertEqual(opencode_pids(), [])
-        left = [path for path in self.folder.rglob("*") if path not in known and path.is_file()]
-        self.assertEqual([path for path in left if b"private prompt" in path.read_bytes()], [])
+        for path in set(self.folder.rglob("*")) - known:
+            if path.is_file():
+                self.assertNotIn(b"private prompt", path.read_bytes(), path)
+
+    @staticmethod
+    def listening_addresses(pid):
+        """Return the (host, port) that a process listens on, as /proc/net/tcp writes them."""
+        inodes = {os.readlink(path) for path in pathlib.Path(f"/proc/{pid}/fd").iterdir()}
+        addresses = []
+        for line in pathlib.Path("/proc/net/tcp").read_text().splitlines():
+            row = line.split()
+            if row[3] == "0A" and f"socket:[{row[9]}]" in inodes:
+                addresses.append(row[1].split(":"))
+        return addresses
 
     def test_the_port_of_opencode_has_a_password(self):
         self.start()
         (pid,) = opencode_pids()
-        inodes = {os.readlink(path) for path in pathlib.Path(f"/proc/{pid}/fd").iterdir()}
-        rows = [line.split() for line in pathlib.Path("/proc/net/tcp").read_text().splitlines()]
-        ports = [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes]
-        self.assertTrue(ports)
-        for address in ports:
-            host, port = address.split(":")
+        addresses = self.listening_addresses(pid)
+        self.assertTrue(addresses)
+        for host, port in addresses:
             self.assertEqual(host, "0100007F")
             connection = http.client.HTTPConnection("127.0.0.1", int(port, 16), timeout=DEADLINE)
             with contextlib.closing(connection):
                 connection.request("GET", "/config")
                 self.assertEqual(connection.getresponse().status, 401)
 
-    @staticmethod
-    def living_in(folder):
+    def living_in(self, folder):
         """Return the processes that work in a folder below this one."""
         found = []
         for path in pathlib.Path("/proc").glob("[0-9]*/cwd"):
             with contextlib.suppress(OSError):
-                found += [path] if os.readlink(path).startswith(str(folder)) else []
+                if os.readlink(path).startswith(str(folder)):
+                    found.append(path)
         return found
 
-    def test_the_program_and_its_end(self):
-        """Killed, it leaves no opencode behind, and the next one removes what it left on disk."""
+    def run_program(self, temporary):
+        """Start the program as a user does; return it and a client, when it serves."""
         variables = {**clean_environment(), **make_home(self.folder, self.upstream)}
+        words = [sys.executable, str(HERE / "opencode_proxy.py"), "--opencode", self.path]
+        program = subprocess.Popen(
+            [*words, "--host", "127.0.0.1", "--port", "0"],
+            stderr=subprocess.PIPE,
+            universal_newlines=True,
+            env={**variables, "TMPDIR": str(temporary)},
+        )
+        self.stack.callback(program.stderr.close)
+        self.stack.callback(program.kill)
+        for line in program.stderr:
+            found = re.search(r"base URL for apps: http://127.0.0.1:(\d+)/v1", line)
+            if found:
+                return program, Client(int(found[1]))
+        raise AssertionError(f"it ended with {program.wait()}")
+
+    def test_a_killed_program_leaves_no_opencode_and_the_next_removes_its_files(self):
         temporary = self.folder / "tmp"
         temporary.mkdir()
         for end, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            program = subprocess.Popen(
-                [
-                    sys.executable,
-                    str(HERE / "opencode_proxy.py"),
-                    "--host",
-                    "127.0.0.1",
-                    "--port",
-                    str(port),
-                    "--opencode",
-                    self.path,
-                ],
-                stderr=subprocess.PIPE,
-                universal_newlines=True,
-                env={**variables, "TMPDIR": str(temporary)},
-            )
-            self.stack.callback(program.stderr.close)
-            self.stack.callback(program.kill)
-            while "base URL" not in program.stderr.readline():
-                self.assertIsNone(program.poll())
-            self.assertEqual(Client(port).content(), HELLO)
+            program, client = self.run_program(temporary)
+            self.assertEqual(client.content(), HELLO)
             self.assertTrue(self.living_in(temporary))
             program.send_signal(end)
             self.assertEqual(program.wait(DEADLINE), code)
             self.assertTrue(eventually(lambda: not self.living_in(temporary)))
-        self.assertEqual(list(temporary.glob("opencode-proxy-*")), [])
+        self.assertEqual(list(temporary.glob("opencode*proxy-*")), [])
 
 
 class RealLoginTest(RealCase):
     """With a login as it really is: GPT over /responses, Claude over /messages, ChatGPT."""
 
     provider = Services
+    REQUESTS = {
+        "plain": {},
+        "with what some services refuse": {
+            "max_tokens": 1,
+            "temperature": 0.5,
+            "top_p": 0.5,
+            "user": "u",
+            "stop": ["\n\n"],
+            "metadata": {"a": "b"},
+        },
+        "with a system message": {
+            "messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "q"}],
+        },
+    }
 
-    def test_live_models_choose_their_formats(self):
+    def test_the_models_are_those_that_github_lists(self):
         listed = json.loads(self.proxy.request("GET", "/v1/models")[2])["data"]
         names = [model["id"] for model in listed]
         live = {name for name in names if name.startswith("github-copilot/")}
         self.assertEqual(live, {"github-copilot/" + row[0] for row in OFFERS})
-        for name, model in LIVE.items():
-            self.upstream.exchanges.clear()
-            for fields in (
-                {},
-                {
-                    "max_tokens": 1,
-                    "temperature": 0.5,
-                    "top_p": 0.5,
-                    "user": "u",
-                    "stop": ["\n\n"],
-                    "metadata": {"a": "b"},
-                },
-                {
-                    "messages": [
-                        {"role": "system", "content": "S"},
-                        {"role": "user", "content": "q"},
-                    ]
-                },
-            ):
-                status, answer = self.proxy.chat(model=model, **fields)
-                self.assertEqual(
-                    (status, answer.get("usage", {}).get("total_tokens")),
-                    (200, 31),
-                    (model, answer),
-                )
-            formats = {exchange.format for exchange in self.upstream.exchanges}
-            self.assertEqual(formats, {"responses" if name == "chatgpt" else name})
-        last = self.upstream.exchanges[-1].body
-        self.assertEqual((last["instructions"], last["store"]), ("S", False))
-        self.assertEqual(
-            last["input"], [{"role": "user", "content": [{"type": "input_text", "text": "q"}]}]
-        )
+
+    def test_each_model_is_asked_in_its_own_format_and_takes_it(self):
+        for service, model in LIVE.items():
+            for name, fields in self.REQUESTS.items():
+                with self.subTest(f"{service}, {name}"):
+                    self.upstream.exchanges.clear()
+                    status, answer = self.proxy.chat(model=model, **fields)
+                    self.assertEqual(status, 200, answer)
+                    self.assertEqual(answer["usage"]["total_tokens"], 31)
+                    expected = "responses" if service == "chatgpt" else service
+                    self.assertEqual(self.exchange().format, expected)
+
+    def test_chatgpt_gets_instructions_and_stores_nothing(self):
+        self.proxy.content(model=LIVE["chatgpt"], **self.REQUESTS["with a system message"])
+        body = self.exchange().body
+        self.assertEqual((body["instructions"], body["store"]), ("S", False))
+        content = [{"type": "input_text", "text": "q"}]
+        self.assertEqual(body["input"], [{"role": "user", "content": content}])
+
+    def test_nobody_else_is_talked_to(self):
+        for model in LIVE.values():
+            self.proxy.content(model=model)
         self.assertLessEqual(set(self.upstream.hosts), {COPILOT, CHATGPT})
 
     def test_claude_is_asked_for_no_more_than_it_has(self):
-        for model, most in ((MESSAGES, 32000), ("github-copilot/claude-opus-4.6", 8000)):
-            self.upstream.exchanges.clear()
-            self.assertEqual(self.proxy.content(model=model), HELLO)
-            self.assertEqual(self.exchange().body["max_tokens"], most)
+        for model, limit in ((MESSAGES, 32000), ("github-copilot/claude-opus-4.6", 8000)):
+            with self.subTest(model):
+                self.upstream.exchanges.clear()
+                self.assertEqual(self.proxy.content(model=model), HELLO)
+                self.assertEqual(self.exchange().body["max_tokens"], limit)
 
     def test_efforts_and_sampling(self):
         fields = {"reasoning_effort": "low", "temperature": 0.5}
         self.assertEqual(self.proxy.content(model=CHAT, **fields), HELLO)
         body = self.exchange().body
-        self.assertEqual((body["reasoning"]["effort"], "temperature" in body), ("low", False))
+        self.assertEqual(body["reasoning"]["effort"], "low")
+        self.assertNotIn("temperature", body)
         self.assertNotIn("prompt_cache_key", body)
 
 
@@ -4198,6 +5581,13 @@ class RealOpenAITest(RealCase):
     """The `openai` library, unchanged, on all wire formats."""
 
     HELLO = [{"role": "user", "content": "hi"}]
+    WEATHER = {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
 
     @classmethod
     def setUpClass(cls):
@@ -4215,65 +5605,61 @@ class RealOpenAITest(RealCase):
         self.addCleanup(self.client.close)
         self.create = self.client.chat.completions.create
 
-    def test_whole_streamed_and_async(self):
-        async def ask(model):
-            url = str(self.client.base_url)
-            async with self.openai.AsyncOpenAI(base_url=url, api_key="any") as client:
-                stream = await client.chat.completions.create(
-                    model=model, messages=self.HELLO, stream=True
-                )
-                return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+    def each_model(self):
+        """Yield the model of each wire format, as a subtest."""
+        for name, model in FORMATS.items():
+            with self.subTest(name):
+                yield model
 
-        for model in FORMATS.values():
+    def test_whole_answers(self):
+        for model in self.each_model():
             answer = self.create(model=model, messages=self.HELLO)
-            text = answer.choices[0].message.content
-            self.assertEqual((text, answer.usage.total_tokens), (HELLO, 31))
-            with self.create(
-                model=model,
-                messages=self.HELLO,
-                stream=True,
-                stream_options={"include_usage": True},
-            ) as stream:
+            self.assertEqual(answer.choices[0].message.content, HELLO)
+            self.assertEqual(answer.usage.total_tokens, 31)
+
+    def test_streams_with_usage(self):
+        for model in self.each_model():
+            fields = {"stream": True, "stream_options": {"include_usage": True}}
+            with self.create(model=model, messages=self.HELLO, **fields) as stream:
                 *chunks, last = list(stream)
             text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
             self.assertEqual((text, last.usage.total_tokens), (HELLO, 31))
+
+    def test_asynchronous_streams(self):
+        async def ask(model):
+            url = str(self.client.base_url)
+            async with self.openai.AsyncOpenAI(base_url=url, api_key="any") as client:
+                create = client.chat.completions.create
+                stream = await create(model=model, messages=self.HELLO, stream=True)
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+        for model in self.each_model():
             self.assertEqual(asyncio.run(ask(model)), HELLO)
+
+    def test_lists_of_models(self):
         names = [model.id for model in self.client.models.list()]
         self.assertEqual(self.client.models.retrieve(names[0]).id, names[0])
 
-    def test_tools(self):
+    def test_a_tool_is_called_and_its_result_answered(self):
+        call = ("call", "call_1", "weather", ['{"city": "Par', 'is"}'])
+
         def respond(exchange):
             if b"sunny" in exchange.raw:
-                return answering(("text", "It is sunny"))(exchange)
-            return answering(
-                ("call", "call_1", "weather", ['{"city": "Par', 'is"}']), finish="tool_calls"
-            )(exchange)
+                answering(("text", "It is sunny"))(exchange)
+            else:
+                answering(call, finish="tool_calls")(exchange)
 
         self.upstream.respond = respond
-        tools = [
-            {
-                "type": "function",
-                "function": {
-                    "name": "weather",
-                    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-                },
-            }
-        ]
-        for model in FORMATS.values():
-            messages = list(self.HELLO)
-            with self.client.chat.completions.stream(
-                model=model, messages=messages, tools=tools
-            ) as stream:
+        for model in self.each_model():
+            fields = {"model": model, "tools": [self.WEATHER]}
+            with self.client.chat.completions.stream(messages=self.HELLO, **fields) as stream:
                 message = stream.get_final_completion().choices[0].message
-            call = message.tool_calls[0]
-            self.assertEqual(
-                (call.function.name, call.function.arguments), ("weather", '{"city": "Paris"}')
-            )
-            messages += [
-                message.model_dump(exclude_none=True, exclude={"parsed"}),
-                {"role": "tool", "tool_call_id": call.id, "content": "sunny"},
-            ]
-            answer = self.create(model=model, messages=messages, tools=tools)
+            (called,) = message.tool_calls
+            self.assertEqual(called.function.name, "weather")
+            self.assertEqual(called.function.arguments, '{"city": "Paris"}')
+            said = message.model_dump(exclude_none=True, exclude={"parsed"})
+            result = {"role": "tool", "tool_call_id": called.id, "content": "sunny"}
+            answer = self.create(messages=[*self.HELLO, said, result], **fields)
             self.assertEqual(answer.choices[0].message.content, "It is sunny")
 
     def test_schemas(self):
@@ -4283,19 +5669,19 @@ class RealOpenAITest(RealCase):
             name: str
 
         self.upstream.respond = answering(("text", '{"name":'), ("text", '"Paris"}'))
-        for model in FORMATS.values():
-            answer = self.client.chat.completions.parse(
-                model=model, messages=self.HELLO, response_format=City
-            )
+        for model in self.each_model():
+            parse = self.client.chat.completions.parse
+            answer = parse(model=model, messages=self.HELLO, response_format=City)
             self.assertEqual(answer.choices[0].message.parsed, City(name="Paris"))
             self.assertIn(b'"json_schema"', self.upstream.exchanges[-1].raw)
 
-    def test_responses(self):
+    def test_its_responses(self):
         stream = self.client.responses.create(model="gpt-5.4-mini", input="hi", stream=True)
         events = list(stream)
-        text = "".join(
-            event.delta for event in events if event.type == "response.output_text.delta"
-        )
+        text = ""
+        for event in events:
+            if event.type == "response.output_text.delta":
+                text += event.delta
         self.assertEqual((text, events[-1].response.usage.total_tokens), (HELLO, 31))
 
 
