@@ -3994,8 +3994,9 @@ class Pool:
             if isinstance(error, StartError):
                 raise
             raise StartError(f"opencode cannot be used: {failure}") from None
-        self._spares = self._settings.spares
-        self._retry_at = 0.0
+        with self._changing():
+            self._spares = self._settings.spares
+            self._retry_at = 0.0
         self._tender.start()
         self.watch.start()
 
