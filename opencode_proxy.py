@@ -3971,13 +3971,13 @@ class Pool:
                 self._note_failed_start(failure)
 
     def _note_failed_start(self, failure: str) -> None:
-        """Let the next start wait; tell the turns that no process is left for. Under the lock."""
+        """Let the next start wait; tell the turns that no process has room for. Under the lock."""
         self.last_error = failure
         self._failed_starts += 1
         pause = RETRY_SECONDS * 2 ** min(self._failed_starts - 1, 10)
         self._retry_at = time.monotonic() + min(MAX_RETRY_SECONDS, pause)
         self._wake.set()  # so that the next look comes when the pause is over
-        if not self._in(READY) and not self._in(STARTING):
+        if self._best() is None and not self._in(STARTING):
             for turn in self._waiting:
                 turn.inbox.put(Letter("failed", None, None, failure))
 
