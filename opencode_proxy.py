@@ -3424,6 +3424,8 @@ class Turn:
                     yield from self._attempt()
                     return
                 except ProcessFailed as failure:
+                    if self._pool.closing.is_set():  # it did not fail: it was told to end
+                        raise shutting_down() from None
                     is_last = self.handed_over or attempt == MAX_ATTEMPTS
                     self.leave(has_failed=True, again=not is_last)
                     if is_last:
