@@ -4033,14 +4033,17 @@ class Pool:
                 self.note_error(reason_of(error))
 
     def _measure(self) -> None:
-        """Note how large the processes are; then decide anew."""
+        """Note how large the processes are, and which have lost their homes; then decide anew."""
         with self._lock:
             processes = self._in(READY)
         sizes = [(process, process.memory()) for process in processes]
+        homeless = [process for process in processes if not process.home.is_dir()]
         reap_orphans(self.opencode.pids)
         with self._changing():
             for process, size in sizes:
                 process.size = size
+            for process in homeless:  # a cleaner of temp folders was there
+                process.state = RETIRED
 
     def note_error(self, text: str) -> None:
         """Keep what went wrong, for /health."""
