@@ -2575,7 +2575,8 @@ class Opencode:
 
     def environment(self, home: pathlib.Path, is_acp: bool) -> dict[str, str]:
         """Return the environment of a process in `home`: an `acp` one, or one that lists models."""
-        variables = self._engine_variables()
+        preload = self._preload if self._collects_rarely else None
+        variables = engine_variables(preload, self._is_small)
         for name, value in os.environ.items():
             if not NOT_INHERITED.match(name):
                 variables[name] = value
@@ -2590,20 +2591,6 @@ class Opencode:
         variables["OPENCODE_PROXY_SOCKET"] = str(self.asks.path)
         variables.update(self._folders(home))
         variables.update(self._users_configuration(home, is_acp))
-        return variables
-
-    def _engine_variables(self) -> dict[str, str]:
-        """Return the settings of opencode's JavaScript engine; what the user has set comes first.
-
-        A process is soon gone: the slowest compiler does not pay.
-        """
-        variables = {"BUN_JSC_useFTLJIT": "0", "BUN_GC_TIMER_DISABLE": "1"}
-        if self._collects_rarely:
-            variables["BUN_INSPECT_PRELOAD"] = str(self._preload)
-            variables["BUN_JSC_largeHeapSize"] = str(LARGE_HEAP_BYTES)
-            variables["BUN_JSC_collectionTimerMaxPercentCPU"] = "0.0001"
-        elif not self._is_small:
-            variables["BUN_JSC_useGC"] = "0"
         return variables
 
     def note_timers(self, are_closed: bool) -> None:
@@ -2770,6 +2757,23 @@ def with_loopback(hosts: str) -> str:
         if name not in names:
             names.append(name)
     return ",".join(names)
+
+
+def engine_variables(preload: pathlib.Path | None, is_small: bool) -> dict[str, str]:
+    """Return the settings of opencode's JavaScript engine.
+
+    `preload` is what keeps it from collecting garbage at every token, None where that did not work:
+    then none is collected, but on a machine that is too small for that. The slowest compiler is
+    left out: a process is soon gone.
+    """
+    variables = {"BUN_JSC_useFTLJIT": "0", "BUN_GC_TIMER_DISABLE": "1"}
+    if preload is not None:
+        variables["BUN_INSPECT_PRELOAD"] = str(preload)
+        variables["BUN_JSC_largeHeapSize"] = str(LARGE_HEAP_BYTES)
+        variables["BUN_JSC_collectionTimerMaxPercentCPU"] = "0.0001"
+    elif not is_small:
+        variables["BUN_JSC_useGC"] = "0"
+    return variables
 
 
 def memory_of_machine() -> int:
@@ -3153,7 +3157,7 @@ class OpencodeProcess(Child):
 
     `start` and `serve` are its thread's. `state`, `turns`, `served`, `size` and `idle_since` are
     the pool's account of it, under the pool's lock. `_replies` says whose the reply to a request's
-    number is; it changes by single steps that need no lock.
+    number is; it and `_sessions_ahead` change by single steps that need no lock.
     """
 
     def __init__(self, opencode: Opencode, trace: Trace | None = None) -> None:
@@ -3168,6 +3172,7 @@ class OpencodeProcess(Child):
         self.born = time.monotonic()
         self.idle_since = self.born
         self.new_session: Json = {}  # the parameters of session/new
+        self._sessions_ahead: list[Json] = []  # one, until it is taken
         self._trace = trace
         self._numbers = itertools.count(1)
         self._replies: dict[int, Turn] = {}
@@ -3199,8 +3204,15 @@ class OpencodeProcess(Child):
         if "loaded" not in self._reports:
             raise self.failed(f"opencode {self.opencode.version} did not load the proxy's plugin")
         self._warm_up(session["sessionId"])
+        self._sessions_ahead.append(self._call("session/new", self.new_session))
         self.size_when_ready = self.size = self.memory()
         return models_of(session)[0]
+
+    def take_session(self) -> Json | None:
+        """Return the session that was opened ahead, so that the first turn need not wait for it."""
+        with contextlib.suppress(IndexError):  # another turn has it
+            return self._sessions_ahead.pop()
+        return None
 
     def _check_version(self, version: str) -> None:
         self.opencode.version = version
@@ -3477,7 +3489,9 @@ class Turn:
 
     def _prompt(self, process: OpencodeProcess, exchange: Any, is_foreign: bool) -> Outgoing:
         """Open a session and prompt it; return the request that opencode wants to send."""
-        session = self._call(process, "session/new", process.new_session)
+        session = process.take_session()
+        if session is None:
+            session = self._call(process, "session/new", process.new_session)
         offered, current = models_of(session)
         name = self._model.name
         if name not in offered:  # opencode would take another model

@@ -4284,11 +4284,18 @@ class MachineTest(unittest.TestCase):
             with self.subTest(name):
                 self.assertEqual(proxy.cgroup_limit_files(groups), files)
 
-    def test_garbage_is_collected_where_memory_is_short(self):
-        for gib, collects in ((1, "1"), (2, "1"), (3, "0"), (64, "0")):
-            with self.subTest(gib=gib):
-                variables = proxy.engine_variables(gib * self.GIB)
-                self.assertEqual(variables["BUN_JSC_useGC"], collects)
+    def test_garbage_is_collected_rarely_else_never_and_always_where_memory_is_short(self):
+        preload = pathlib.Path("/x/preload.js")
+        for name, arguments, expected in (
+            ("rarely", (preload, False), (str(preload), None)),
+            ("rarely on a small machine", (preload, True), (str(preload), None)),
+            ("never", (None, False), (None, "0")),
+            ("always on a small machine", (None, True), (None, None)),
+        ):
+            with self.subTest(name):
+                variables = proxy.engine_variables(*arguments)
+                names = ("BUN_INSPECT_PRELOAD", "BUN_JSC_useGC")
+                self.assertEqual(tuple(variables.get(name) for name in names), expected)
 
     def test_the_path_of_a_socket_is_never_too_long(self):
         for name, (temporary, folder) in self.FOLDERS.items():
