@@ -912,7 +912,7 @@ class Fake:
         self.before_request = ""  # scripts: before it asks for a body, and while it reads that
         self.in_request = ""
         self.sessions = {}
-        self.sessions_made = 0  # the first one proves that it works
+        self.sessions_made = 0  # the first proves that it works, the second is opened ahead
         self.orders = itertools.count()
         self.output = threading.Lock()
 
@@ -951,7 +951,7 @@ class Fake:
     def open_session(self, number):
         name = f"ses_{os.getpid()}_{number}"
         note("session", os.getpid(), number)
-        if self.sessions_made and not self.makes_sessions:
+        if self.sessions_made >= 2 and not self.makes_sessions:
             send(id=number, error={"code": -32603, "message": "no sessions today"})
             return
         self.sessions_made += 1
@@ -3768,10 +3768,10 @@ class LoadTest(FakeCase):
         running = self.start(spares=1, max_concurrency=1, requests_per_process=100)
         self.mode("")
         first = self.only(running)
-        texts = ("first", "second")
+        texts = ("first", "second", "third")
         self.assertEqual(at_once(running.content, texts), list(texts))
         sessions = [note for note in self.journal("session") if note.startswith(f"{first} ")]
-        self.assertEqual(len(sessions), 2)  # of its proof and of the turn that it failed
+        self.assertEqual(len(sessions), 3)  # of its proof, ahead, and of the turn that it failed
 
     def test_a_process_that_hangs_after_the_hand_over_serves_nothing_more(self):
         clock = self.wind()
