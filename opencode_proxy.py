@@ -79,6 +79,7 @@ import abc
 import argparse
 import collections
 import contextlib
+import email.message
 import fcntl
 import hmac
 import http.client
@@ -105,8 +106,16 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Union
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from typing import Any, NamedTuple, NoReturn, Union
 
 __version__ = "2.0.0"
 Json = dict[str, Any]
@@ -135,6 +144,8 @@ BODY_SECONDS = 120.0  # a request whose body does not arrive
 WRITE_SECONDS = 60.0  # a client that takes nothing of its answer
 SEND_BUFFER_BYTES = 256 << 10  # memory: what a client has not taken of its answer yet
 PING_SECONDS = 15.0  # middleboxes close a stream that is silent for long
+MAX_LOG_LINES = 1000  # memory: lines that nobody reads
+FLUSH_SECONDS = 1.0  # ... and the time for them at the end
 
 # Processes that run away, hang or grow.
 MAX_LINE_BYTES = 16 << 20  # memory: a line of a process's output
@@ -4272,227 +4283,384 @@ class CatalogWatch:
 
 
 # --------------------------------------------------------------------------------------------- http
-# From sockets to requests and back. A connection has one thread, which alone uses its socket.
-# http.server parses a head from the lines that ClientConnection lets pass; what _dispatch does not
-# refuse goes to a route. All waiting for opencode is in the pool's generators, driven by _await. A
-# request ends by an exception of its own thread; handle_one_request answers and logs it.
+# From sockets to requests and back.
+#
+# A connection has one thread, which alone uses its socket and runs each request from top to bottom:
+# http.server parses the head from the lines that ClientConnection lets pass, `_dispatch` refuses
+# what it must, and the rest is a method that ROUTES names. Where that waits for the pool, the pool
+# calls `_look`, and what `_look` raises gives the request up. So a request ends in one of two ways:
+# its method returns, or an exception reaches `handle_one_request`, which answers and logs it.
+#
 # What can be read in two ways is refused. In a head, LF alone ends a line too (RFC 9112, 2.2).
-FIELD = rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*)?"
-LINE_FORMS = {
-    "request line": rb"[^\r\n\0]*\r?\n",
-    "header line": FIELD + rb"\r?\n",
-    "chunk size": rb"[0-9A-Fa-f]{1,16}[ \t]*(;[^\r\n\0]*)?\r\n",
-    "chunk end": rb"\r\n",
-    "trailer": FIELD + rb"\r\n",
-}
-# Web pages on this machine, and what is no web page; names that nobody can have on the internet.
-FREE_ORIGIN = re.compile(
+
+
+class LineForm(NamedTuple):
+    """What a line that a client sends must look like, and the status of one that is too long."""
+
+    name: str
+    pattern: re.Pattern[bytes]
+    status: int = 431
+
+
+REQUEST_LINE = LineForm("request line", re.compile(rb"[^\r\n\0]*\r?\n"), 414)
+HEADER_LINE = LineForm(
+    "header line", re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*)?\r?\n")
+)
+CHUNK_SIZE = LineForm("chunk size", re.compile(rb"[0-9A-Fa-f]{1,16}[ \t]*(;[^\r\n\0]*)?\r\n"))
+CHUNK_END = LineForm("chunk end", re.compile(rb"\r\n"))
+TRAILER = LineForm("trailer", re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*)?\r\n"))
+
+CONTENT_LENGTH = re.compile(r"[ \t]*([0-9]{1,18})[ \t]*(,[ \t]*\1[ \t]*)*")  # the same, repeated
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+# Web pages on this machine, and what is no web page.
+OWN_ORIGIN = re.compile(
     r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
     r"|(app|tauri|vscode-webview|vscode-file)://[!-~]*"
 )
-FREE_HOST = re.compile(r"(.+\.)?localhost|.+\.internal|[0-9.]+|\[[0-9a-f:.]+\]")
+# Names that nobody can have on the internet.
+OWN_HOST = re.compile(r"(.+\.)?localhost|.+\.internal|[0-9.]+|\[[0-9a-f:.]+\]")
 PASSED_HEADERS = ("anthropic-beta", "anthropic-version")
-GET, POST = "GET, HEAD, OPTIONS", "OPTIONS, POST"
-# Each path's methods, what serves it, and with what; every path is also found below /v1.
-ROUTES: dict[str, tuple[Any, ...]] = {
-    "/": (GET, "_health"),
-    "/health": (GET, "_health"),
-    "/models": (GET, "_models"),
-    "/chat/completions": (POST, "_chat"),
-    "/responses": (POST, "_pass_through", Responses),
-    "/messages": (POST, "_pass_through", Messages),
+EVENT_STREAM = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # nginx would collect it
 }
 
 
-class ClientConnection(io.RawIOBase):
-    """A client's socket, as http.server's `rfile` and `wfile`."""
+def body_length(headers: email.message.Message, version: str) -> int | None:
+    """Return the bytes of a request's body, None where it comes in HTTP chunks.
+
+    Raises: APIError 400 for a head whose body could be said to end in two places (RFC 9112, 6).
+    """
+    unclear = invalid("Bad request: Host, Content-Length or Transfer-Encoding is not clear")
+    is_old = version == "HTTP/1.0"
+    if len(headers.get_all("Host", [])) != 1 and not is_old:
+        raise unclear
+
+    codings = headers.get_all("Transfer-Encoding", [])
+    coding = ",".join(codings).strip(" \t").lower()
+    if coding == "chunked":
+        if is_old or "Content-Length" in headers:
+            raise unclear
+        return None
+    if coding:
+        raise unclear
+
+    length = CONTENT_LENGTH.fullmatch(",".join(headers.get_all("Content-Length", ["0"])))
+    if length is None:
+        raise unclear
+    return int(length[1])
+
+
+def check_origin(origin: str, allowed: Sequence[str]) -> None:
+    """Refuse the web page `origin` unless it is this machine's own, or one of `allowed`."""
+    if origin in allowed or OWN_ORIGIN.fullmatch(origin):
+        return
+    if "*" in allowed and origin != "null":
+        return
+    page = printable(origin)
+    raise APIError(
+        403,
+        f"Web pages of {page} may not use the proxy; the option --cors-origin {page} allows them",
+        code="origin_not_allowed",
+    )
+
+
+def check_host(host: str, own_names: Sequence[str]) -> None:
+    """Refuse a request to a name that somebody may have given to this machine's address.
+
+    A web page whose own name leads to 127.0.0.1 has no foreign origin. (DNS rebinding)
+    """
+    name = re.sub(r"\.?(:[0-9]*)?$", "", host.lower())
+    if name in own_names or OWN_HOST.fullmatch(name):
+        return
+    raise APIError(
+        403,
+        f"{printable(name)} is not a name of this machine; --host with it, or --api-key, allows it",
+        code="host_not_allowed",
+    )
+
+
+def has_key(headers: email.message.Message, keys: Sequence[str]) -> bool:
+    """Tell whether a request brings one of `keys`; where there are none, it needs none."""
+    if not keys:
+        return True
+
+    authorization = headers.get("Authorization", "")
+    given = [
+        re.sub("(?i)^bearer +", "", authorization).strip(),
+        headers.get("X-Api-Key", ""),
+        headers.get("Api-Key", ""),
+    ]
+
+    matches = False
+    for text in given:
+        for key in keys:  # always all of them: the time tells nothing
+            if hmac.compare_digest(text.encode("latin-1", "replace"), key.encode()):
+                matches = True
+    return matches
+
+
+def route_of(target: str) -> str:
+    """Return the path in a request's target as ROUTES has it: without host, query and /v1."""
+    path = re.sub(r"^[A-Za-z]+://[^/?]*", "", target).partition("?")[0]
+    path = re.sub("//+", "/", path)
+    path = re.sub(r"^/v1(?=/|$)", "", path)
+    return path.rstrip("/") or "/"
+
+
+def no_route(target: str, base_url: str) -> APIError:
+    """Return the error for a path that is none of ROUTES, with a hint at what is wrong with it."""
+    path = printable(target.partition("?")[0])
+    route = route_of(target)
+    if re.search("/v1/|/models/", route + "/") or route.endswith(tuple(ROUTES)):
+        url = base_url
+        if route.endswith("/messages"):  # Anthropic's clients add /v1 themselves
+            url = base_url[: -len("/v1")]
+        hint = f"the base URL to use is {url}"
+    else:
+        hint = f"this serves chat only, at {base_url}/chat/completions, /responses or /messages"
+    return APIError(404, f"There is nothing at {path}: {hint}", code="unknown_url")
+
+
+def model_object(model: Model, created: int) -> Json:
+    """Return what /v1/models tells of a model."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": created,
+        "owned_by": provider_of(model.name),
+    }
+
+
+def printable(text: str) -> str:
+    """Return text of a client as it may stand in a log or a message."""
+    return re.sub(r"[^\x20-\x7e]", "?", text)[:200]
+
+
+def write_http_chunk(data: bytes, is_last: bool) -> bytes:
+    """Return `data` in HTTP's chunked coding, its end included if it `is_last`."""
+    chunk = b""
+    if data:
+        chunk = b"%x\r\n%b\r\n" % (len(data), data)
+    if is_last:
+        chunk += b"0\r\n\r\n"
+    return chunk
+
+
+class ClientConnection(io.BufferedIOBase):
+    """A client's socket, as http.server's `rfile` and `wfile`; only its own thread uses it.
+
+    What a client sends while its request is being answered is kept in `_read_ahead`, so that one
+    that hangs up is noticed although bytes come before the end.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
-        self.deadline, self.next_line = 0.0, "request line"  # or "header line"
-        self.late: Exception = ClientDisconnected("the request did not arrive")
-        self._socket, self._read_ahead = connection, bytearray()
+        super().__init__()
+        self._socket = connection
+        self._read_ahead = bytearray()
+        self._next_line = REQUEST_LINE  # what readline() returns
+        self._deadline = 0.0  # for all that is read
+        self._is_in_body = False
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
-    def is_open(self, waiting: bool = False) -> bool:
-        """Keep what the client sends; tell whether it is there and, if `waiting`, in time."""
+    def expect_head(self, seconds: float) -> None:
+        """Let what is read next be the head of a request, which must be there in `seconds`."""
+        self._next_line = REQUEST_LINE
+        self._deadline = time.monotonic() + seconds
+        self._is_in_body = False
+
+    def expect_body(self, seconds: float) -> None:
+        """Let what is read next be a body, which must be there in `seconds`."""
+        self._deadline = time.monotonic() + seconds
+        self._is_in_body = True
+
+    def is_open(self) -> bool:
+        """Keep what the client has sent; tell whether it is still there."""
         room = MAX_READ_AHEAD_BYTES - len(self._read_ahead)
+        if room <= 0:
+            return True
         try:
-            self._socket.settimeout(self.deadline - time.monotonic() if waiting else 0.0)
+            self._socket.settimeout(0.0)
             data = self._socket.recv(room)
-        except (OSError, ValueError) as error:  # ValueError: the deadline was over before
-            return isinstance(error, BlockingIOError)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
         self._read_ahead += data
-        return bool(data) or room == 0
+        return bool(data)
 
-    def read_some(self, most: int) -> bytes:
-        """Return from 1 to `most` bytes."""
-        if not self._read_ahead and not self.is_open(waiting=True):
-            raise self.late
-        data = bytes(self._read_ahead[:most])
-        del self._read_ahead[:most]
-        return data
-
-    def readline(self, limit: int | None = -1, form: str = "") -> bytes:
-        """Return the next line, a head's or one of `form`; raise APIError unless it looks so."""
-        form = form or self.next_line
-        while b"\n" not in self._read_ahead[:MAX_READ_AHEAD_BYTES]:
-            if len(self._read_ahead) >= MAX_READ_AHEAD_BYTES:
-                raise APIError(414 if form == "request line" else 431, f"The {form} is too long")
-            if not self.is_open(waiting=True):
-                raise self.late
-        line = self.read_some(self._read_ahead.index(b"\n") + 1)
-        if not re.fullmatch(LINE_FORMS[form], line):
-            raise invalid(f"Bad request: a {form} is malformed")
-        self.next_line = "header line"
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """Return the next line of a head; http.server calls it."""
+        line = self.read_line(self._next_line)
+        self._next_line = HEADER_LINE
         return line
 
-    def write(self, data: Any) -> None:
+    def read_line(self, form: LineForm) -> bytes:
+        """Return the next line; raise APIError unless it looks like `form`."""
+        searched = 0
+        while True:
+            end = self._read_ahead.find(b"\n", searched, MAX_READ_AHEAD_BYTES)
+            if end >= 0:
+                break
+            searched = len(self._read_ahead)
+            if searched >= MAX_READ_AHEAD_BYTES:
+                raise APIError(form.status, f"The {form.name} is too long")
+            self._receive()
+
+        line = self._take(end + 1)
+        if not form.pattern.fullmatch(line):
+            raise invalid(f"Bad request: a {form.name} is malformed")
+        return line
+
+    def read_some(self, limit: int) -> bytes:
+        """Return from 1 to `limit` bytes."""
+        if not self._read_ahead:
+            self._receive()
+        return self._take(limit)
+
+    def write(self, data: Any, /) -> int:
         """Write all of `data`, as long as the client takes some of it every WRITE_SECONDS."""
         rest = memoryview(data)
         try:
             self._socket.settimeout(WRITE_SECONDS)
             while rest:
-                rest = rest[self._socket.send(rest) :]
+                sent = self._socket.send(rest)
+                rest = rest[sent:]
         except OSError as error:
             raise ClientDisconnected(f"the client does not read: {error}") from None
+        return len(data)
+
+    def _take(self, count: int) -> bytes:
+        data = bytes(self._read_ahead[:count])
+        del self._read_ahead[:count]
+        return data
+
+    def _receive(self) -> None:
+        """Wait for more of the request; raise where none comes before the deadline."""
+        data = b""
+        seconds = self._deadline - time.monotonic()
+        if seconds > 0:
+            with contextlib.suppress(OSError):
+                self._socket.settimeout(seconds)
+                data = self._socket.recv(MAX_READ_AHEAD_BYTES - len(self._read_ahead))
+        if data:
+            self._read_ahead += data
+        elif self._is_in_body:
+            raise APIError(408, "The body did not arrive", code="body_timeout")
+        else:
+            raise ClientDisconnected("the request did not arrive")
 
 
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
-    """Answers the requests of one connection."""
+    """Answers the requests of one connection, one after the other.
+
+    `setup` makes what belongs to the connection, `_begin_request` what belongs to a request.
+    """
 
     server: ProxyServer
-    protocol_version = default_request_version = request_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.1"
+    default_request_version = "HTTP/1.1"  # of a request line that names none
+    request_version = "HTTP/1.1"  # until the first head is there
+
+    # -- the life of a request
 
     def setup(self) -> None:
         self._client = ClientConnection(self.request)
-        vars(self).update(rfile=self._client, wfile=self._client)
+        self.rfile = self._client
+        self.wfile = self._client
+
+    def _begin_request(self) -> None:
+        self.command = "-"
+        self.path = "-"
+        self._route = "-"
+        self._request_id = uuid.uuid4().hex
+        self._origin = ""  # the web page that asks, if it may
+        self._body_left: int | None = None  # bytes to read of it; None: its end is not known
+        self._status = 0  # of the response, once its head is sent
+        self._answer: Answer | None = None  # that is sent in pieces
+        self._facts: dict[str, str] = {}  # for the log
+        self._begin_clock()
+
+    def _begin_clock(self) -> None:
+        self._started = time.monotonic()
+        self._last_write = self._started
 
     def handle_one_request(self) -> None:
-        self._started = self._last_write = time.monotonic()
-        self._client.deadline, self._client.next_line = self._started + IDLE_SECONDS, "request line"
-        self._client.late = ClientDisconnected("the request did not arrive")
-        self.command = self.path = self._route = "-"
-        self._request_id, self._origin = uuid.uuid4().hex, ""  # the page that asks, if it may
-        self._body_left: int | None = None  # bytes to read of it; None: its end is not known
-        self._stream: Answer | None = None  # that is sent in pieces
-        self._status = 0  # of the response, once its head is sent
-        self._facts: Json = {}  # for the log
-        self.server.hold(self.request, None)
+        """Wait for a request, answer it, and log it."""
+        self._begin_request()
+        self._client.expect_head(IDLE_SECONDS)
+        self.server.mark_idle(self.request)
         try:
             super().handle_one_request()
         except APIError as error:
-            self._send_error(error, error.message)
+            self._fail(error, error.message)
         except ClientDisconnected as error:
             self.close_connection = True
+            if self.command != "-":  # otherwise an idle connection has ended
+                self._status = 499
             self._facts["error"] = json.dumps(printable(str(error)))
-            self._status = 0 if self.command == "-" else 499
         except Exception as error:  # a defect of this program must not take others' requests
-            self._send_error(
-                APIError(500, "internal error", code="internal_error"), f"internal error: {error!r}"
-            )
-        if self._status:  # otherwise an idle connection has ended
-            asked = printable(f"{self.command or '-'} {self.path}")
-            facts = "".join(f" {name}={value}" for name, value in self._facts.items())
-            end = f"seconds={time.monotonic() - self._started:.3f} id={self._request_id}"
-            log(f"{self.client_address[0]} {asked} {self._status}{facts} {end}")
-
-    def handle_expect_100(self) -> bool:
-        return True  # _read_body sends the interim answer: a refusal comes instead of it
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        raise APIError(int(code), printable(message or http.client.responses[code]))
+            defect = APIError(500, "internal error", code="internal_error")
+            self._fail(defect, f"internal error: {error!r}")
+        if self._status:
+            self._log_request()
 
     def _dispatch(self) -> None:
-        self.server.hold(self.request, 0)
-        self._started = self._last_write = time.monotonic()
-        if re.fullmatch("[A-Za-z0-9._-]{1,128}", self.headers.get("X-Request-Id", "")):
-            self._request_id = self.headers["X-Request-Id"]
-        path = re.sub("//+", "/", re.sub(r"^[A-Za-z]+://[^/?]*", "", self.path).partition("?")[0])
-        self._route = re.sub(r"^/v1(?=/|$)", "", path).rstrip("/") or "/"
+        """Refuse a request whose head is wrong, or let its route answer it."""
+        self.server.mark_busy(self.request)
+        self._begin_clock()
+        request_id = self.headers.get("X-Request-Id", "")
+        if REQUEST_ID.fullmatch(request_id):
+            self._request_id = request_id
+        self._route = route_of(self.path)
         self._check_head()
-        route = "/models" if self._route.startswith("/models/") else self._route
-        if route not in ROUTES:
-            asked, url = printable(self.path.partition("?")[0]), self.server.base_url
-            hint = f"this serves chat only, at {url}/chat/completions, /responses or /messages"
-            if re.search("/v1/|/models/", route + "/") or route.endswith(tuple(ROUTES)):
-                hint = f"the base URL to use is {url[:-3] if route.endswith('/messages') else url}"
-            raise APIError(404, f"There is nothing at {asked}: {hint}", code="unknown_url")
-        methods, name, *arguments = ROUTES[route]
-        if self.command != "OPTIONS" and route not in ("/", "/health"):
-            self._check_key()
-        if self.command not in methods.split(", "):
-            raise APIError(405, "Not allowed", code="not_allowed", headers={"Allow": methods})
-        if self.command != "POST":
-            self._read_body()  # of no use, but it must not be taken for the next request
-        if self.command == "OPTIONS":  # what a browser asks before a page's request
-            wanted = self.headers.get("Access-Control-Request-Headers", "*")
-            self._send(
-                204,
-                {
-                    "Allow": methods,
-                    "Access-Control-Allow-Methods": methods,
-                    "Access-Control-Allow-Headers": wanted,
-                },
-                b"",
-            )
-        else:
-            getattr(self, name)(*arguments)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _dispatch
+        route = ROUTES.get(self._route)
+        if self._route.startswith("/models/"):
+            route = ROUTES["/models"]
+        if route is None:
+            raise no_route(self.path, self.server.base_url)
+        if self.command != "OPTIONS" and not route.is_public:
+            self._check_key()
+        if self.command not in route.methods:
+            allowed = ", ".join(route.methods)
+            raise APIError(405, "Not allowed", code="not_allowed", headers={"Allow": allowed})
+
+        if self.command == "POST":
+            route.serve(self)
+            return
+        self._read_body()  # of no use, but it must not be taken for the next request
+        if self.command == "OPTIONS":
+            self._tell_browser(route)
+        else:
+            route.serve(self)
+
+    do_GET = _dispatch
+    do_HEAD = _dispatch
+    do_POST = _dispatch
+    do_PUT = _dispatch
+    do_PATCH = _dispatch
+    do_DELETE = _dispatch
+    do_OPTIONS = _dispatch
 
     def _check_head(self) -> None:
-        """Refuse what has no clear end (RFC 9112, 6), and what a strange web page may be behind."""
-        coding = ",".join(self.headers.get_all("Transfer-Encoding", [])).strip(" \t").lower()
-        sizes = ",".join(self.headers.get_all("Content-Length", ["0"]))
-        size = re.fullmatch(r"[ \t]*([0-9]{1,18})[ \t]*(,[ \t]*\1[ \t]*)*", sizes)
-        is_old = self.request_version == "HTTP/1.0"
-        if (
-            size is None
-            or coding not in ("", "chunked")
-            or (coding and (is_old or "Content-Length" in self.headers))
-            or (len(self.headers.get_all("Host", [])) != 1 and not is_old)
-        ):
-            raise invalid("Bad request: Host, Content-Length or Transfer-Encoding is not clear")
-        self._body_left = None if coding else int(size[1])
-        settings, origin = self.server.settings, self.headers.get("Origin")
-        if not (
-            origin is None
-            or origin in settings.cors_origin
-            or FREE_ORIGIN.fullmatch(origin)
-            or ("*" in settings.cors_origin and origin != "null")
-        ):
-            origin = printable(origin)
-            raise APIError(
-                403,
-                f"Web pages of {origin} may not use the proxy; the option "
-                f"--cors-origin {origin} allows them",
-                code="origin_not_allowed",
-            )
-        self._origin = origin or ""
-        is_trusting = self.server.on_loopback and not settings.api_key and self._route != "/health"
-        host = re.sub(r"\.?(:[0-9]*)?$", "", self.headers.get("Host", "localhost").lower())
-        own_names = (settings.host.lower(), socket.gethostname().lower())
-        if is_trusting and host not in own_names and not FREE_HOST.fullmatch(host):
-            raise APIError(
-                403,
-                f"{printable(host)} is not a name of this machine; --host with it, "
-                "or --api-key, allows it",
-                code="host_not_allowed",
-            )
+        settings = self.server.settings
+        self._body_left = body_length(self.headers, self.request_version)
+
+        origin = self.headers.get("Origin")
+        if origin is not None:
+            check_origin(origin, settings.cors_origin)
+            self._origin = origin
+
+        is_trusting = self.server.on_loopback and not settings.api_key
+        if is_trusting and self._route != "/health":
+            own_names = (settings.host.lower(), socket.gethostname().lower())
+            check_host(self.headers.get("Host", "localhost"), own_names)
 
     def _check_key(self) -> None:
-        given = [
-            re.sub("(?i)^bearer +", "", self.headers.get("Authorization", "")).strip(),
-            self.headers.get("X-Api-Key", ""),
-            self.headers.get("Api-Key", ""),
-        ]
-        matches = [
-            hmac.compare_digest(text.encode("latin-1", "replace"), key.encode())
-            for text in given
-            for key in self.server.settings.api_key
-        ]
-        if matches and not any(matches):
+        if not has_key(self.headers, self.server.settings.api_key):
             raise APIError(
                 401,
                 "The API key is missing or wrong",
@@ -4500,463 +4668,993 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    def _read_body(self) -> bytes:
-        body, limit, left = bytearray(), self.server.settings.max_body_size, self._body_left
-        if "Expect" in self.headers and (left is None or 0 < left <= limit):
-            self._client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._client.deadline = time.monotonic() + BODY_SECONDS
-        self._client.late = APIError(408, "The body did not arrive", code="body_timeout")
-        sizes: Iterable[int] = (
-            [left]
-            if left is not None
-            else iter(
-                lambda: int(self._client.readline(form="chunk size").partition(b";")[0], 16), 0
-            )
-        )
-        for size in sizes:
-            end = len(body) + size
-            if end > limit:
-                raise APIError(413, f"--max-body-size is {limit} bytes", code="body_too_large")
-            while len(body) < end:
-                data = self._client.read_some(end - len(body))
-                self.server.hold(self.request, len(data))
-                body += data
-            if left is None:
-                self._client.readline(form="chunk end")
-        while left is None and self._client.readline(form="trailer") != b"\r\n":
-            pass
-        self._body_left = 0
-        return bytes(body)
-
-    def _send(self, status: int, headers: Mapping[str, str], body: Json | bytes | None) -> None:
-        """Send a response, or its head alone where `body` is None: HTTP chunks follow."""
-        self._status, is_old = status, self.request_version == "HTTP/1.0"
-        self.close_connection |= self._body_left != 0 or self.server.stopping or is_old
-        if isinstance(body, dict):
-            headers = {**headers, "Content-Type": "application/json"}
-            body = json.dumps(body).encode() + b"\n"
-        head = {
-            "Server": "opencode_proxy/" + __version__,
-            "Date": self.date_time_string(),
-            "X-Request-Id": self._request_id,
-            "Access-Control-Allow-Origin": self._origin,
-            "Access-Control-Expose-Headers": "X-Request-Id, Retry-After",
-            "Vary": "Origin",
-            "Connection": "close" if self.close_connection else "",
-            "Content-Length": str(len(body)) if body is not None and status != 204 else "",
-            "Transfer-Encoding": "chunked" if body is None and not is_old else "",
-            **headers,
-        }
-        self.send_response_only(status)
-        for name, value in filter(all, head.items()):
-            self.send_header(name, re.sub(r"[^\x20-\x7e]", "", value))
-        self.end_headers()
-        if body and self.command != "HEAD":
-            self._client.write(body)
-
-    def _send_error(self, error: APIError, cause: str) -> None:
-        """Send an error, as the response or, in a stream that has begun, as an event."""
-        self._facts["error"] = json.dumps(printable(cause))
-        if error.status >= 500 and "model" in self._facts:
-            self.server.pool.last_error = error.message
-        body = {"type": "error", **error.body()} if "/messages" in self._route else error.body()
-        try:
-            if not self._status:
-                self._send(error.status, error.headers, body)
-            elif self._stream is not None:
-                self._write(sse_data(body) + SSE_DONE, is_last=True)
-            else:  # passed through: it must not look complete
-                self.close_connection = True
-            if self._body_left != 0:  # closing at once would reset the refusal away
-                self._client.deadline, left = time.monotonic() + DRAIN_SECONDS, MAX_DRAIN_BYTES
-                self.request.shutdown(socket.SHUT_WR)
-                while left > 0:
-                    left -= len(self._client.read_some(left))
-        except (APIError, ClientDisconnected, OSError):
-            self.close_connection = True
-
-    def _write(self, data: bytes, is_last: bool = False) -> None:
-        """Write a piece of a body in HTTP chunks, the first of a stream of ours behind its head."""
-        if data and self._stream is not None and not self._status:
-            self._send(
-                200,
-                {
-                    "Content-Type": "text/event-stream; charset=utf-8",
-                    "Cache-Control": "no-cache",
-                    "X-Accel-Buffering": "no",
-                },
-                None,
-            )
-            data = self._stream.head() + data
-        if self.request_version != "HTTP/1.0":
-            data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
-            data += b"0\r\n\r\n" if is_last else b""
-        if data:
-            self._client.write(data)
-            self._last_write = time.monotonic()
-
-    def _health(self) -> None:
-        health = {**self.server.pool.health(), "version": __version__}
-        self._send(200 if health["status"] == "healthy" else 503, {}, health)
-
-    def _models(self) -> None:
-        catalog = self.server.pool.ready(self._look)
-        wanted = urllib.parse.unquote(self._route[len("/models/") :])
-        names = [catalog.resolve(wanted, exact=True).name] if wanted else catalog.names
-        models = [
-            {
-                "id": name,
-                "object": "model",
-                "created": self.server.created,
-                "owned_by": name.partition("/")[0],
-            }
-            for name in names
-        ]
-        self._send(200, {}, models[0] if wanted else {"object": "list", "data": models})
-
-    def _chat(self) -> None:
-        if self.headers.get_content_type() == "multipart/form-data":
-            raise APIError(415, "The body must be JSON", code="unsupported_media_type")
-        request = parse_chat_request(self._read_body())
-        model = self.server.pool.ready(self._look).resolve(request.model)
-        self._facts["model"] = model.name
-        if request.model and request.model not in (model.name, model.name.partition("/")[2]):
-            self._facts["asked"] = printable(request.model).replace(" ", "?")
-        answer = Answer(request, model)
-        self._stream = answer if request.stream else None
-        self._run(request, model, ChatExchange, lambda event: self._write(answer.take(*event)))
-        self._facts.update(
-            {"in": answer.usage["prompt_tokens"], "out": answer.usage["completion_tokens"]}
-        )
-        if self._stream is None:
-            self._send(200, {}, answer.whole())
-        else:
-            self._write(answer.tail(), is_last=True)
-
-    def _pass_through(self, wire_format: type[WireFormat]) -> None:
-        """Answer a request in a wire format's own words by what the provider says, unchanged."""
-        headers = {name: self.headers[name] for name in PASSED_HEADERS if name in self.headers}
-        request = parse_native_request(self._read_body(), wire_format, headers)
-        model = self.server.pool.ready(self._look).resolve(request.model, exact=True)
-        self._facts["model"] = model.name
-
-        def relay(event: Any) -> None:
-            if event[1].status:
-                self._send(event[1].status, event[1].headers, None)
-                if event[1].status >= 400:
-                    self._facts["error"] = '"refused by the provider"'
-            else:
-                self._write(event[1].text.encode("utf-8", "surrogatepass"))
-
-        self._run(request, model, NativeExchange, relay)
-        self._write(b"", is_last=True)
-
     def _look(self) -> None:
         """Raise where nobody waits for the answer any more; keep a silent stream alive."""
         if not self._client.is_open():
             raise ClientDisconnected("the client hung up")
         if self.server.pool.closing.is_set():
             raise shutting_down()
-        if self._stream and time.monotonic() - self._last_write >= PING_SECONDS:
+        is_silent = time.monotonic() - self._last_write >= PING_SECONDS
+        if self._answer is not None and is_silent:
             self._write(SSE_PING)
 
-    def _run(self, request: Any, model: Model, exchange: Any, take: Any) -> None:
-        run = self.server.pool.run(request, model, self._look, exchange)
-        with contextlib.closing(run) as events:
+    def _fail(self, error: APIError, cause: str) -> None:
+        """Tell the client of an error, by the response or, where that has begun, at its end."""
+        self._facts["error"] = json.dumps(printable(cause))
+        if error.status >= 500 and "model" in self._facts:
+            self.server.pool.note_error(error.message)
+        try:
+            self._send_error(error)
+            if self._body_left != 0:
+                self._drain()
+        except (APIError, ClientDisconnected, OSError):
+            self.close_connection = True
+
+    def _drain(self) -> None:
+        """Read what is left of a refused body: closing at once would reset the refusal away."""
+        self._client.expect_body(DRAIN_SECONDS)
+        self.request.shutdown(socket.SHUT_WR)
+        left = MAX_DRAIN_BYTES
+        while left > 0:
+            left -= len(self._client.read_some(left))
+
+    def _log_request(self) -> None:
+        request = printable(f"{self.command or '-'} {self.path}")
+        words = [self.client_address[0], request, str(self._status)]
+        for name, value in self._facts.items():
+            words.append(f"{name}={value}")
+        words.append(f"seconds={time.monotonic() - self._started:.3f}")
+        words.append(f"id={self._request_id}")
+        log(" ".join(words))
+
+    # -- what http.server calls
+
+    def handle_expect_100(self) -> bool:
+        return True  # _read_body sends the interim answer: a refusal comes instead of it
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        raise APIError(int(code), printable(message or http.client.responses[code]))
+
+    # -- the body of a request
+
+    def _read_body(self) -> bytes:
+        body = bytearray()
+        for piece in self._body_pieces():
+            self.server.add_bytes(self.request, len(piece))
+            body += piece
+        return bytes(body)
+
+    def _body_pieces(self) -> Iterator[bytes]:
+        """Yield the body as it comes; raise APIError 413 where it is larger than it may be."""
+        self._check_size(self._body_left or 0)
+        if "Expect" in self.headers and self._body_left != 0:
+            self._client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._client.expect_body(BODY_SECONDS)
+        if self._body_left is None:
+            yield from self._read_chunked()
+            self._body_left = 0
+        while self._body_left > 0:
+            piece = self._client.read_some(self._body_left)
+            self._body_left -= len(piece)
+            yield piece
+
+    def _read_chunked(self) -> Iterator[bytes]:
+        total = 0
+        while True:
+            line = self._client.read_line(CHUNK_SIZE)
+            left = int(line.partition(b";")[0], 16)
+            if left == 0:
+                break
+            total += left
+            self._check_size(total)
+            while left > 0:
+                piece = self._client.read_some(left)
+                left -= len(piece)
+                yield piece
+            self._client.read_line(CHUNK_END)
+
+        line = self._client.read_line(TRAILER)
+        while line != b"\r\n":
+            line = self._client.read_line(TRAILER)
+
+    def _check_size(self, size: int) -> None:
+        limit = self.server.settings.max_body_size
+        if size > limit:
+            raise APIError(413, f"--max-body-size is {limit} bytes", code="body_too_large")
+
+    # -- responses
+
+    def _send(self, status: int, headers: Mapping[str, str], body: Json | bytes | None) -> None:
+        """Send a response; where `body` is None its head alone, and HTTP chunks follow."""
+        self._status = status
+        if self._body_left != 0 or self.server.stopping or self.request_version == "HTTP/1.0":
+            self.close_connection = True
+        if isinstance(body, dict):
+            headers = {**headers, "Content-Type": "application/json"}
+            body = json.dumps(body).encode() + b"\n"
+
+        self.send_response_only(status)
+        for name, value in {**self._common_headers(), **headers}.items():
+            self.send_header(name, re.sub(r"[^\x20-\x7e]", "", value))
+        if body is None and self.request_version != "HTTP/1.0":
+            self.send_header("Transfer-Encoding", "chunked")
+        if body is not None and status != 204:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if body and self.command != "HEAD":
+            self._client.write(body)
+
+    def _common_headers(self) -> dict[str, str]:
+        headers = {
+            "Server": "opencode_proxy/" + __version__,
+            "Date": self.date_time_string(),
+            "X-Request-Id": self._request_id,
+            "Access-Control-Expose-Headers": "X-Request-Id, Retry-After",
+            "Vary": "Origin",
+        }
+        if self._origin:
+            headers["Access-Control-Allow-Origin"] = self._origin
+        if self.close_connection:
+            headers["Connection"] = "close"
+        return headers
+
+    def _send_error(self, error: APIError) -> None:
+        body = error.body()
+        if "/messages" in self._route:
+            body = {"type": "error", **body}
+        if not self._status:
+            self._send(error.status, error.headers, body)
+        elif self._answer is not None:
+            self._write(sse_data(body) + SSE_DONE, is_last=True)
+        else:  # passed through: it must not look complete
+            self.close_connection = True
+
+    def _write(self, data: bytes, is_last: bool = False) -> None:
+        """Write a piece of a body; the first one of a stream of ours comes behind its head."""
+        if data and self._answer is not None and not self._status:
+            self._send(200, EVENT_STREAM, None)
+            data = self._answer.head() + data
+        if self.request_version != "HTTP/1.0":
+            data = write_http_chunk(data, is_last)
+        if data:
+            self._client.write(data)
+            self._last_write = time.monotonic()
+
+    # -- the routes
+
+    def _tell_browser(self, route: Route) -> None:
+        """Answer what a browser asks before a web page's request."""
+        allowed = ", ".join(route.methods)
+        headers = {
+            "Allow": allowed,
+            "Access-Control-Allow-Methods": allowed,
+            "Access-Control-Allow-Headers": self.headers.get("Access-Control-Request-Headers", "*"),
+        }
+        self._send(204, headers, b"")
+
+    def _health(self) -> None:
+        health = {**self.server.pool.health(), "version": __version__}
+        status = 503
+        if health["status"] == "healthy":
+            status = 200
+        self._send(status, {}, health)
+
+    def _models(self) -> None:
+        catalog = self.server.pool.ready(self._look)
+        created = self.server.created
+        requested = urllib.parse.unquote(self._route[len("/models/") :])
+        if requested:
+            model = catalog.resolve(requested, exact=True)
+            self._send(200, {}, model_object(model, created))
+            return
+        listed = [model_object(catalog.models[name], created) for name in catalog.names]
+        self._send(200, {}, {"object": "list", "data": listed})
+
+    def _chat(self) -> None:
+        if self.headers.get_content_type() == "multipart/form-data":
+            raise APIError(415, "The body must be JSON", code="unsupported_media_type")
+        request = parse_chat_request(self._read_body())
+        model = self.server.pool.ready(self._look).resolve(request.model)
+        self._note_model(model, request.model)
+
+        answer = Answer(request, model)
+        if request.stream:
+            self._answer = answer
+        with contextlib.closing(self.server.pool.run(request, model, self._look)) as events:
             for index, event in events:
-                self._facts.setdefault("first", f"{time.monotonic() - self._started:.3f}")
-                take((index, event))
+                self._note_first()
+                self._write(answer.take(index, event))
+
+        self._facts["in"] = str(answer.usage["prompt_tokens"])
+        self._facts["out"] = str(answer.usage["completion_tokens"])
+        if request.stream:
+            self._write(answer.tail(), is_last=True)
+        else:
+            self._send(200, {}, answer.whole())
+
+    def _responses(self) -> None:
+        self._pass_through(Responses)
+
+    def _messages(self) -> None:
+        self._pass_through(Messages)
+
+    def _pass_through(self, wire_format: type[WireFormat]) -> None:
+        """Answer a request in a wire format's own words by what the provider says, unchanged."""
+        headers = {name: self.headers[name] for name in PASSED_HEADERS if name in self.headers}
+        request = parse_native_request(self._read_body(), wire_format, headers)
+        model = self.server.pool.ready(self._look).resolve(request.model, exact=True)
+        self._note_model(model, model.name)
+
+        pieces = self.server.pool.run(request, model, self._look, NativeExchange)
+        with contextlib.closing(pieces):
+            for _, piece in pieces:
+                self._note_first()
+                if piece.status:
+                    self._send(piece.status, piece.headers, None)
+                if piece.status >= 400:
+                    self._facts["error"] = '"refused by the provider"'
+                self._write(piece.text.encode("utf-8", "surrogatepass"))
+        self._write(b"", is_last=True)
+
+    def _note_model(self, model: Model, requested: str | None) -> None:
+        """Tell the log which model answers, and which one the client had named instead."""
+        self._facts["model"] = model.name
+        bare_name = model.name.partition("/")[2]
+        if requested and requested not in (model.name, bare_name):
+            self._facts["asked"] = printable(requested).replace(" ", "?")
+
+    def _note_first(self) -> None:
+        """Tell the log when the answer began."""
+        if "first" not in self._facts:
+            self._facts["first"] = f"{time.monotonic() - self._started:.3f}"
 
 
-def printable(text: str) -> str:
-    return re.sub(r"[^\x20-\x7e]", "?", text)[:200]
+class Route(NamedTuple):
+    """What serves a path; every path is found below /v1, too."""
+
+    methods: tuple[str, ...]
+    serve: Callable[[ProxyHandler], None]
+    is_public: bool = False  # it needs no key
 
 
-def log(text: str) -> None:
-    """Write one line to stderr, with the time unless the journal adds it."""
-    stamp = "" if os.environ.get("JOURNAL_STREAM") else time.strftime("%Y-%m-%d %H:%M:%S ")
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(stamp + text + "\n")
+GET = ("GET", "HEAD", "OPTIONS")
+POST = ("OPTIONS", "POST")
+ROUTES = {
+    "/": Route(GET, ProxyHandler._health, is_public=True),
+    "/health": Route(GET, ProxyHandler._health, is_public=True),
+    "/models": Route(GET, ProxyHandler._models),
+    "/chat/completions": Route(POST, ProxyHandler._chat),
+    "/responses": Route(POST, ProxyHandler._responses),
+    "/messages": Route(POST, ProxyHandler._messages),
+}
 
 
 class ProxyServer(http.server.ThreadingHTTPServer):
-    """Accepts connections, one daemon thread each; owns the pool; `stop` waits for answers."""
+    """Accepts connections, one daemon thread each, as many as there may be; owns the pool.
 
+    A connection is idle while it has no complete head of a request: then it may be ended, to make
+    room or because the server stops. Until then, the bytes of its body count. `_lock` protects
+    `_idle`, whose first is idle for longest, and `_busy`, which counts each one's bytes.
+    """
+
+    daemon_threads = True
     request_queue_size = 128
-    server_bind = socketserver.TCPServer.server_bind  # HTTPServer's looks the host's name up
 
     def __init__(self, settings: argparse.Namespace, pool: Pool) -> None:
-        self.settings, self.pool, self.created = settings, pool, int(time.time())
-        self._lock, self.stopping = threading.Lock(), False
-        # Under the lock: the bytes of each connection's request; None: idle, the longest idle first
-        self._held: dict[socket.socket, int | None] = {}
-        files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        files = max(files, min(hard, 10240))  # as many as macOS allows
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-        self._most = max(16, min(MAX_CONNECTIONS, files - RESERVED_FILES))
+        self.settings = settings
+        self.pool = pool
+        self.created = int(time.time())  # of the models, as far as anybody knows
+        self.stopping = False
+        self._lock = threading.Lock()
+        self._idle: dict[socket.socket, None] = {}
+        self._busy: dict[socket.socket, int] = {}
+        self._total_bytes = 0  # of all in `_busy`
+        self._max_connections = max(16, min(MAX_CONNECTIONS, raise_file_limit() - RESERVED_FILES))
+
         self.address_family = socket.getaddrinfo(settings.host, settings.port)[0][0]
         super().__init__((settings.host, settings.port), ProxyHandler)
+        address = str(self.server_address[0])
         self.server_port = self.server_address[1]
-        self.on_loopback = re.match(r"127\.|::1$", str(self.server_address[0])) is not None
-        host = "localhost" if settings.host in ("0.0.0.0", "::", "") else settings.host
-        self.base_url = f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/v1"
+        self.on_loopback = address.startswith("127.") or address == "::1"
+        self.base_url = f"http://{self._host_name()}:{self.server_port}/v1"
 
-    def hold(self, connection: socket.socket, size: int | None) -> None:
-        """Count bytes of a request; None: there is none, the connection may be ended."""
-        with self._lock:
-            held = self._held.pop(connection, None) or 0
-            self._held[connection] = None if size is None else held + size
-            most = max(MAX_BODIES_BYTES, self.settings.max_body_size)
-            if size and sum(filter(None, self._held.values())) > most:
-                raise APIError(
-                    503,
-                    "Too much is being asked at once: try again later",
-                    code="too_busy",
-                    headers={"Retry-After": str(QUEUE_RETRY_SECONDS)},
-                )
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's looks the host's name up
+
+    def _host_name(self) -> str:
+        """Return a name of this machine that leads here, as it is in a URL."""
+        host: str = self.settings.host
+        if host in ("0.0.0.0", "::", ""):
+            return "localhost"
+        if ":" in host:
+            return f"[{host}]"
+        return host
+
+    # -- what becomes of connections
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        if len(self._held) >= self._most and not self._end_idle(1):
+        """Admit a connection, for which an idle one may have to go."""
+        with self._lock:
+            is_full = len(self._idle) + len(self._busy) >= self._max_connections
+        if is_full and not self._end_idle(1):
             return False
-        self.hold(request, None)
+        self.mark_idle(request)
         return True
+
+    def mark_idle(self, connection: socket.socket) -> None:
+        """Note that a connection has no request: it may be ended."""
+        with self._lock:
+            self._forget(connection)
+            self._idle[connection] = None
+
+    def mark_busy(self, connection: socket.socket) -> None:
+        """Note that a connection has a request."""
+        with self._lock:
+            self._forget(connection)
+            self._busy[connection] = 0
+
+    def add_bytes(self, connection: socket.socket, size: int) -> None:
+        """Count bytes of a request's body; raise APIError 503 where they are too many in all."""
+        limit = max(MAX_BODIES_BYTES, self.settings.max_body_size)
+        with self._lock:
+            self._busy[connection] += size
+            self._total_bytes += size
+            is_too_much = self._total_bytes > limit
+        if is_too_much:
+            raise APIError(
+                503,
+                "Too much is being asked at once: try again later",
+                code="too_busy",
+                headers={"Retry-After": str(QUEUE_RETRY_SECONDS)},
+            )
 
     def shutdown_request(self, request: Any) -> None:
         with self._lock:
-            self._held.pop(request, None)
+            self._forget(request)
         super().shutdown_request(request)
-
-    def _end_idle(self, most: int) -> int:
-        """End connections, the longest idle first; return how many."""
-        with self._lock:
-            idle = [connection for connection, held in self._held.items() if held is None][:most]
-            for connection in idle:
-                del self._held[connection]
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-        return len(idle)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log(f"{client_address[0]} connection failed: {sys.exc_info()[1]!r}")
 
+    def _forget(self, connection: socket.socket) -> None:
+        self._idle.pop(connection, None)
+        self._total_bytes -= self._busy.pop(connection, 0)
+
+    def _end_idle(self, limit: int) -> int:
+        """End connections, the longest idle first; return how many."""
+        with self._lock:
+            idle = list(self._idle)[:limit]
+            for connection in idle:
+                del self._idle[connection]
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+        return len(idle)
+
+    # -- the end
+
     def stop(self, grace: float, hurry: Callable[[float], Any]) -> None:
-        """Let answers finish for `grace` seconds, or until `hurry(seconds)` says so; end all."""
+        """Let answers finish for `grace` seconds, or until `hurry(seconds)` is true; end all."""
         self.stopping = True
         self.shutdown()
         self.server_close()
         self._end_idle(MAX_CONNECTIONS)
-        for seconds, wait in ((grace, hurry), (STOP_SECONDS, time.sleep)):
-            deadline = time.monotonic() + seconds
-            while any(held is not None for held in list(self._held.values())):
-                if time.monotonic() > deadline or wait(0.02):
-                    break
-            self.pool.closing.set()
+        self._wait_for_answers(grace, hurry)
+        self.pool.closing.set()
+        self._wait_for_answers(STOP_SECONDS, time.sleep)
         self.pool.close()
+
+    def _wait_for_answers(self, seconds: float, hurry: Callable[[float], Any]) -> None:
+        deadline = time.monotonic() + seconds
+        while self._busy and time.monotonic() < deadline:
+            if hurry(0.02):
+                return
+
+
+def raise_file_limit() -> int:
+    """Let this process have as many files open as it may; return how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = max(soft, min(hard, 10240))  # as many as macOS allows
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    except (OSError, ValueError):  # somebody forbids it
+        return soft
+    return limit
+
+
+# ---- the log
+
+
+class LogWriter:
+    """Writes lines to a file on a thread of its own, and drops those that come too fast for it.
+
+    So a log that nobody reads (a full pipe, a terminal under Ctrl-S) holds up nothing but this
+    thread. It writes past Python's buffers: their lock would hold up the end of the program.
+    """
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor  # None: there is nothing to write to
+        self._lines: queue.Queue[str | None] = queue.Queue(MAX_LOG_LINES)  # None: it is closed
+        self._lock = threading.Lock()  # protects `_thread` and `_dropped`
+        self._thread: threading.Thread | None = None
+        self._dropped = 0
+
+    def write(self, line: str) -> None:
+        """Write a line soon, or never; return at once."""
+        if self._descriptor is None:
+            return
+        with self._lock:
+            self._start()
+            if self._dropped:
+                line = f"({self._dropped} lines are missing here: nobody read the log)\n{line}"
+            try:
+                self._lines.put_nowait(line)
+                self._dropped = 0
+            except queue.Full:
+                self._dropped += 1
+
+    def close(self, seconds: float) -> None:
+        """Wait until all lines are written, but not for much longer than `seconds`."""
+        thread = self._thread
+        if thread is None:
+            return
+        with contextlib.suppress(queue.Full):
+            self._lines.put(None, timeout=seconds)
+            thread.join(seconds)
+        with self._lock:
+            self._thread = None
+
+    def _start(self) -> None:
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, daemon=True)
+            with contextlib.suppress(RuntimeError):  # no more threads are allowed: another time
+                thread.start()
+                self._thread = thread
+
+    def _run(self) -> None:
+        while True:
+            line = self._lines.get()
+            if line is None:
+                return
+            self._write_all(f"{line}\n".encode("utf-8", "backslashreplace"))
+
+    def _write_all(self, data: bytes) -> None:
+        assert self._descriptor is not None
+        with contextlib.suppress(OSError):
+            while data:
+                written = os.write(self._descriptor, data)
+                data = data[written:]
+
+
+def stderr_descriptor() -> int | None:
+    """Return where stderr goes, None where it is closed."""
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):  # it is None, or no file
+        return None
+
+
+LOG = LogWriter(stderr_descriptor())
+
+
+def log(text: str) -> None:
+    """Write one line to stderr, with the time unless the journal adds it."""
+    stamp = ""
+    if not os.environ.get("JOURNAL_STREAM"):
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S ")
+    LOG.write(stamp + text)
 
 
 # ------------------------------------------------------------------------------------- command line
 # Settings, the systemd units, and the life of the program: listen, prove meanwhile that opencode
 # works, wait for a signal, stop. A StartError becomes an exit code here and nowhere else.
 
-# Name, default (its type is the option's; a list's may be repeated), bounds, unit, meaning.
-OPTIONS: list[tuple[str, Any, Sequence[float], str, str]] = [
-    ("host", "0.0.0.0", (), "ADDRESS", "address to listen on"),
-    ("port", 4141, (0, 65535), "N", "port to listen on"),
-    ("opencode", None, (), "PATH", "the opencode program (default: where its installers put it)"),
-    ("model", None, (), "P/M", f"default model (default: {DEFAULT_MODEL} or a successor)"),
-    ("api-key", [], (), "KEY", "key of a client; may be repeated (in the environment: spaces)"),
-    ("api-key-file", None, (), "FILE", "file with such keys, one a line"),
-    ("cors-origin", [], (), "ORIGIN", "further web page that may ask, or *; repeated likewise"),
-    ("max-concurrency", 64, (1, 10000), "N", "answers at once"),
-    ("max-queue", 64, (0, 10000), "N", "requests that may wait; more are refused"),
-    ("max-body-size", 64 << 20, (1, 1 << 40), "BYTES", "largest request body"),
-    ("spares", 1, (0, 10000), "N", "opencode processes kept fresh; 0: none runs without a request"),
-    ("requests-per-process", 1, (1, 10000), "N", "requests until a fresh process is preferred"),
-    ("timeout", 300.0, (0.1, 86400), "SECONDS", "longest silence of a provider"),
-    ("grace", 10.0, (0, 86400), "SECONDS", "time for running answers when stopping"),
-]
+FAILED = b"!"  # what `prove` writes where signals write their number
+DAY_SECONDS = 86400.0  # the longest of times
+VARIABLE_PREFIX = "OPENCODE_PROXY_"
+TEST_PREFIX = "OPENCODE_PROXY_TEST_"  # what the tests are told
+EPILOG = """\
+Each option is an environment variable, too: --max-queue is OPENCODE_PROXY_MAX_QUEUE, and several
+keys or origins are separated by spaces. The option wins."""
 
 
-def variable(name: str) -> str | None:
-    return os.environ.get("OPENCODE_PROXY_" + name.upper().replace("-", "_"))
+class Option(NamedTuple):
+    """What the environment means for an option that the command line does not give."""
+
+    name: str
+    default: Any
+    parse: Callable[[str], Any]
+    is_unset_by_empty: bool = True  # otherwise an empty variable is a value, too
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line, whose defaults come from the environment."""
-    parser = argparse.ArgumentParser(
-        description="Serve the models of opencode through OpenAI's chat completions API.",
-        epilog="Also from the environment: --max-queue as OPENCODE_PROXY_MAX_QUEUE, and so on.",
+class SettingsParser:
+    """The options of the command line, each of which may come from the environment instead.
+
+    argparse knows no defaults. What it does not find is looked for in the environment afterwards,
+    so that a variable that is wrong is named as what it is, and only where it counts.
+    """
+
+    def __init__(self) -> None:
+        self._parser = argparse.ArgumentParser(
+            prog="opencode_proxy.py",
+            description="Serve the models of opencode through OpenAI's chat completions API.",
+            epilog=EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self._group: Any = self._parser
+        self._options: list[Option] = []
+        self._from_environment: set[str] = set()  # names of options
+
+    def group(self, title: str) -> None:
+        """Begin a group of options in --help."""
+        self._group = self._parser.add_argument_group(title)
+
+    def value(
+        self,
+        name: str,
+        default: Any,
+        metavar: str,
+        help: str,
+        parse: Callable[[str], Any] = str,
+        is_unset_by_empty: bool = True,
+    ) -> None:
+        """Add an option that has a value."""
+        if default not in (None, ""):
+            help += f" (default: {default})"
+        self._group.add_argument("--" + name, metavar=metavar, type=parse, help=help)
+        self._options.append(Option(name, default, parse, is_unset_by_empty))
+
+    def values(self, name: str, metavar: str, help: str) -> None:
+        """Add an option that may be repeated."""
+        self._group.add_argument("--" + name, metavar=metavar, action="append", help=help)
+        self._options.append(Option(name, [], words, is_unset_by_empty=False))
+
+    def flag(self, name: str, help: str) -> None:
+        """Add an option without a value."""
+        self._group.add_argument("--" + name, action="store_const", const=True, help=help)
+        self._options.append(Option(name, False, yes_or_no))
+
+    def action(self, name: str, **how: Any) -> None:
+        """Add an option, as argparse has it, that the environment cannot give."""
+        self._group.add_argument("--" + name, **how)
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Return the settings; end the program with code 2 where they are wrong."""
+        settings = self._parser.parse_args(argv)
+        for option in self._options:
+            attribute = option.name.replace("-", "_")
+            if getattr(settings, attribute) is None:
+                setattr(settings, attribute, self._environment_value(option))
+        known = {variable_name(option.name) for option in self._options}
+        settings.unknown_variables = unknown_variables(known)
+        return settings
+
+    def fail(self, name: str, reason: str) -> NoReturn:
+        """End the program with code 2 and the reason, which lies in an option."""
+        source = f"argument --{name}"
+        if name in self._from_environment:
+            source = variable_name(name)
+        self._parser.error(f"{source}: {reason}")
+
+    def _environment_value(self, option: Option) -> Any:
+        text = os.environ.get(variable_name(option.name))
+        if text is None or (text == "" and option.is_unset_by_empty):
+            return option.default
+        self._from_environment.add(option.name)
+        try:
+            return option.parse(text)
+        except argparse.ArgumentTypeError as error:
+            self.fail(option.name, str(error))
+
+
+def variable_name(option: str) -> str:
+    return VARIABLE_PREFIX + option.upper().replace("-", "_")
+
+
+def unknown_variables(known: Collection[str]) -> list[str]:
+    """Return the environment's variables that look like settings, but are none."""
+    unknown = []
+    for name in sorted(os.environ):
+        is_setting = name.startswith(VARIABLE_PREFIX) and not name.startswith(TEST_PREFIX)
+        if is_setting and name not in known:
+            unknown.append(name)
+    return unknown
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text; one without words is one empty word."""
+    return text.split() or [""]
+
+
+def yes_or_no(text: str) -> bool:
+    """Return what a variable says of a flag."""
+    word = text.strip().lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("0", "false", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def whole_number(least: int, greatest: int) -> Callable[[str], int]:
+    """Return what reads a whole number from `least` to `greatest`."""
+
+    def parse(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            value = int(text)
+            if least <= value <= greatest:
+                return value
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number from {least} to {greatest}"
+        )
+
+    return parse
+
+
+def seconds_from(least: float) -> Callable[[str], float]:
+    """Return what reads a number of seconds, from `least` to a day."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            value = float(text)
+            if least <= value <= DAY_SECONDS:
+                return value
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number from {least:g} to {DAY_SECONDS:g}"
+        )
+
+    return parse
+
+
+def model_name(text: str) -> str:
+    provider, _, name = text.partition("/")
+    if not provider or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form provider/model")
+    return text
+
+
+def add_network_options(parser: SettingsParser) -> None:
+    parser.group("where it listens, and who may use it")
+    parser.value("host", "0.0.0.0", "ADDRESS", "address to listen on")
+    parser.value("port", 4141, "N", "port to listen on", whole_number(0, 65535))
+    parser.values("api-key", "KEY", "a key that clients must bring; may be repeated")
+    parser.value(
+        "api-key-file",
+        None,
+        "FILE",
+        "a file with such keys, one a line",
+        is_unset_by_empty=False,  # that would let everybody in
     )
-    for name, default, _, unit, meaning in OPTIONS:
-        how: Json = {"type": type(default or ""), "default": variable(name) or default}
-        if isinstance(default, list):
-            how = {"action": "append"}  # to a default argparse would add
-        elif default is not None:
-            meaning += f" (default: {default})"
-        parser.add_argument("--" + name, metavar=unit, help=meaning, **how)
-    parser.add_argument(
-        "--verbose",
-        action="store_true",
-        default=variable("verbose") == "1",
-        help="log the messages exchanged with opencode, without their contents",
+    parser.values(
+        "cors-origin",
+        "ORIGIN",
+        "a further web page that may use the proxy, or * for all; may be repeated",
     )
-    parser.add_argument(
-        "--systemd-unit",
+
+
+def add_opencode_options(parser: SettingsParser) -> None:
+    parser.group("opencode and its models")
+    parser.value(
+        "model",
+        None,
+        "P/M",
+        f"the model that answers when none is asked for (default: {DEFAULT_MODEL} or a successor)",
+        model_name,
+    )
+    parser.value(
+        "opencode",
+        None,
+        "PATH",
+        "the opencode program (default: where its installers put it)",
+    )
+    parser.value(
+        "spares",
+        1,
+        "N",
+        "opencode processes that wait for requests, started ahead; with 0 nothing runs without one",
+        whole_number(0, 10000),
+    )
+    parser.value(
+        "requests-per-process",
+        1,
+        "N",
+        "requests that an opencode process serves before a fresh one takes its place",
+        whole_number(1, 10000),
+    )
+
+
+def add_limit_options(parser: SettingsParser) -> None:
+    parser.group("limits")
+    parser.value(
+        "max-concurrency",
+        64,
+        "N",
+        "requests that are answered at the same time",
+        whole_number(1, 10000),
+    )
+    parser.value(
+        "max-queue",
+        64,
+        "N",
+        "requests that may wait for that; more are refused",
+        whole_number(0, 10000),
+    )
+    parser.value(
+        "max-body-size",
+        64 << 20,
+        "BYTES",
+        "the largest request",
+        whole_number(1, 1 << 40),
+    )
+    parser.value(
+        "timeout",
+        300.0,
+        "SECONDS",
+        "how long a model's provider may be silent",
+        seconds_from(0.1),
+    )
+    parser.value(
+        "grace",
+        10.0,
+        "SECONDS",
+        "how long running answers may go on when the program is stopped",
+        seconds_from(0.0),
+    )
+
+
+def add_other_options(parser: SettingsParser) -> None:
+    parser.group("other")
+    parser.flag("verbose", "log the messages exchanged with opencode, without their contents")
+    parser.action(
+        "systemd-unit",
         nargs="?",
         const="user",
         choices=("user", "system"),
         metavar="user|system",
-        help="print a systemd unit for this copy, and end",
+        help="print a systemd unit for this copy of the program, and end",
     )
-    parser.add_argument("--version", action="version", version="opencode_proxy " + __version__)
-    return parser
+    parser.action("version", action="version", version="opencode_proxy " + __version__)
 
 
 def read_settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the settings of the command line and the environment; end with code 2 if wrong."""
-    parser = build_parser()
-    settings = parser.parse_args(argv)
-    for name, default, bounds, *_ in OPTIONS:
-        value = getattr(settings, name.replace("-", "_"))
-        if bounds and not bounds[0] <= value <= bounds[1]:  # also where it is not a number
-            parser.error(f"argument --{name}: {value} is not from {bounds[0]:g} to {bounds[1]:g}")
-        if value is None and isinstance(default, list):
-            text = variable(name)
-            vars(settings)[name.replace("-", "_")] = [] if text is None else text.split() or [""]
-    if settings.model and not all(settings.model.partition("/")):
-        parser.error(f"argument --model: {settings.model} is not of the form provider/model")
-    path = variable("api-key-file") if settings.api_key_file is None else settings.api_key_file
-    if path is not None:  # an empty one is an error
-        try:
-            settings.api_key += pathlib.Path(path).read_text(encoding="utf-8").split() or [""]
-        except (OSError, UnicodeDecodeError) as error:
-            parser.error(f"argument --api-key-file: {error}")
-    if not all(key.strip() for key in settings.api_key):  # it would let everybody in
-        parser.error("argument --api-key: empty (or OPENCODE_PROXY_API_KEY or the file is)")
+    parser = SettingsParser()
+    add_network_options(parser)
+    add_opencode_options(parser)
+    add_limit_options(parser)
+    add_other_options(parser)
+    settings = parser.parse(argv)
+
+    for key in settings.api_key:
+        if not key.strip():
+            parser.fail("api-key", "a key is empty, which would let everybody in")
+    if settings.api_key_file is not None:
+        settings.api_key += read_keys(parser, settings.api_key_file)
     settings.cors_origin = [text.rstrip("/").lower() for text in settings.cors_origin if text]
     return settings
 
 
-# A service's settings, one a word. MemoryDenyWriteExecute is missing: JavaScript is compiled.
-SERVICE = """Type=notify Restart=on-failure RestartSec=5 TimeoutStartSec=180 TimeoutStopSec=60
-    KillMode=mixed UMask=0077 NoNewPrivileges=yes LockPersonality=yes RestrictRealtime=yes
-    RestrictSUIDSGID=yes SystemCallArchitectures=native"""
-SYSTEM_SERVICE = """PrivateTmp=yes PrivateDevices=yes ProtectSystem=strict ProtectHome=read-only
-    ProtectClock=yes ProtectControlGroups=yes ProtectHostname=yes ProtectKernelLogs=yes
-    ProtectKernelModules=yes ProtectKernelTunables=yes ProtectProc=invisible RestrictNamespaces=yes
-    CapabilityBoundingSet= SystemCallFilter=@system-service SystemCallErrorNumber=EPERM"""
+def read_keys(parser: SettingsParser, path: str) -> list[str]:
+    """Return the keys in a file."""
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        parser.fail("api-key-file", str(error))
+    keys = text.split()
+    if not keys:
+        parser.fail("api-key-file", "there is no key in it, which would let everybody in")
+    return keys
+
+
+# -- systemd. MemoryDenyWriteExecute is missing: opencode compiles JavaScript.
+
+USER_UNIT = """\
+[Unit]
+Description=OpenAI's chat completions API for the models of opencode
+
+[Service]
+{service}
+# settings, and the key as OPENCODE_PROXY_API_KEY=...; for its owner's eyes only
+EnvironmentFile=-%h/.config/opencode_proxy.env
+
+[Install]
+WantedBy=default.target
+"""
+
+SYSTEM_UNIT = """\
+[Unit]
+Description=OpenAI's chat completions API for the models of opencode
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+{service}
+User={user}
+Environment={home}
+ReadWritePaths={data}
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectSystem=strict
+ProtectHome=read-only
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+RestrictNamespaces=yes
+CapabilityBoundingSet=
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+# settings, and the key as OPENCODE_PROXY_API_KEY=...; for its owner's eyes only
+EnvironmentFile=-/etc/opencode_proxy.env
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+SERVICE = """\
+ExecStart={command}
+Type=notify
+Restart=on-failure
+RestartSec=5
+TimeoutStartSec=180
+TimeoutStopSec=60
+KillMode=mixed
+UMask=0077
+NoNewPrivileges=yes
+LockPersonality=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
+SystemCallArchitectures=native"""
 
 
 def systemd_unit(kind: str, opencode: str) -> str:
     """Return a systemd unit, `kind` "user" or "system", for this copy of the program."""
-
-    def quoted(text: str) -> str:  # systemd.syntax(7)
-        is_plain = re.fullmatch(r"[\w@%$/.:+,=-]+", text)
-        return (text if is_plain else json.dumps(text, ensure_ascii=False)).replace("%", "%%")
-
-    words = [os.path.abspath(__file__), "--opencode", opencode]  # in these a $ means a variable
-    words = [sys.executable, *(word.replace("$", "$$") for word in words)]
-    unit = ["Description=OpenAI's chat completions API for the models of opencode"]
-    service, folder, target = SERVICE.split(), "%h/.config", "default.target"
-    if kind == "system":
-        unit += ["After=network-online.target", "Wants=network-online.target"]
-        folder, target = "/etc", "multi-user.target"
-        user = os.environ.get("USER") or os.environ.get("LOGNAME") or "root"
-        data = f"-{user_folder('XDG_DATA_HOME', '~/.local/share')}"
-        service += [
-            f"User={user}",
-            "Environment=" + quoted("HOME=" + os.path.expanduser("~")),
-            "ReadWritePaths=" + quoted(data),
-            *SYSTEM_SERVICE.split(),
-        ]
-    service += [
-        "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK",
-        "ExecStart=" + " ".join(map(quoted, words)),
-        "# settings, and the key as OPENCODE_PROXY_API_KEY=...; for its owner's eyes only",
-        f"EnvironmentFile=-{folder}/opencode_proxy.env",
-    ]
-    return "\n".join(
-        ["[Unit]", *unit, "", "[Service]", *service, "", "[Install]", "WantedBy=" + target, ""]
+    words = [unit_word(sys.executable)]
+    for word in (os.path.abspath(__file__), "--opencode", opencode):
+        words.append(unit_word(word.replace("$", "$$")))  # behind the program a $ is a variable
+    service = SERVICE.format(command=" ".join(words))
+    if kind == "user":
+        return USER_UNIT.format(service=service)
+    return SYSTEM_UNIT.format(
+        service=service,
+        user=os.environ.get("USER") or os.environ.get("LOGNAME") or "root",
+        home=unit_word("HOME=" + os.path.expanduser("~")),
+        data=unit_word(f"-{user_folder('XDG_DATA_HOME', '~/.local/share')}"),
     )
+
+
+def unit_word(text: str) -> str:
+    """Return a text as one word of a unit (systemd.syntax(7))."""
+    if not re.fullmatch(r"[\w@%$/.:+,=-]+", text):
+        text = json.dumps(text, ensure_ascii=False)
+    return text.replace("%", "%%")
 
 
 def notify(state: str) -> None:
     """Tell systemd about the service's state, where it wants to know (sd_notify(3))."""
-    path = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path.startswith("@"):  # a name that is in no folder
+        path = "\0" + path[1:]
     if path:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
-            out.sendto(state.encode(), path)
+        manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with manager, contextlib.suppress(OSError):
+            manager.sendto(state.encode(), path)
 
 
-def prove(server: ProxyServer, waker: socket.socket, failures: list[Exception]) -> None:
-    """Prove that opencode works; tell the log what runs and what is worth a warning."""
-    try:
-        server.pool.prove()
-        if server.stopping:
-            return
-        health = server.pool.health()
-        version, model = health["opencode"] or "(not logged in)", health["model"]
-        log(f"opencode_proxy {__version__} with opencode {version}, model {model}")
-        log(f"base URL for apps: {server.base_url}")
-        if not server.settings.model and model != DEFAULT_MODEL:
-            log(
-                f"warning: {DEFAULT_MODEL} is not offered, "
-                f"{model} answers instead; choose with --model"
-            )
-        if health["reason"]:
-            log(f"warning: {health['reason']}")
-        if not server.settings.api_key and not server.on_loopback:
-            log(
-                "warning: whoever reaches this port can use your models; "
-                "set --api-key or --host 127.0.0.1"
-            )
-        notify("READY=1")
-    except Exception as error:  # also a defect: a proxy that never gets ready helps nobody
-        failures.append(error)
-        waker.send(b"!")
+# -- the life of the program
 
 
 def serve(settings: argparse.Namespace) -> None:
     """Run the server until a signal tells it to stop; raise StartError where it cannot start."""
-
-    def trace(arrow: str, message: Json, size: int) -> None:  # contents are nobody's business
-        log(f"{arrow} {message.get('method', 'reply')} {size} bytes")
-
-    opencode = Opencode(find_opencode(settings.opencode), settings.model)
-    pool = Pool(opencode, settings, trace if settings.verbose else None)
-    try:
-        server = ProxyServer(settings, pool)
-    except (OSError, UnicodeError) as error:
-        pool.close()
-        reason = getattr(error, "strerror", None) or error
-        raise StartError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from None
     failures: list[Exception] = []
-    waker, wakened = socket.socketpair()
-    with waker, wakened:
-        # The interpreter writes to it: a handler could want a lock that what it interrupts holds.
-        waker.setblocking(False)
-        signal.set_wakeup_fd(waker.fileno())
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # for nohup
-                signal.signal(number, lambda *_: None)
+    with stop_signals() as (waker, wakened):
+        server = make_server(settings)
         threads = [
             threading.Thread(target=server.serve_forever),
             threading.Thread(target=prove, args=(server, waker, failures)),
         ]
         for thread in threads:
             thread.start()
-        failed = wakened.recv(1) == b"!"
+
+        has_failed = wakened.recv(1) == FAILED
         notify("STOPPING=1")
-        server.stop(settings.grace, lambda seconds: select.select([wakened], [], [], seconds)[0])
+
+        def is_signalled(seconds: float) -> bool:
+            readable, _, _ = select.select([wakened], [], [], seconds)
+            return bool(readable)
+
+        server.stop(settings.grace, is_signalled)
         for thread in threads:
             thread.join()
-        signal.set_wakeup_fd(-1)
-    if failed:
+    if has_failed:
         raise failures[0]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and serve; end with code 1 where that cannot start."""
+@contextlib.contextmanager
+def stop_signals() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Let signals that end the program arrive as bytes in the second of two sockets.
+
+    The interpreter itself writes to the first one: a handler could want a lock that what it
+    interrupts holds. So the handlers do nothing.
+    """
+    waker, wakened = socket.socketpair()
+    with waker, wakened:
+        waker.setblocking(False)
+        previous_descriptor = signal.set_wakeup_fd(waker.fileno())
+        previous = {}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
+            previous[number] = signal.signal(number, lambda number, frame: None)
+        try:
+            yield waker, wakened
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(previous_descriptor)
+
+
+def make_server(settings: argparse.Namespace) -> ProxyServer:
+    """Return a server that listens; raise StartError where there cannot be one."""
+    path = find_opencode(settings.opencode)
+    trace = None
+    if settings.verbose:
+        trace = trace_message
+    try:
+        pool = Pool(Opencode(path, settings.model), settings, trace)
+    except OSError as error:
+        raise StartError(f"cannot make a temporary folder: {error}") from None
+    try:
+        return ProxyServer(settings, pool)
+    except (OSError, UnicodeError) as error:
+        pool.close()
+        reason = getattr(error, "strerror", None) or error
+        raise StartError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from None
+
+
+def trace_message(arrow: str, message: Json, size: int) -> None:
+    """Log a message exchanged with opencode; its contents are nobody's business."""
+    log(f"{arrow} {message.get('method', 'reply')} {size} bytes")
+
+
+def prove(server: ProxyServer, waker: socket.socket, failures: list[Exception]) -> None:
+    """Prove that opencode works, and tell the log what runs; a failure ends the program."""
+    try:
+        server.pool.prove()
+        if not server.stopping:
+            announce(server)
+            notify("READY=1")
+    except Exception as error:  # also a defect: a proxy that never gets ready helps nobody
+        failures.append(error)
+        waker.send(FAILED)
+
+
+def announce(server: ProxyServer) -> None:
+    """Tell the log what runs, and what is worth a warning."""
+    settings = server.settings
+    health = server.pool.health()
+    model = health["model"]
+    version = health["opencode"] or "(not logged in)"
+    log(f"opencode_proxy {__version__} with opencode {version}, model {model}")
+    log(f"base URL for apps: {server.base_url}")
+    if not settings.model and model != DEFAULT_MODEL:
+        log(
+            f"warning: {DEFAULT_MODEL} is not offered, {model} answers instead; choose with --model"
+        )
+    if health["reason"]:
+        log(f"warning: {health['reason']}")
+    if not settings.api_key and not server.on_loopback:
+        log(
+            "warning: whoever reaches this port can use your models;"
+            " set --api-key or --host 127.0.0.1"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says; return the exit code."""
     settings = read_settings(argv)
     try:
         if settings.systemd_unit:
@@ -4964,7 +5662,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             serve(settings)
     except StartError as error:
-        raise SystemExit(f"opencode_proxy: {error}") from None
+        LOG.write(f"opencode_proxy: {error}")
+        return 1
+    finally:
+        LOG.close(FLUSH_SECONDS)
+    return 0
 
 
 # ------------------------------------------------------------------------------------------- plugin
@@ -5190,4 +5892,4 @@ export const OpencodeProxy = async () => {
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

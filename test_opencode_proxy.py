@@ -11,7 +11,9 @@ where the program waits for a time to pass, a Clock is put on.
 import asyncio
 import concurrent.futures
 import contextlib
+import http.client
 import http.server
+import io
 import json
 import os
 import pathlib
@@ -1579,170 +1581,6 @@ class RequestTest(unittest.TestCase):
                 json.dumps(proxy.parse_chat_request(data).body, allow_nan=False)
             except proxy.APIError as error:
                 self.assertEqual(error.status, 400, data)
-
-
-# ------------------------------------------------------------------------------------- command line
-class SettingsTest(unittest.TestCase):
-    def settings(self, *arguments, **environment):
-        with unittest.mock.patch.dict(os.environ, environment):
-            return proxy.read_settings(arguments)
-
-    def assert_refused(self, text, *arguments, **environment):
-        with (
-            unittest.mock.patch.object(sys, "stderr") as stderr,
-            self.assertRaises(SystemExit) as caught,
-        ):
-            self.settings(*arguments, **environment)
-        self.assertEqual(caught.exception.code, 2)
-        self.assertIn(text, stderr.write.call_args.args[0])
-
-    def test_defaults(self):
-        expected = {
-            "host": "0.0.0.0",
-            "port": 4141,
-            "model": None,
-            "api_key": [],
-            "spares": 1,
-            "max_concurrency": 64,
-            "max_queue": 64,
-            "requests_per_process": 1,
-        }
-        settings = vars(self.settings())
-        self.assertEqual({**settings, **expected}, settings)
-
-    def test_bad_values(self):
-        for arguments in (
-            "--port x",
-            "--port 70000",
-            "--timeout 0",
-            "--timeout nan",
-            "--max-concurrency 0",
-            "--requests-per-process 0",
-            "--model bare",
-            "--model /m",
-            "--spares -1",
-            "--api-key-file /no/such/file",
-            "--api-key-file " + os.devnull,
-            "--api-key-file ",
-            "--api-key ",
-            "--nonsense",
-            "--systemd-unit x",
-        ):
-            self.assert_refused("error: ", *arguments.split(" "))
-        self.assert_refused("argument --port: invalid int value: 'x'", OPENCODE_PROXY_PORT="x")
-        for key in ("", " ", "\n"):  # it would let everybody in
-            self.assert_refused("argument --api-key: empty", OPENCODE_PROXY_API_KEY=key)
-            self.assert_refused("argument --api-key: empty", "--api-key", key, "--api-key", "k")
-            self.assert_refused("argument --api-key-file: ", OPENCODE_PROXY_API_KEY_FILE=key)
-        self.assertEqual(self.settings("--api-key", "k", OPENCODE_PROXY_API_KEY="").api_key, ["k"])
-
-    def test_environment_and_options(self):
-        for name, value, expected in (
-            ("port", "7", 7),
-            ("port", "", 4141),
-            ("model", "p/m", "p/m"),
-            ("grace", "1", 1.0),
-            ("max_body_size", "9", 9),
-            ("verbose", "1", True),
-            ("verbose", "0", False),
-            ("api_key", "a b", ["a", "b"]),
-            ("cors_origin", "", []),
-            ("cors_origin", "https://A.x/ *", ["https://a.x", "*"]),
-        ):
-            variable = {"OPENCODE_PROXY_" + name.upper(): value}
-            self.assertEqual(getattr(self.settings(**variable), name), expected)
-        settings = self.settings(
-            "--port",
-            "8",
-            "--api-key",
-            "c",
-            "--api-key",
-            "d",
-            OPENCODE_PROXY_PORT="7",
-            OPENCODE_PROXY_API_KEY="a",
-        )
-        self.assertEqual((settings.port, settings.api_key), (8, ["c", "d"]))
-        with tempfile.NamedTemporaryFile() as keys:
-            pathlib.Path(keys.name).write_text("one\ntwo\n")
-            settings = self.settings("--api-key", "c", OPENCODE_PROXY_API_KEY_FILE=keys.name)
-            self.assertEqual(settings.api_key, ["c", "one", "two"])
-            self.assert_refused("empty", "--api-key-file", keys.name, OPENCODE_PROXY_API_KEY="")
-
-
-class SystemdTest(unittest.TestCase):
-    def test_units(self):
-        odd = '/opt/$HOME 100%/open"code'
-        with (
-            unittest.mock.patch.dict(os.environ, {"HOME": "/h$o", "XDG_DATA_HOME": "/d$x y"}),
-            unittest.mock.patch.object(sys, "executable", "/py$thon"),
-        ):
-            user, system = (proxy.systemd_unit(kind, odd) for kind in ("user", "system"))
-        for unit in (user, system):
-            self.assertIn('opencode_proxy.py --opencode "/opt/$$HOME 100%%/open\\"code"\n', unit)
-            self.assertIn("\nExecStart=/py$thon ", unit)
-            self.assertIn("\nKillMode=mixed\n", unit)
-            self.assertIn("\nNoNewPrivileges=yes\n", unit)
-            self.assertNotRegex(unit, r"[{}]|  ")
-        self.assertNotIn("network-online", user)
-        for line in (
-            "Environment=HOME=/h$o",
-            'ReadWritePaths="-/d$x y/opencode"',
-            "After=network-online.target",
-            "CapabilityBoundingSet=",
-            "PrivateTmp=yes",
-            "SystemCallFilter=@system-service",
-            "WantedBy=multi-user.target",
-        ):
-            self.assertIn(f"\n{line}\n", system)
-
-    @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is missing")
-    def test_systemd_takes_them(self):
-        with tempfile.TemporaryDirectory() as folder:
-            program = pathlib.Path(folder, "open $code %")
-            program.touch(0o700)
-            for kind in ("user", "system"):
-                path = pathlib.Path(folder, f"opencode-proxy-{kind}.service")
-                with unittest.mock.patch.object(sys, "executable", str(program)):
-                    path.write_text(proxy.systemd_unit(kind, str(program)))
-                done = subprocess.run(
-                    ["systemd-analyze", "verify", "--" + kind, "--man=no", str(path)],
-                    text=True,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    check=False,
-                    env={**os.environ, "XDG_RUNTIME_DIR": folder},
-                )
-                mine = [line for line in done.stdout.splitlines() if path.name in line]
-                self.assertEqual((done.returncode, mine), (0, []), done.stdout)
-
-    def test_notify(self):
-        with tempfile.TemporaryDirectory() as folder:
-            for name in (f"{folder}/notify", "@opencode-proxy-test"):
-                if name.startswith("@") and sys.platform != "linux":
-                    continue
-                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-                    manager.bind(re.sub("^@", "\0", name))
-                    manager.settimeout(DEADLINE)
-                    with unittest.mock.patch.dict(os.environ, {"NOTIFY_SOCKET": name}):
-                        proxy.notify("READY=1")
-                    self.assertEqual(manager.recv(100), b"READY=1")
-        proxy.notify("READY=1")
-
-
-class ReadmeTest(unittest.TestCase):
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    VARIABLE = r"\bX\b|^opencode|0\.0\.0\.0:4141: Address.*|64|300 seconds|github-copilot|1\.17\.0"
-
-    def test_it_tells_of_every_field_and_quotes_the_program(self):
-        rows = self.text.partition("| field |")[2].partition("\n\n")[0]
-        self.assertEqual([name for name in proxy.FIELDS if f"`{name}`" not in rows], [])
-        program = (HERE / "opencode_proxy.py").read_text(encoding="utf-8")
-        program = re.sub(r'"\s+f?"', "", program)  # of texts that are split over lines
-        table = self.text.partition("| message |")[2].partition("\n\n")[0].splitlines()[2:]
-        quoted = re.findall("`([^`]+)`", "\n".join(row.split("|")[1] for row in table))
-        pieces = [piece.strip() for text in quoted for piece in re.split(self.VARIABLE, text)]
-        self.assertGreater(len(pieces), 10)
-        self.assertEqual([piece for piece in pieces if piece not in program], [])
 
 
 # ------------------------------------------------------------------------------------- wire formats
@@ -4348,69 +4186,105 @@ class OrphanTest(FakeCase):
 COMPLETIONS = "/v1/chat/completions"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 END = "Connection: close"
+LENGTH = f"Content-Length: {len(chat_body())}"
 
 
 def post(body, *headers, path=COMPLETIONS, version="1.1", host="Host: localhost"):
+    """Return a POST as it is sent."""
     lines = "".join(header + "\r\n" for header in (host, *headers) if header)
     return f"POST {path} HTTP/{version}\r\n{lines}\r\n".encode() + body
 
 
 def post_chat(*headers, version="1.1", **fields):
+    """Return a chat request as it is sent."""
     body = chat_body(**fields)
     return post(body, f"Content-Length: {len(body)}", *headers, version=version)
 
 
+def in_chunks(body, size):
+    """Return a body in HTTP chunks of `size` bytes, without the last one."""
+    pieces = []
+    for start in range(0, len(body), size):
+        piece = body[start : start + size]
+        pieces.append(b"%x ;ext=1\r\n%b\r\n" % (len(piece), piece))
+    return b"".join(pieces)
+
+
+def headers_of(*lines):
+    """Return the headers in lines."""
+    return http.client.parse_headers(io.BytesIO("\r\n".join((*lines, "", "")).encode()))
+
+
 class StubPool:
-    """Answers what `respond(request)` yields, as a pool does."""
+    """Answers what `respond(request, look)` yields, as a pool does."""
 
     content = (0, proxy.Event({"content": "yes"}))
-    finish = (
-        0,
-        proxy.Event(
-            {},
-            finish_reason="stop",
-            usage={"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
-        ),
-    )
-    last_error, running = "", 0
+    usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+    finish = (0, proxy.Event({}, finish_reason="stop", usage=usage))
 
     def __init__(self, *names):
-        self.closing = threading.Event()
-        self.close = self.closing.set
         models = {name: proxy.Model(name) for name in names}
         self.catalog = proxy.Catalog(models, names[0], frozenset("ab"))
-        self.respond = lambda request: iter([self.content, self.finish])
+        self.closing = threading.Event()
+        self.respond = lambda request, look: iter([self.content, self.finish])
+        self.running = 0
+        self.errors = []
+        self.reason = None
+        self.failure = None  # raised where opencode is to be proven
 
-    def ready(self):
-        yield None
+    def prove(self):
+        if self.failure is not None:
+            raise self.failure
+
+    def ready(self, look):
         return self.catalog
 
-    def run(self, request, model, exchange=None):
+    def run(self, request, model, look, exchange=None):
         self.running += 1
         try:
-            yield from self.respond(request)
+            yield from self.respond(request, look)
         finally:
             self.running -= 1
 
-    def wait(self, event=None):
-        """Yield until `event` is set, for ever without one, then the end of the answer."""
+    def wait(self, look, event=None):
+        """Yield the end of the answer once `event` is set, never without one."""
         while event is None or not event.wait(0.02):
-            yield None
+            look()
+            time.sleep(0.01)
         yield self.finish
 
+    def note_error(self, text):
+        self.errors.append(text)
+
     def health(self):
-        return {"status": "healthy", "reason": None, "opencode": "1.18.33", "last_error": None}
+        return {
+            "status": "unhealthy" if self.reason else "healthy",
+            "reason": self.reason,
+            "opencode": "1.18.33",
+            "model": self.catalog.default,
+            "last_error": None,
+        }
+
+    def close(self):
+        self.closing.set()
 
 
-class HTTPTest(unittest.TestCase):
+class HTTPCase(unittest.TestCase):
+    """Servers on a stub pool; what the test asks goes to the one started last."""
+
     def setUp(self):
         self.logged = []
         patch = unittest.mock.patch.object(proxy, "log", self.logged.append)
         patch.start()
         self.addCleanup(patch.stop)
 
+    def patch(self, **values):
+        """Give attributes of the program other values until the test ends."""
+        patch = unittest.mock.patch.multiple(proxy, **values)
+        patch.start()
+        self.addCleanup(patch.stop)
+
     def start(self, **changes):
-        """Start a server on a stub pool; what the test asks goes to the one started last."""
         self.pool = StubPool("a/first", "a/second", "b/m")
         self.server = proxy.ProxyServer(settings(**changes), self.pool)
         self.client = Client(self.server.server_port)
@@ -4420,19 +4294,26 @@ class HTTPTest(unittest.TestCase):
         self.addCleanup(self.server.stop, 0.0, time.sleep)
 
     def connect(self, data=b""):
+        """Return a connection on which `data` was sent."""
         connection = socket.create_connection(("127.0.0.1", self.server.server_port), DEADLINE)
         self.addCleanup(connection.close)
         connection.sendall(data)
         return connection
 
-    @staticmethod
-    def rest(connection):
-        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    def rest(self, connection):
+        """Return what comes until the server closes the connection."""
+        data = b""
+        while True:
+            piece = connection.recv(1 << 16)
+            if not piece:
+                return data
+            data += piece
 
     def answer(self, data):
         """Return the status and body of the last answer to `data`, and how many came."""
         got = self.rest(self.connect(data))
-        head, _, body = got[got.rindex(b"HTTP/1.1 ") :].partition(b"\r\n\r\n")
+        last = got[got.rindex(b"HTTP/1.1 ") :]
+        head, _, body = last.partition(b"\r\n\r\n")
         return int(head.split()[1]), body, got.count(b"HTTP/1.1 ")
 
     def request(self, method, path, body=None, headers=()):
@@ -4443,45 +4324,207 @@ class HTTPTest(unittest.TestCase):
         return status, headers, data
 
     def error(self, *request):
+        """Return status, code and message of a refusal."""
         status, _, body = self.request(*request)
         return status, body["error"]["code"], body["error"]["message"]
 
     def assert_logged(self, pattern):
-        found = eventually(lambda: any(re.search(pattern, line) for line in self.logged))
-        self.assertTrue(found, (pattern, self.logged))
+        def is_logged():
+            return any(re.search(pattern, line) for line in self.logged)
+
+        self.assertTrue(eventually(is_logged), (pattern, self.logged))
+
+
+class HeadTest(unittest.TestCase):
+    """The pure functions that judge a head."""
+
+    LENGTHS = (  # name, bytes of the body (None: in chunks), headers
+        ("no body", 0, ()),
+        ("a length", 5, ("Content-Length: 5",)),
+        ("the same twice", 5, ("Content-Length: 5", "Content-Length: 5")),
+        ("the same twice in one", 5, ("Content-Length: 5, 5",)),
+        ("chunks", None, ("Transfer-Encoding: Chunked",)),
+    )
+    UNCLEAR = (
+        ("a sign", ("Content-Length: +5",)),
+        ("an underscore", ("Content-Length: 1_0",)),
+        ("nothing", ("Content-Length:",)),
+        ("no ASCII digit", ("Content-Length: \u0665",)),
+        ("two lengths", ("Content-Length: 5", "Content-Length: 6")),
+        ("two lengths in one", ("Content-Length: 5,55",)),
+        ("a number of 20 digits", ("Content-Length: 99999999999999999999",)),
+        ("a length and chunks", ("Content-Length: 5", "Transfer-Encoding: chunked")),
+        ("another coding", ("Transfer-Encoding: gzip",)),
+        ("a further coding", ("Transfer-Encoding: gzip, chunked",)),
+        ("chunks twice", ("Transfer-Encoding: chunked", "Transfer-Encoding: chunked")),
+        ("a second host", ("Host: y",)),
+    )
+
+    def test_length_of_a_body(self):
+        for name, expected, lines in self.LENGTHS:
+            with self.subTest(name):
+                headers = headers_of("Host: x", *lines)
+                self.assertEqual(proxy.body_length(headers, "HTTP/1.1"), expected)
+
+    def test_lengths_that_are_not_clear(self):
+        for name, lines in self.UNCLEAR:
+            with self.subTest(name), self.assertRaises(proxy.APIError) as caught:
+                proxy.body_length(headers_of("Host: x", *lines), "HTTP/1.1")
+            self.assertEqual(caught.exception.status, 400, name)
+
+    def test_an_old_client_needs_no_host_and_sends_no_chunks(self):
+        self.assertEqual(proxy.body_length(headers_of(), "HTTP/1.0"), 0)
+        with self.assertRaises(proxy.APIError):
+            proxy.body_length(headers_of(), "HTTP/1.1")
+        with self.assertRaises(proxy.APIError):
+            proxy.body_length(headers_of("Transfer-Encoding: chunked"), "HTTP/1.0")
+
+    ORIGINS = (  # name, origin, whether it may ask
+        ("localhost", "http://localhost:3000", True),
+        ("IPv4", "https://127.0.0.1", True),
+        ("IPv6", "http://[::1]:80", True),
+        ("an app", "app://x", True),
+        ("Tauri", "tauri://localhost", True),
+        ("VS Code's view", "vscode-webview://1d", True),
+        ("VS Code's file", "vscode-file://vscode-app", True),
+        ("one that was allowed", "https://app.example", True),
+        ("any other", "https://evil.example", False),
+        ("a file or a sandbox", "null", False),
+        ("a name that begins so", "https://localhost.evil.example", False),
+        ("nothing", "", False),
+        ("a letter more", "http://localhost:3000\xe9", False),
+    )
+
+    def test_origins(self):
+        for name, origin, is_allowed in self.ORIGINS:
+            with self.subTest(name):
+                if is_allowed:
+                    proxy.check_origin(origin, ["https://app.example"])
+                    continue
+                with self.assertRaises(proxy.APIError) as caught:
+                    proxy.check_origin(origin, ["https://app.example"])
+                self.assertEqual(caught.exception.code, "origin_not_allowed")
+
+    def test_a_star_allows_all_that_have_a_name(self):
+        proxy.check_origin("https://any.example", ["*"])
+        with self.assertRaises(proxy.APIError) as caught:
+            proxy.check_origin("null", ["*"])
+        self.assertIn("--cors-origin null allows them", caught.exception.message)
+
+    HOSTS = (
+        ("localhost", "localhost", True),
+        ("in capitals, with a dot and a port", "LocalHost.:80", True),
+        ("below localhost", "x.localhost:1", True),
+        ("IPv4", "1.2.3.4", True),
+        ("IPv6", "[::1]:4141", True),
+        ("an own name", "me:1", True),
+        ("Docker's name", "host.docker.internal", True),
+        ("a name that begins so", "localhost.evil.example:4141", False),
+        ("a name that begins with an address", "1.2.3.4.x", False),
+        ("any other", "evil.example", False),
+    )
+
+    def test_hosts(self):
+        for name, host, is_own in self.HOSTS:
+            with self.subTest(name):
+                if is_own:
+                    proxy.check_host(host, ["me"])
+                    continue
+                with self.assertRaises(proxy.APIError) as caught:
+                    proxy.check_host(host, ["me"])
+                self.assertEqual(caught.exception.code, "host_not_allowed")
+
+    KEYS = (
+        ("none", (), False),
+        ("bearer", ("Authorization: bearer kee1",), True),
+        ("Anthropic's", ("X-Api-Key: kee1",), True),
+        ("with a space and a letter", ("X-Api-Key: se cond\u20ac",), True),
+        ("no word behind it", ("Authorization: Bearer",), False),
+        ("one of two", ("Authorization: Bearer x", "X-Api-Key: kee1"), True),
+        ("empty", ("api-key:",), False),
+        ("basic", ("Authorization: Basic kee1",), False),
+        ("longer", ("api-key: kee12",), False),
+    )
+
+    def test_keys(self):
+        for name, lines, is_known in self.KEYS:
+            with self.subTest(name):
+                headers = headers_of(*lines)
+                self.assertEqual(proxy.has_key(headers, ["kee1", "se cond\u20ac"]), is_known)
+        self.assertTrue(proxy.has_key(headers_of(), []))
+
+    ROUTES = (
+        ("as it is", "/models", "/models"),
+        ("below /v1", "/v1/models", "/models"),
+        ("with a query", "/v1/models?key=k", "/models"),
+        ("a proxy's", "http://localhost/v1/models", "/models"),
+        ("too many slashes", "//v1//chat/completions/", "/chat/completions"),
+        ("the root", "/", "/"),
+        ("/v1 alone", "/v1", "/"),
+        ("a name that begins so", "/v1x", "/v1x"),
+    )
 
     def test_routes(self):
+        for name, target, expected in self.ROUTES:
+            with self.subTest(name):
+                self.assertEqual(proxy.route_of(target), expected)
+
+
+class HTTPTest(HTTPCase):
+    # -- routes
+
+    def test_health(self):
         self.start()
-        models = [
-            {"id": name, "object": "model", "created": self.server.created, "owned_by": name[0]}
-            for name in self.pool.catalog.names
-        ]
-        health = {**self.pool.health(), "version": proxy.__version__}
+        expected = {**self.pool.health(), "version": proxy.__version__}
+        for path in ("/health", "/v1", "/"):
+            with self.subTest(path):
+                status, _, body = self.request("GET", path)
+                self.assertEqual((status, body), (200, expected))
+        self.pool.reason = "ill"
+        status, _, body = self.request("GET", "/health")
+        self.assertEqual((status, body["reason"]), (503, "ill"))
+
+    def listed(self, name):
+        created = self.server.created
+        return {"id": name, "object": "model", "created": created, "owned_by": name[0]}
+
+    def test_models(self):
+        self.start()
+        models = [self.listed("a/first"), self.listed("a/second"), self.listed("b/m")]
+        status, _, body = self.request("GET", "/v1/models")
+        self.assertEqual((status, body), (200, {"object": "list", "data": models}))
         for path, expected in (
-            ("/v1/models", {"object": "list", "data": models}),
-            ("/v1/models/b/m", models[2]),
-            ("/models/b%2Fm?x=1", models[2]),
-            ("http://localhost/v1/models/b/m", models[2]),
-            ("//v1//models/b/m/", models[2]),
-            ("/models/second", models[1]),
-            ("/health", health),
-            ("/v1", health),
-            ("/", health),
+            ("/v1/models/b/m", "b/m"),
+            ("/models/b%2Fm?x=1", "b/m"),
+            ("http://localhost/v1/models/b/m", "b/m"),
+            ("//v1//models/b/m/", "b/m"),
+            ("/models/second", "a/second"),
         ):
-            self.assertEqual(self.request("GET", path)[::2], (200, expected), path)
+            with self.subTest(path):
+                status, _, body = self.request("GET", path)
+                self.assertEqual((status, body), (200, self.listed(expected)))
         self.assertEqual(self.error("GET", "/v1/models/none")[:2], (404, "model_not_found"))
-        for path in ("//v1//chat/completions", "/chat/completions?x"):
-            self.assertEqual(self.request("POST", path, chat_body())[0], 200, path)
-        for method, path, allow in (
-            ("GET", COMPLETIONS, "OPTIONS, POST"),
-            ("DELETE", "/v1/models", "GET, HEAD, OPTIONS"),
-        ):
-            status, headers, _ = self.request(method, path)
-            self.assertEqual((status, headers["Allow"]), (405, allow))
+
+    def test_head(self):
+        self.start()
         status, headers, body = self.request("HEAD", "/v1/models")
         self.assertEqual((status, body), (200, b""))
         self.assertGreater(int(headers["Content-Length"]), 100)
-        use, chat = "the base URL to use is " + self.server.base_url, "this serves chat only, at "
+
+    def test_methods_that_a_path_does_not_have(self):
+        self.start()
+        for method, path, allowed in (
+            ("GET", COMPLETIONS, "OPTIONS, POST"),
+            ("DELETE", "/v1/models", "GET, HEAD, OPTIONS"),
+        ):
+            with self.subTest(path):
+                status, headers, _ = self.request(method, path)
+                self.assertEqual((status, headers["Allow"]), (405, allowed))
+
+    def test_paths_that_are_wrong_get_a_hint(self):
+        self.start()
+        use = "the base URL to use is " + self.server.base_url
+        chat = "this serves chat only, at "
         for path, hint in (
             ("/v1/v1/models/x", use),
             ("/v1/v1", use),
@@ -4490,173 +4533,304 @@ class HTTPTest(unittest.TestCase):
             ("/v1/embeddings", chat),
             ("/v1/completions", chat),
         ):
-            status, code, message = self.error("POST", path + "?secret", b"{}")
-            self.assertEqual((status, code), (404, "unknown_url"))
-            self.assertTrue(message.startswith(f"There is nothing at {path}: {hint}"), message)
+            with self.subTest(path):
+                status, code, message = self.error("POST", path + "?secret", b"{}")
+                self.assertEqual((status, code), (404, "unknown_url"))
+                self.assertTrue(message.startswith(f"There is nothing at {path}: {hint}"), message)
+
+    # -- framing
 
     def test_one_request_after_another(self):
         """Bodies are neither left nor taken for requests."""
         self.start()
-        last = HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
         unwanted = HEALTH.replace(b"\r\n\r\n", b"\r\nContent-Length: 5\r\n\r\nGET /")
-        data = post_chat() + unwanted + post(b"{}", "Content-Length: 2") + post_chat(stream=True)
-        self.assertEqual(self.answer(data + last)[::2], (200, 5))
-        for refused in (
-            post(last, f"Content-Length: {len(last)}", path="/x"),
-            post(last, f"Content-Length: {len(last)}", "Origin: https://x"),
-        ):
-            self.assertEqual(self.answer(refused + last)[2], 1)
+        bad = post(b"{}", "Content-Length: 2")
+        last = HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        status, _, count = self.answer(post_chat() + unwanted + bad + post_chat(stream=True) + last)
+        self.assertEqual((status, count), (200, 5))
 
-    def test_framing(self):
+    def test_the_body_of_a_refused_request_is_no_request(self):
+        self.start()
+        inner = HEALTH
+        length = f"Content-Length: {len(inner)}"
+        for name, refused in (
+            ("no such path", post(inner, length, path="/x")),
+            ("a strange page", post(inner, length, "Origin: https://x")),
+        ):
+            with self.subTest(name):
+                self.assertEqual(self.answer(refused + HEALTH)[2], 1)
+
+    HEADS = (  # name, status, headers
+        ("a length", 200, (LENGTH,)),
+        ("the same twice", 200, (LENGTH, LENGTH)),
+        ("any type", 200, (LENGTH, "Content-Type: message/rfc822")),
+        ("too large", 413, ("Content-Length: 99999999999",)),
+        ("a form", 415, (LENGTH, "Content-Type: multipart/form-data; boundary=x")),
+        ("a sign", 400, ("Content-Length: +5",)),
+        ("a space before the colon", 400, ("Content-Length : 5",)),
+        ("mbox", 400, ("From x", LENGTH)),
+        ("no colon", 400, (LENGTH, "no colon")),
+        ("CR alone", 400, (LENGTH, "X: a\rContent-Length: 3")),
+        ("NUL", 400, (LENGTH, "X: a\0b")),
+        ("folded", 400, (LENGTH, " folded: 1")),
+        ("CR twice", 400, (LENGTH, "X: a\r")),
+        ("a long line", 431, (LENGTH, "X: " + "y" * 70000)),
+        ("many lines", 431, (LENGTH, *["X: y"] * 120)),
+    )
+
+    def test_heads(self):
         self.start(max_body_size=5000)
-        body = chat_body()
-        size, length = len(body), f"Content-Length: {len(body)}"
-        for expected, *headers in (
-            (200, length),
-            (200, length, length),
-            (200, f"Content-Length: {size}, {size}"),
-            (200, length, "Content-Type: message/rfc822"),
-            (413, "Content-Length: 99999999999"),
-            (415, length, "Content-Type: multipart/form-data; boundary=x"),
-            (400, "Content-Length: +5"),
-            (400, "Content-Length: 1_0"),
-            (400, "Content-Length:"),
-            (400, "Content-Length: \u0665"),
-            (400, "Content-Length: 5", "Content-Length: 6"),
-            (400, "Content-Length: 5,55"),
-            (400, "Content-Length : 5"),
-            (400, "From x", length),
-            (400, "Content-Length: 99999999999999999999"),
-            (400, "Transfer-Encoding: gzip"),
-            (400, length, "Transfer-Encoding: chunked"),
-            (400, length, "Host: y"),
-            (400, "Transfer-Encoding: gzip, chunked"),
-            (400, length, "no colon"),
-            (400, length, "X: a\rContent-Length: 3"),
-            (400, length, "X: a\0b"),
-            (400, length, " folded: 1"),
-            (400, length, "X: a\r"),
-            (431, length, "X: " + "y" * 70000),
-            (431, length, *["X: y"] * 120),
-        ):
-            with self.subTest(headers=str(headers)[:60]):
-                status, answer, count = self.answer(post(body, *headers, END))
-                self.assertEqual((status, count), (expected, 1), answer)
-                self.assertIn("choices" if expected == 200 else "error", json.loads(answer))
-        for expected, data in (
-            (200, post_chat(END).replace(b"\r\n", b"\n")),
-            (400, post(body, length, host="")),
-            (400, b"GET\r\n\r\n"),
-            (501, HEALTH.replace(b"GET", b"BREW")),
-            (505, b"GET /health HTTP/2.0\r\n\r\n"),
-            (400, b"\x16\x03\0\r\n\r\n"),
-            (414, b"GET / " + b"x" * 70000),
-            (400, b"GET /\rX HTTP/1.1\r\n\r\n"),
-        ):
-            self.assertEqual(self.answer(data)[0], expected, data[:30])
-        chunks = b"".join(
-            b"%x ;ext=1\r\n%b\r\n" % (len(body[n : n + 7]), body[n : n + 7])
-            for n in range(0, size, 7)
-        )
-        for expected, count, chunked in (
-            (200, 2, chunks + b"0\r\nTrailer: 1\r\n\r\n"),
-            (400, 1, b"x\r\n"),
-            (400, 1, b"-1\r\n\r\n"),
-            (400, 1, b"2\r\nabc\r\n0\r\n\r\n"),
-            (400, 1, b"2\n{}\r\n0\r\n\r\n"),
-            (400, 1, b"2\r\n{}\n0\r\n\r\n"),
-            (400, 1, b"0\r\n\n"),
-            (400, 1, b"2;a\rb\r\n{}\r\n0\r\n\r\n"),
-            (431, 1, b"2;" + b"x" * 70000 + b"\r\n{}\r\n0\r\n\r\n"),
-            (400, 1, b"0\r\nX y\r\n\r\n"),
-            (400, 1, b"f" * 18),
-            (413, 1, b"1389\r\n"),
-        ):
-            data = post(chunked, "Transfer-Encoding: Chunked") + post_chat(END)
-            self.assertEqual(self.answer(data)[::2], (expected, count), chunked[:30])
+        for name, expected, headers in self.HEADS:
+            with self.subTest(name):
+                status, body, count = self.answer(post(chat_body(), *headers, END))
+                self.assertEqual((status, count), (expected, 1), body)
+                key = "choices" if expected == 200 else "error"
+                self.assertIn(key, json.loads(body))
 
-    def test_bodies_are_bounded(self):
-        with unittest.mock.patch.object(proxy, "MAX_BODIES_BYTES", 3000):
-            self.start(max_body_size=2000)
-            page = {"Origin": "http://localhost:3000"}  # may read the refusal, as others can
-            status, headers, body = self.request("POST", COMPLETIONS, b"x" * 5_000_000, page)
-            self.assertEqual((status, body["error"]["code"]), (413, "body_too_large"))
-            self.assertEqual(headers["Access-Control-Allow-Origin"], page["Origin"])
-            self.pool.respond = lambda request: self.pool.wait()
-            big = {"user": "x" * 1800}
-            announced = [self.connect(post(b"{", "Content-Length: 1999")) for _ in range(2)]
-            held = self.connect(post_chat(**big))
-            self.assertTrue(eventually(lambda: self.pool.running == 1))
-            status, headers, body = self.request("POST", COMPLETIONS, chat_body(**big))
-            self.assertEqual((status, body["error"]["code"]), (503, "too_busy"))
-            self.assertGreater(int(headers["Retry-After"]), 0)
-            for connection in announced:  # counted is what has come
-                connection.setblocking(False)
-                self.assertRaises(BlockingIOError, connection.recv, 1)
-            held.close()
-            self.pool.respond = lambda request: iter([self.pool.finish])
-            self.assertTrue(eventually(lambda: self.pool.running == 0))
-            self.assertEqual(self.request("POST", COMPLETIONS, chat_body(**big))[0], 200)
+    REQUEST_LINES = (
+        ("LF alone", 200, post_chat(END).replace(b"\r\n", b"\n")),
+        ("no host", 400, post(chat_body(), LENGTH, host="")),
+        ("a method alone", 400, b"GET\r\n\r\n"),
+        ("an unknown method", 501, HEALTH.replace(b"GET", b"BREW")),
+        ("HTTP/2", 505, b"GET /health HTTP/2.0\r\n\r\n"),
+        ("TLS", 400, b"\x16\x03\0\r\n\r\n"),
+        ("a long line", 414, b"GET / " + b"x" * 70000),
+        ("CR alone", 400, b"GET /\rX HTTP/1.1\r\n\r\n"),
+    )
+
+    def test_request_lines(self):
+        self.start()
+        for name, expected, data in self.REQUEST_LINES:
+            with self.subTest(name):
+                status, body, _ = self.answer(data)
+                self.assertEqual(status, expected)
+                self.assertIn("choices" if expected == 200 else "error", json.loads(body))
+
+    CHUNKS = (  # name, status, answers, what is sent
+        ("good", 200, 2, in_chunks(chat_body(), 7) + b"0\r\nTrailer: 1\r\n\r\n"),
+        ("no size", 400, 1, b"x\r\n"),
+        ("a sign", 400, 1, b"-1\r\n\r\n"),
+        ("longer than its size", 400, 1, b"2\r\nabc\r\n0\r\n\r\n"),
+        ("LF behind the size", 400, 1, b"2\n{}\r\n0\r\n\r\n"),
+        ("LF behind the chunk", 400, 1, b"2\r\n{}\n0\r\n\r\n"),
+        ("LF at the end", 400, 1, b"0\r\n\n"),
+        ("CR in an extension", 400, 1, b"2;a\rb\r\n{}\r\n0\r\n\r\n"),
+        ("a long extension", 431, 1, b"2;" + b"x" * 70000 + b"\r\n{}\r\n0\r\n\r\n"),
+        ("a trailer without a colon", 400, 1, b"0\r\nX y\r\n\r\n"),
+        ("a long size", 400, 1, b"f" * 18 + b"\r\n"),
+        ("too large", 413, 1, b"1389\r\n"),
+    )
+
+    def test_chunks(self):
+        self.start(max_body_size=5000)
+        for name, expected, answers, chunked in self.CHUNKS:
+            with self.subTest(name):
+                data = post(chunked, "Transfer-Encoding: Chunked") + post_chat(END)
+                status, _, count = self.answer(data)
+                self.assertEqual((status, count), (expected, answers))
+
+    FUZZED = (
+        post_chat("X-Request-Id: a", "Authorization: Bearer k", END),
+        post_chat("Origin: http://localhost", stream=True),
+        post(in_chunks(chat_body(), 9) + b"0\r\n\r\n", "Transfer-Encoding: chunked"),
+        post_chat("Expect: 100-continue"),
+        HEALTH,
+        HEALTH.replace(b"GET /health", b"OPTIONS /v1/models"),
+        HEALTH.replace(b"/health", b"http://localhost/v1/models/a/first?x=1"),
+    )
+
+    @staticmethod
+    def damage(seeded, data):
+        """Return bytes of which some are changed, lost, doubled or made up."""
+        damaged = bytearray(data)
+        for _ in range(seeded.randint(1, 4)):
+            start = seeded.randrange(len(damaged))
+            end = start + seeded.choice((0, 1, 1, 2, 20))
+            piece = seeded.choice(
+                (b"", b"\r\n", b"\n", b" ", b":", b"\0", b"\xff", b"0", b"chunked")
+            )
+            if seeded.random() < 0.3:
+                piece = bytes(damaged[start:end]) * 2
+            damaged[start:end] = piece or seeded.choice((b"", b"9"))
+        return bytes(damaged)
+
+    def assert_answers_are_whole(self, data):
+        """Every answer in `data` has JSON, or events, or is an interim one."""
+        stream = io.BytesIO(data)
+        while stream.tell() < len(data):
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                line = stream.readline()
+                self.assertTrue(line, data)
+                head += line
+            self.assertRegex(head, rb"\AHTTP/1\.1 [1-5][0-9][0-9] ")
+            length = re.search(rb"Content-Length: ([0-9]+)", head)
+            if length:
+                body = stream.read(int(length[1]))
+                self.assertEqual(len(body), int(length[1]))
+                if body:
+                    json.loads(body)
+            elif b"chunked" in head:
+                self.assertIn(b"[DONE]", stream.read())
+
+    def test_fuzz(self):
+        """Whatever comes, what is answered is JSON, or the connection is closed."""
+        self.start()
+        seeded = random.Random(16)
+        for number in range(600):
+            data = self.damage(seeded, seeded.choice(self.FUZZED))
+            with self.subTest(number=number, data=data):
+                connection = self.connect(data)
+                connection.shutdown(socket.SHUT_WR)
+                answers = b""
+                with contextlib.suppress(ConnectionResetError):
+                    answers = self.rest(connection)
+                connection.close()
+                if b"HEAD" not in data:
+                    self.assert_answers_are_whole(answers)
+        self.assertEqual(self.request("POST", COMPLETIONS, chat_body())[0], 200)
+        self.assertNotIn("internal error", " ".join(self.logged))
+        self.assertNotIn("connection failed", " ".join(self.logged))
+
+    # -- bounds
+
+    def test_a_large_body_is_refused_so_that_the_client_reads_it(self):
+        self.start(max_body_size=2000)
+        page = {"Origin": "http://localhost:3000"}  # may read the refusal, as others can
+        status, headers, body = self.request("POST", COMPLETIONS, b"x" * 5_000_000, page)
+        self.assertEqual((status, body["error"]["code"]), (413, "body_too_large"))
+        self.assertEqual(headers["Access-Control-Allow-Origin"], page["Origin"])
+
+    def test_bodies_are_bounded_in_all(self):
+        self.patch(MAX_BODIES_BYTES=3000)
+        self.start(max_body_size=2000)
+        self.pool.respond = lambda request, look: self.pool.wait(look)
+        big = {"user": "x" * 1800}
+        announced = [self.connect(post(b"{", "Content-Length: 1999")) for _ in range(2)]
+        held = self.connect(post_chat(**big))
+        self.assertTrue(eventually(lambda: self.pool.running == 1))
+        status, headers, body = self.request("POST", COMPLETIONS, chat_body(**big))
+        self.assertEqual((status, body["error"]["code"]), (503, "too_busy"))
+        self.assertGreater(int(headers["Retry-After"]), 0)
+        for connection in announced:  # counted is what has come
+            connection.setblocking(False)
+            self.assertRaises(BlockingIOError, connection.recv, 1)
+
+        held.close()
+        self.pool.respond = lambda request, look: iter([self.pool.finish])
+        self.assertTrue(eventually(lambda: self.pool.running == 0))
+        self.assertEqual(self.request("POST", COMPLETIONS, chat_body(**big))[0], 200)
 
     def test_slow_requests_end(self):
-        with unittest.mock.patch.multiple(proxy, IDLE_SECONDS=0.5, BODY_SECONDS=0.5):
-            self.start()
-            for data in (b"", b"GET / HT"):
+        self.patch(IDLE_SECONDS=0.5, BODY_SECONDS=0.5)
+        self.start()
+        for name, data in (("nothing", b""), ("half a line", b"GET / HT")):
+            with self.subTest(name):
                 self.assertEqual(self.rest(self.connect(data)), b"")
-            connection = self.connect(post(b"{", "Content-Length: 10"))
-            self.assertIn(b"body_timeout", self.rest(connection))
-            connection = self.connect()
-            with self.assertRaises(OSError):  # a drip does not extend the deadline
-                for _ in range(100):
-                    connection.sendall(b"G")
-                    time.sleep(0.05)
+        connection = self.connect(post(b"{", "Content-Length: 10"))
+        self.assertIn(b"body_timeout", self.rest(connection))
+
+    def test_a_drip_does_not_extend_the_deadline(self):
+        self.patch(IDLE_SECONDS=0.5)
+        self.start()
+        connection = self.connect()
+
+        def is_refused():
+            try:
+                connection.sendall(b"G")
+            except OSError:
+                return True
+            return False
+
+        self.assertTrue(eventually(is_refused))
+
+    NEXT = (
+        ("nothing", b""),
+        ("an empty line", b"\r\n"),
+        ("a request", HEALTH),
+        ("half a request", post(b"x" * 30000, "Content-Length: 90000")),
+    )
 
     def test_clients_that_hang_up(self):
         """They are noticed also where bytes of a next request come before the end."""
         self.start()
-        self.pool.respond = lambda request: self.pool.wait()
-        for more in (b"", b"\r\n", HEALTH, post(b"x" * 30000, "Content-Length: 90000")):
+        self.pool.respond = lambda request, look: self.pool.wait(look)
+        for name, following in self.NEXT:
             for stream in (False, True):
-                connection = self.connect(post_chat(stream=stream) + more)
-                self.assertTrue(eventually(lambda: self.pool.running == 1))
-                connection.close()
-                self.assertTrue(eventually(lambda: self.pool.running == 0, 10), more[:20])
+                with self.subTest(name, stream=stream):
+                    connection = self.connect(post_chat(stream=stream) + following)
+                    self.assertTrue(eventually(lambda: self.pool.running == 1))
+                    connection.close()
+                    self.assertTrue(eventually(lambda: self.pool.running == 0, SOON))
         self.assert_logged(' 499 model=a/first error="the client hung up"')
 
-    def test_clients_that_read_slowly(self):
+    def test_clients_that_read_slowly_get_everything(self):
         self.start()
         piece = (0, proxy.Event({"content": "x" * (1 << 16)}))
-        self.pool.respond = lambda request: iter([piece] * 200 + [self.pool.finish])
-        with unittest.mock.patch.object(proxy, "WRITE_SECONDS", 1.0):
-            steady, started, size = self.connect(post_chat(END)), time.monotonic(), 0
-            while data := steady.recv(1 << 17):
-                size += len(data)
-                time.sleep(0.02)
-            self.assertGreater(size, 200 << 16)
-            self.assertGreater(time.monotonic() - started, 1.5)
-            self.connect(post_chat(stream=True))
-            self.assert_logged(" 499 .*the client does not read")
+        self.pool.respond = lambda request, look: iter([piece] * 200 + [self.pool.finish])
+        self.patch(WRITE_SECONDS=1.0)
+        connection = self.connect(post_chat(END))
+        started = time.monotonic()
+        size = 0
+        while True:
+            data = connection.recv(1 << 17)
+            if not data:
+                break
+            size += len(data)
+            time.sleep(0.02)
+        self.assertGreater(size, 200 << 16)
+        self.assertGreater(time.monotonic() - started, proxy.WRITE_SECONDS)
 
-    def test_connections_are_bounded(self):
-        with unittest.mock.patch.object(proxy, "MAX_CONNECTIONS", 20):
+    def test_clients_that_read_nothing_are_left(self):
+        self.start()
+        piece = (0, proxy.Event({"content": "x" * (1 << 16)}))
+        self.pool.respond = lambda request, look: iter([piece] * 200 + [self.pool.finish])
+        self.patch(WRITE_SECONDS=1.0)
+        self.connect(post_chat(stream=True))
+        self.assert_logged(" 499 .*the client does not read")
+
+    def test_idle_connections_make_room(self):
+        self.patch(MAX_CONNECTIONS=20)
+        self.start()
+        idle = [self.connect(b"GET / HTTP/1.1\r\n" * (number % 2)) for number in range(60)]
+        self.assertEqual(self.request("POST", COMPLETIONS, chat_body())[0], 200)
+        for connection in idle[:20]:
+            self.assertEqual(self.rest(connection), b"")
+
+    def test_connections_that_ask_do_not_make_room(self):
+        self.patch(MAX_CONNECTIONS=20)
+        self.start()
+        unfinished = post(b"{", "Content-Length: 10", "Expect: 100-continue", END)
+        busy = [self.connect(unfinished) for _ in range(20)]
+        for connection in busy:
+            self.assertEqual(connection.recv(12), b"HTTP/1.1 100")
+        with contextlib.suppress(ConnectionError):
+            self.assertEqual(self.rest(self.connect(HEALTH)), b"")
+        busy[0].sendall(b" " * 9)
+        self.assertIn(b"HTTP/1.1 400", self.rest(busy[0]))
+        self.assertTrue(eventually(self.is_healthy))
+
+    def is_healthy(self):
+        with contextlib.suppress(ConnectionError, http.client.HTTPException):
+            return self.request("GET", "/health")[0] == 200
+        return False
+
+    def test_a_refused_thread_closes_its_connection_only(self):
+        self.start()
+        refused = RuntimeError("can't start new thread")
+        with unittest.mock.patch.object(threading.Thread, "start", side_effect=refused):
+            self.assertEqual(self.rest(self.connect()), b"")
+        self.assert_logged("connection failed: RuntimeError")
+        self.assertEqual(self.request("GET", "/health")[0], 200)
+
+    def test_a_refused_limit_of_files_is_lived_with(self):
+        with unittest.mock.patch.object(proxy.resource, "setrlimit", side_effect=ValueError):
             self.start()
-            idle = [self.connect(b"GET / HTTP/1.1\r\n" * (n % 2)) for n in range(60)]
-            self.assertEqual(self.request("POST", COMPLETIONS, chat_body())[0], 200)
-            for connection in idle[:20]:
-                self.assertEqual(self.rest(connection), b"")
-            busy = [
-                self.connect(post(b"{", "Content-Length: 10", "Expect: 100-continue", END))
-                for _ in range(20)
-            ]
-            for connection in busy:
-                self.assertEqual(connection.recv(12), b"HTTP/1.1 100")
-            with contextlib.suppress(ConnectionError):  # those that ask are not ended for it
-                self.assertEqual(self.rest(self.connect(HEALTH)), b"")
-            busy[0].sendall(b" " * 9)
-            self.assertIn(b"HTTP/1.1 400", self.rest(busy[0]))
-            self.assertTrue(eventually(lambda: self.request("GET", "/health")[0] == 200))
+        self.assertEqual(self.request("GET", "/health")[0], 200)
 
-    def test_streams(self):
+    # -- answers
+
+    def test_a_stream(self):
         self.start()
         got = self.rest(self.connect(post_chat(END, stream=True)))
         self.assertTrue(got.endswith(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"), got[-60:])
@@ -4667,138 +4841,668 @@ class HTTPTest(unittest.TestCase):
             b"Cache-Control: no-cache",
         ):
             self.assertIn(header, got)
+
+    def test_a_stream_to_an_old_client_has_no_chunks(self):
+        self.start()
         got = self.rest(self.connect(post_chat(version="1.0", stream=True)))
         self.assertRegex(got, rb"(?s)\r\n\r\ndata: .*}\n\ndata: \[DONE]\n\n$")
+
+    SLOW_DOWN = {"message": "slow down", "type": "rate_limit_error", "param": None, "code": None}
+
+    def test_a_silent_stream_is_kept_alive_until_it_fails(self):
+        self.start()
         go_on = threading.Event()
 
-        def respond(request):
-            while not go_on.wait(0.02):
-                yield None
+        def respond(request, look):
+            yield from self.pool.wait(look, go_on)
             raise proxy.APIError(429, "slow down", headers={"Retry-After": "7"})
 
         self.pool.respond = respond
-        with unittest.mock.patch.object(proxy, "PING_SECONDS", 0.1):
-            connection, got = self.connect(post_chat(END, stream=True)), b""
-            while got.count(proxy.SSE_PING) < 2:
-                got += connection.recv(1 << 16)
-            self.assertLess(got.index(b'"role":"assistant"'), got.index(proxy.SSE_PING))
-            go_on.set()
-        error = {"message": "slow down", "type": "rate_limit_error", "param": None, "code": None}
-        end = proxy.sse_data({"error": error}) + proxy.SSE_DONE + b"\r\n0\r\n\r\n"
+        self.patch(PING_SECONDS=0.1)
+        connection = self.connect(post_chat(END, stream=True))
+        got = b""
+        while got.count(proxy.SSE_PING) < 2:
+            got += connection.recv(1 << 16)
+        self.assertLess(got.index(b'"role":"assistant"'), got.index(proxy.SSE_PING))
+        go_on.set()
+        end = proxy.sse_data({"error": self.SLOW_DOWN}) + proxy.SSE_DONE + b"\r\n0\r\n\r\n"
         self.assertTrue(self.rest(connection).endswith(end))
+
+    def test_a_stream_that_fails_at_once_is_a_refusal(self):
+        self.start()
+
+        def respond(request, look):
+            raise proxy.APIError(429, "slow down", headers={"Retry-After": "7"})
+
+        self.pool.respond = respond
         status, headers, body = self.request("POST", COMPLETIONS, chat_body(stream=True))
-        self.assertEqual((status, headers["Retry-After"], body), (429, "7", {"error": error}))
-        self.pool.respond = lambda request: iter([self.pool.content, 7])  # a defect
+        self.assertEqual((status, headers["Retry-After"]), (429, "7"))
+        self.assertEqual(body, {"error": self.SLOW_DOWN})
+
+    def test_a_defect_is_an_internal_error(self):
+        self.start()
+        self.pool.respond = lambda request, look: iter([self.pool.content, 7])
         answer = self.error("POST", COMPLETIONS, chat_body())
         self.assertEqual(answer, (500, "internal_error", "internal error"))
         self.assertIn(b'"internal_error"', self.rest(self.connect(post_chat(END, stream=True))))
         self.assert_logged(' 500 .*error="internal error: TypeError')
+        self.assertEqual(self.pool.errors, ["internal error"] * 2)
 
-    def test_api_keys(self):
-        self.start(api_key=["kee1", "se cond\u20ac"])
-        head = [f"Content-Length: {len(chat_body())}", "Expect: 100-continue", END]
+    def test_a_passed_answer_is_as_it_came(self):
+        self.start()
+        head = proxy.Piece("", 201, {"content-type": "text/x", "retry-after": "3"})
+        pieces = (head, proxy.Piece("a\u2028"), proxy.Piece("b", finish_reason="stop"))
+        self.pool.respond = lambda request, look: ((0, piece) for piece in pieces)
+        for path in ("/v1/responses", "/v1/messages"):
+            with self.subTest(path):
+                status, headers, body = self.request("POST", path, {"model": "b/m"})
+                self.assertEqual((status, body), (201, "a\u2028b".encode()))
+                self.assertEqual((headers["Content-Type"], headers["Retry-After"]), ("text/x", "3"))
+
+    def test_a_passed_answer_that_fails_is_cut(self):
+        self.start()
+
+        def respond(request, look):
+            yield 0, proxy.Piece("", 200, {})
+            yield 0, proxy.Piece("a")
+            raise proxy.APIError(502, "broken")
+
+        self.pool.respond = respond
+        body = b'{"model": "b/m"}'
+        request = post(body, f"Content-Length: {len(body)}", path="/v1/responses")
+        self.assertTrue(self.rest(self.connect(request)).endswith(b"\r\n\r\n1\r\na\r\n"))
+
+    # -- who may ask
+
+    def test_a_refusal_comes_instead_of_the_go_ahead(self):
+        self.start(api_key=["kee1"])
+        head = [LENGTH, "Expect: 100-continue", END]
         self.assertEqual(self.connect(post(b"", *head)).recv(12), b"HTTP/1.1 401")
         connection = self.connect(post(b"", *head, "api-key: kee1"))
         self.assertEqual(connection.recv(12), b"HTTP/1.1 100")
         connection.sendall(chat_body())
         self.assertIn(b"HTTP/1.1 200", self.rest(connection))
-        for expected, headers in (
-            (401, {}),
-            (200, {"authorization": "bearer kee1"}),
-            (200, {"X-Api-Key": "kee1"}),
-            (200, {"X-Api-Key": "se cond\u20ac".encode()}),
-            (401, {"Authorization": "Bearer"}),
-            (200, {"Authorization": "Bearer x", "X-Api-Key": "kee1"}),
-            (401, {"api-key": ""}),
-            (401, {"Authorization": "Basic kee1"}),
-            (401, {"X-Api-Key": "\xff"}),
-            (401, {"api-key": "kee12"}),
-        ):
-            status, answered, _ = self.request("GET", "/v1/models", None, headers)
-            self.assertEqual(status, expected, headers)
-            self.assertEqual(answered["WWW-Authenticate"], "Bearer" if status == 401 else None)
+
+    def test_api_keys(self):
+        self.start(api_key=["kee1"])
+        status, headers, _ = self.request("GET", "/v1/models")
+        self.assertEqual((status, headers["WWW-Authenticate"]), (401, "Bearer"))
         self.assertEqual(self.error("POST", COMPLETIONS, chat_body())[:2], (401, "invalid_api_key"))
+        key = {"Authorization": "Bearer kee1"}
+        self.assertEqual(self.request("GET", "/v1/models", None, key)[0], 200)
         self.assertEqual(self.request("GET", "/health", None, {"Host": "any.example"})[0], 200)
         self.assertNotIn("kee1", " ".join(self.logged))
 
-    def test_hosts_and_origins(self):
-        """Web pages of others get in neither under their own name nor under one of this machine."""
-        own, free = "Access-Control-Allow-Origin", "http://localhost:3000"
-        for changes, allowed, refused in (
-            (
-                {"cors_origin": ["https://app.example"]},
-                (
-                    free,
-                    "https://127.0.0.1",
-                    "http://[::1]:80",
-                    "app://x",
-                    "https://app.example",
-                    "tauri://localhost",
-                    "vscode-webview://1d",
-                    "vscode-file://vscode-app",
-                ),
-                (
-                    "https://evil.example",
-                    "null",
-                    "http://localhost.evil.example",
-                    "",
-                    free + "\xe9",
-                ),
-            ),
-            ({"cors_origin": ["*"]}, ("https://any.example",), ("null",)),
+    def test_origins(self):
+        self.start()
+        for origin, expected in (
+            ("http://localhost:3000", (200, "http://localhost:3000")),
+            ("https://evil.example", (403, None)),
         ):
-            self.start(**changes)
-            for origin in (*allowed, *refused):
+            with self.subTest(origin):
                 status, headers, _ = self.request("GET", "/v1/models", None, {"Origin": origin})
-                expected = (200, origin) if origin in allowed else (403, None)
-                self.assertEqual((status, headers[own]), expected, origin)
-        self.assert_logged('403 error="Web pages of null may not .*--cors-origin null allows them"')
-        status, headers, body = self.request(
-            "OPTIONS",
-            COMPLETIONS,
-            None,
-            {"Origin": "app://x", "Access-Control-Request-Headers": "authorization,content-type"},
-        )
-        self.assertEqual(
-            (status, body, headers["Vary"], headers[own]), (204, b"", "Origin", "app://x")
-        )
-        self.assertEqual(headers["Access-Control-Allow-Methods"], "OPTIONS, POST")
-        self.assertEqual(headers["Access-Control-Allow-Headers"], "authorization,content-type")
-        for expected, path, *hosts in (
-            (
-                200,
-                "/",
-                "localhost",
-                "LocalHost.:80",
-                "x.localhost:1",
-                "1.2.3.4",
-                "[::1]:4141",
-                socket.gethostname(),
-                "host.docker.internal",
-            ),
-            (200, "/health", "evil.example"),
-            (403, "/", "localhost.evil.example:4141", "1.2.3.4.x", "evil.example"),
-        ):
-            for host in hosts:
-                self.assertEqual(self.request("GET", path, None, {"Host": host})[0], expected, host)
-        self.start(host="0.0.0.0")
-        self.assertEqual(self.request("GET", "/", None, {"Host": "evil.example"})[0], 200)
+                self.assertEqual((status, headers["Access-Control-Allow-Origin"]), expected)
+        self.assert_logged('403 error="Web pages of https://evil.example may not .*')
 
-    def test_stop(self):
-        """Idle connections end at once; answers have the grace, then they are errors."""
-        for grace, expected in ((DEADLINE, b"HTTP/1.1 200"), (0.1, b"HTTP/1.1 503")):
-            self.start()
-            go_on = threading.Event()
-            self.pool.respond = lambda request, go_on=go_on: self.pool.wait(go_on)
-            idle, busy = self.connect(), self.connect(post_chat())
-            self.assertTrue(eventually(lambda: self.pool.running == 1))
-            thread = threading.Thread(target=self.server.stop, args=(grace, time.sleep))
-            thread.start()
-            self.assertEqual(idle.recv(1), b"")
-            if grace == DEADLINE:
-                go_on.set()
-            self.assertTrue(self.rest(busy).startswith(expected))
+    def test_what_a_browser_asks_first(self):
+        self.start()
+        wanted = {"Origin": "app://x", "Access-Control-Request-Headers": "authorization,x-y"}
+        status, headers, body = self.request("OPTIONS", COMPLETIONS, None, wanted)
+        self.assertEqual((status, body, headers["Vary"]), (204, b"", "Origin"))
+        self.assertEqual(headers["Access-Control-Allow-Origin"], "app://x")
+        self.assertEqual(headers["Access-Control-Allow-Methods"], "OPTIONS, POST")
+        self.assertEqual(headers["Access-Control-Allow-Headers"], "authorization,x-y")
+
+    def test_a_strange_host_is_refused_where_nothing_else_would_refuse(self):
+        """A web page may give its own name to this machine's address."""
+        strange = {"Host": "evil.example"}
+        for name, expected, path, changes in (
+            ("on loopback", 403, "/", {}),
+            ("a balancer", 200, "/health", {}),
+            ("with a key", 401, "/v1/models", {"api_key": ["k"]}),
+            ("on every address", 200, "/", {"host": "0.0.0.0"}),
+        ):
+            with self.subTest(name):
+                self.start(**changes)
+                self.assertEqual(self.request("GET", path, None, strange)[0], expected)
+
+    def test_own_names(self):
+        self.start()
+        self.assertEqual(self.request("GET", "/", None, {"Host": socket.gethostname()})[0], 200)
+
+    # -- the log
+
+    def test_a_request_is_one_line(self):
+        self.start()
+        self.request("POST", COMPLETIONS, chat_body(model="gpt x"), {"X-Request-Id": "id-1"})
+        number = r"[0-9]+\.[0-9]{3}"
+        self.assert_logged(
+            rf"^127\.0\.0\.1 POST {COMPLETIONS} 200 model=a/first asked=gpt\?x first={number}"
+            rf" in=1 out=2 seconds={number} id=id-1$"
+        )
+
+    # -- the end
+
+    def stopped(self, grace, go_on):
+        """Return what an idle and a busy client get from a server that stops."""
+        self.start()
+        let_go = threading.Event()
+        self.pool.respond = lambda request, look: self.pool.wait(look, let_go)
+        idle = self.connect()
+        busy = self.connect(post_chat())
+        self.assertTrue(eventually(lambda: self.pool.running == 1))
+        thread = threading.Thread(target=self.server.stop, args=(grace, time.sleep))
+        thread.start()
+        answers = [self.rest(idle)]
+        if go_on:
+            let_go.set()
+        answers.append(self.rest(busy))
+        thread.join()
+        return answers
+
+    def test_answers_may_end_while_the_server_stops(self):
+        idle, busy = self.stopped(DEADLINE, go_on=True)
+        self.assertEqual(idle, b"")
+        self.assertTrue(busy.startswith(b"HTTP/1.1 200"))
+
+    def test_answers_are_errors_where_the_server_cannot_wait(self):
+        idle, busy = self.stopped(0.1, go_on=False)
+        self.assertEqual(idle, b"")
+        self.assertTrue(busy.startswith(b"HTTP/1.1 503"))
+
+
+class LogTest(unittest.TestCase):
+    def setUp(self):
+        self.reader, self.writer = os.pipe()
+        self.addCleanup(os.close, self.reader)
+        self.addCleanup(os.close, self.writer)
+
+    def new_log(self):
+        log = proxy.LogWriter(self.writer)
+        self.addCleanup(log.close, DEADLINE)
+        return log
+
+    def fill(self):
+        """Fill the pipe, so that nobody can write to it."""
+        os.set_blocking(self.writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(self.writer, b"x" * 4096)
+        os.set_blocking(self.writer, True)
+
+    def read_until(self, end):
+        text = ""
+        while end not in text:
+            text += os.read(self.reader, 1 << 16).decode()
+        return text.lstrip("x")
+
+    def test_lines_are_written_in_order(self):
+        log = self.new_log()
+        for line in ("one", "two\ud800", "last"):
+            log.write(line)
+        log.close(DEADLINE)
+        self.assertEqual(self.read_until("last\n"), "one\ntwo\\ud800\nlast\n")
+
+    def test_lines_are_dropped_where_nobody_reads(self):
+        self.fill()
+        with unittest.mock.patch.object(proxy, "MAX_LOG_LINES", 10):
+            log = self.new_log()
+        for number in range(100):
+            log.write(str(number))
+        log.close(0.01)  # does not wait for what nobody reads
+        text = self.read_until("9\n")
+        log.write("last")
+        text += self.read_until("last\n")
+        self.assertRegex(text, r"(?s)\A0\n1\n.*9\n\([0-9]+ lines are missing here: .*\nlast\n\Z")
+
+    def test_without_stderr_nothing_is_written(self):
+        log = proxy.LogWriter(None)
+        log.write("a line")
+        log.close(DEADLINE)
+
+
+# ------------------------------------------------------------------------------------- command line
+class SettingsTest(unittest.TestCase):
+    def settings(self, *arguments, **environment):
+        with unittest.mock.patch.dict(os.environ, environment):
+            return proxy.read_settings(arguments)
+
+    def assert_refused(self, text, *arguments, **environment):
+        """Check that the program ends with code 2, and says `text`."""
+        with contextlib.ExitStack() as stack:
+            stderr = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            caught = stack.enter_context(self.assertRaises(SystemExit))
+            self.settings(*arguments, **environment)
+        self.assertEqual(caught.exception.code, 2)
+        self.assertIn(text, stderr.getvalue())
+
+    def test_defaults(self):
+        expected = {
+            "host": "0.0.0.0",
+            "port": 4141,
+            "model": None,
+            "api_key": [],
+            "cors_origin": [],
+            "spares": 1,
+            "max_concurrency": 64,
+            "max_queue": 64,
+            "requests_per_process": 1,
+            "verbose": False,
+        }
+        settings = vars(self.settings())
+        self.assertEqual({**settings, **expected}, settings)
+
+    BAD = (  # arguments, what is said
+        (("--port", "x"), "argument --port: 'x' is not a whole number from 0 to 65535"),
+        (("--port", "70000"), "argument --port: "),
+        (("--timeout", "0"), "argument --timeout: '0' is not a number from 0.1 to 86400"),
+        (("--timeout", "nan"), "argument --timeout: "),
+        (("--max-concurrency", "0"), "argument --max-concurrency: "),
+        (("--requests-per-process", "0"), "argument --requests-per-process: "),
+        (("--model", "bare"), "argument --model: 'bare' is not of the form provider/model"),
+        (("--model", "/m"), "argument --model: "),
+        (("--spares", "-1"), "argument --spares: "),
+        (("--api-key-file", "/no/such/file"), "argument --api-key-file: "),
+        (("--api-key-file", os.devnull), "argument --api-key-file: there is no key in it"),
+        (("--api-key-file", ""), "argument --api-key-file: "),
+        (("--api-key", ""), "argument --api-key: a key is empty"),
+        (("--api-key", "", "--api-key", "k"), "argument --api-key: a key is empty"),
+        (("--nonsense",), "unrecognized arguments"),
+        (("--systemd-unit", "x"), "argument --systemd-unit: "),
+    )
+
+    def test_bad_options(self):
+        for arguments, text in self.BAD:
+            with self.subTest(" ".join(arguments)):
+                self.assert_refused(text, *arguments)
+
+    BAD_VARIABLES = (  # name, value, what is said
+        ("PORT", "x", "OPENCODE_PROXY_PORT: 'x' is not a whole number from 0 to 65535"),
+        ("GRACE", "-1", "OPENCODE_PROXY_GRACE: "),
+        ("VERBOSE", "maybe", "OPENCODE_PROXY_VERBOSE: 'maybe' is neither true nor false"),
+        ("API_KEY", "", "OPENCODE_PROXY_API_KEY: a key is empty"),
+        ("API_KEY", " ", "OPENCODE_PROXY_API_KEY: a key is empty"),
+        ("API_KEY", "\n", "OPENCODE_PROXY_API_KEY: a key is empty"),
+        ("API_KEY_FILE", "", "OPENCODE_PROXY_API_KEY_FILE: "),
+        ("API_KEY_FILE", "/no/such/file", "OPENCODE_PROXY_API_KEY_FILE: "),
+    )
+
+    def test_bad_variables_are_named(self):
+        for name, value, text in self.BAD_VARIABLES:
+            with self.subTest(name, value=value):
+                self.assert_refused("error: " + text, **{"OPENCODE_PROXY_" + name: value})
+
+    GOOD_VARIABLES = (
+        ("port", "7", 7),
+        ("port", "", 4141),
+        ("model", "p/m", "p/m"),
+        ("grace", "1", 1.0),
+        ("max_body_size", "9", 9),
+        ("verbose", "1", True),
+        ("verbose", "true", True),
+        ("verbose", "No", False),
+        ("verbose", "0", False),
+        ("verbose", "", False),
+        ("api_key", "a b", ["a", "b"]),
+        ("cors_origin", "", []),
+        ("cors_origin", "https://A.x/ *", ["https://a.x", "*"]),
+    )
+
+    def test_good_variables(self):
+        for name, value, expected in self.GOOD_VARIABLES:
+            with self.subTest(name, value=value):
+                settings = self.settings(**{"OPENCODE_PROXY_" + name.upper(): value})
+                self.assertEqual(getattr(settings, name), expected)
+
+    def test_the_option_wins(self):
+        settings = self.settings("--port", "8", OPENCODE_PROXY_PORT="x")
+        self.assertEqual(settings.port, 8)
+        two = ("--api-key", "c", "--api-key", "d")
+        self.assertEqual(self.settings(*two, OPENCODE_PROXY_API_KEY="").api_key, ["c", "d"])
+
+    def test_keys_of_a_file_are_added(self):
+        with tempfile.NamedTemporaryFile() as keys:
+            pathlib.Path(keys.name).write_text("one\ntwo\n")
+            settings = self.settings("--api-key", "c", OPENCODE_PROXY_API_KEY_FILE=keys.name)
+            self.assertEqual(settings.api_key, ["c", "one", "two"])
+            self.assert_refused("empty", "--api-key-file", keys.name, OPENCODE_PROXY_API_KEY="")
+
+    def test_unknown_variables(self):
+        settings = self.settings(OPENCODE_PROXY_PROT="1", OPENCODE_PROXY_TEST_X="1")
+        self.assertEqual(settings.unknown_variables, ["OPENCODE_PROXY_PROT"])
+
+    def test_help_names_every_option(self):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), self.assertRaises(SystemExit):
+            self.settings("--help")
+        for name in vars(self.settings()):
+            if name != "unknown_variables":
+                self.assertIn("--" + name.replace("_", "-"), output.getvalue())
+
+
+class SystemdTest(unittest.TestCase):
+    ODD = '/opt/$HOME 100%/open"code'
+    IN_BOTH = (
+        "ExecStart=/py$thon ",
+        "KillMode=mixed\n",
+        "NoNewPrivileges=yes\n",
+        "SystemCallArchitectures=native\n",
+    )
+    IN_SYSTEM = (
+        "Environment=HOME=/h$o",
+        'ReadWritePaths="-/d$x y/opencode"',
+        "After=network-online.target",
+        "CapabilityBoundingSet=",
+        "PrivateTmp=yes",
+        "SystemCallFilter=@system-service",
+        "EnvironmentFile=-/etc/opencode_proxy.env",
+        "WantedBy=multi-user.target",
+    )
+    IN_USER = ("EnvironmentFile=-%h/.config/opencode_proxy.env", "WantedBy=default.target")
+
+    def unit(self, kind):
+        environment = {"HOME": "/h$o", "XDG_DATA_HOME": "/d$x y"}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(unittest.mock.patch.dict(os.environ, environment))
+            stack.enter_context(unittest.mock.patch.object(sys, "executable", "/py$thon"))
+            return proxy.systemd_unit(kind, self.ODD)
+
+    def test_units(self):
+        for kind, lines in (("user", self.IN_USER), ("system", self.IN_SYSTEM)):
+            unit = self.unit(kind)
+            with self.subTest(kind):
+                program = 'opencode_proxy.py --opencode "/opt/$$HOME 100%%/open\\"code"\n'
+                self.assertIn(program, unit)
+                self.assertNotRegex(unit, r"[{}]|  ")
+                for beginning in self.IN_BOTH:
+                    self.assertIn("\n" + beginning, unit)
+                for line in lines:
+                    self.assertIn(f"\n{line}\n", unit)
+        self.assertNotIn("network-online", self.unit("user"))
+
+    @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is missing")
+    def test_systemd_takes_them(self):
+        folder = self.enter(tempfile.TemporaryDirectory())
+        program = pathlib.Path(folder, "open $code %")
+        program.touch(0o700)
+        for kind in ("user", "system"):
+            path = pathlib.Path(folder, f"opencode-proxy-{kind}.service")
+            with unittest.mock.patch.object(sys, "executable", str(program)):
+                path.write_text(proxy.systemd_unit(kind, str(program)))
+            done = subprocess.run(
+                ["systemd-analyze", "verify", "--" + kind, "--man=no", str(path)],
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                check=False,
+                env={**os.environ, "XDG_RUNTIME_DIR": folder},
+            )
+            mine = [line for line in done.stdout.splitlines() if path.name in line]
+            self.assertEqual((done.returncode, mine), (0, []), done.stdout)
+
+    def enter(self, manager):
+        """Enter a context until the test ends."""
+        value = manager.__enter__()
+        self.addCleanup(manager.__exit__, None, None, None)
+        return value
+
+    def notified(self, name, address):
+        """Return what systemd is told on a socket that is named so."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.bind(address)
+            manager.settimeout(DEADLINE)
+            with unittest.mock.patch.dict(os.environ, {"NOTIFY_SOCKET": name}):
+                proxy.notify("READY=1")
+            return manager.recv(100)
+
+    def test_notify(self):
+        path = self.enter(tempfile.TemporaryDirectory()) + "/notify"
+        self.assertEqual(self.notified(path, path), b"READY=1")
+
+    @unittest.skipUnless(sys.platform == "linux", "only Linux has such names")
+    def test_notify_on_a_name_in_no_folder(self):
+        got = self.notified("@opencode-proxy-test", "\0opencode-proxy-test")
+        self.assertEqual(got, b"READY=1")
+
+    def test_nobody_is_notified_without_systemd(self):
+        with unittest.mock.patch.dict(os.environ):
+            os.environ.pop("NOTIFY_SOCKET", None)
+            proxy.notify("READY=1")
+
+
+class FindOpencodeTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+        environment = {"PATH": str(self.folder / "bin"), "HOME": str(self.folder)}
+        patch = unittest.mock.patch.dict(os.environ, environment)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def install(self, path, mode=0o700):
+        program = self.folder / path
+        program.parent.mkdir(parents=True)
+        program.touch(mode)
+        return str(program)
+
+    def test_where_the_option_says(self):
+        path = self.install("here/mine")
+        self.assertEqual(proxy.find_opencode(path), path)
+        self.assertEqual(proxy.find_opencode("~/here/mine"), path)
+
+    def test_on_the_path_before_where_installers_put_it(self):
+        installed = self.install(".opencode/bin/opencode")
+        self.assertEqual(proxy.find_opencode(None), installed)
+        on_path = self.install("bin/opencode")
+        self.assertEqual(proxy.find_opencode(None), on_path)
+
+    def test_what_cannot_be_run_is_not_found(self):
+        path = self.install("here/mine", 0o600)
+        for name, wanted in (("nothing", str(self.folder / "none")), ("a file", path)):
+            with self.subTest(name), self.assertRaises(proxy.StartError) as caught:
+                proxy.find_opencode(wanted)
+            self.assertIn(f"{wanted}: not found or not executable", str(caught.exception))
+
+
+class ServeTest(unittest.TestCase):
+    """The life of the program, on a stub pool."""
+
+    def setUp(self):
+        self.logged = []
+        self.pool = StubPool("a/first")
+        self.patch(
+            log=self.logged.append,
+            Pool=lambda opencode, settings, trace: self.pool,
+            Opencode=lambda path, model: None,
+            find_opencode=lambda path: "/opencode",
+        )
+
+    def patch(self, **values):
+        patch = unittest.mock.patch.multiple(proxy, **values)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def is_logged(self, text):
+        return any(text in line for line in self.logged)
+
+    def serve(self, act, **changes):
+        """Run the server, while a thread waits for its readiness, does `act` and ends it."""
+        values = settings(**changes)
+        before = signal.getsignal(signal.SIGTERM)
+
+        def end():
+            if eventually(lambda: self.is_logged("base URL"), SOON):
+                act()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=end)
+        thread.start()
+        try:
+            proxy.serve(values)
+        finally:
             thread.join()
+        self.assertEqual(signal.getsignal(signal.SIGTERM), before)
+        self.assertTrue(self.pool.closing.is_set())
+
+    def base_url(self):
+        line = next(line for line in self.logged if "base URL" in line)
+        return line.rpartition(" ")[2]
+
+    def test_it_serves_until_a_signal(self):
+        answers = []
+
+        def act():
+            port = int(re.search(r":([0-9]+)/", self.base_url())[1])
+            answers.append(Client(port).content())
+
+        self.serve(act)
+        self.assertEqual(answers, ["yes"])
+        model = f"opencode_proxy {proxy.__version__} with opencode 1.18.33, model a/first"
+        self.assertIn(model, self.logged)
+
+    def test_what_it_warns_of(self):
+        def act():
+            pass
+
+        self.pool.reason = "not logged in"
+        self.serve(act, host="0.0.0.0")
+        for text in (
+            "warning: github-copilot/gpt-4.1 is not offered, a/first answers instead",
+            "warning: not logged in",
+            "warning: whoever reaches this port can use your models",
+        ):
+            with self.subTest(text):
+                self.assertTrue(self.is_logged(text), self.logged)
+
+    def test_opencode_that_does_not_work_ends_it(self):
+        self.pool.failure = proxy.StartError("broken")
+        with self.assertRaises(proxy.StartError) as caught:
+            proxy.serve(settings())
+        self.assertEqual(str(caught.exception), "broken")
+        self.assertTrue(self.pool.closing.is_set())
+
+    def test_a_port_that_is_taken(self):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            with self.assertRaises(proxy.StartError) as caught:
+                proxy.serve(settings(port=port))
+        self.assertIn(f"cannot listen on 127.0.0.1:{port}: Address", str(caught.exception))
+        self.assertTrue(self.pool.closing.is_set())
+
+    def test_a_temporary_folder_that_cannot_be_made(self):
+        self.patch(Opencode=unittest.mock.Mock(side_effect=OSError("disk full")))
+        with self.assertRaises(proxy.StartError) as caught:
+            proxy.serve(settings())
+        self.assertEqual(str(caught.exception), "cannot make a temporary folder: disk full")
+
+
+class MainTest(unittest.TestCase):
+    """The program as a process, on a stub pool."""
+
+    PROGRAM = """\
+import sys
+import opencode_proxy as proxy
+import test_opencode_proxy as tests
+
+proxy.Pool = lambda opencode, settings, trace: tests.StubPool("a/first")
+proxy.Opencode = lambda path, model: None
+if "--opencode" not in sys.argv:
+    proxy.find_opencode = lambda path: "/opencode"
+sys.exit(proxy.main())
+"""
+
+    def start(self, *arguments, **options):
+        """Return the program, started on a free port of loopback."""
+        program = subprocess.Popen(
+            [sys.executable, "-c", self.PROGRAM, "--host", "127.0.0.1", "--port", "0", *arguments],
+            cwd=HERE,
+            env={**clean_environment(), "PYTHONDONTWRITEBYTECODE": "1"},
+            **{"stderr": subprocess.PIPE, "universal_newlines": True, **options},
+        )
+        self.addCleanup(self.end, program)
+        return program
+
+    def end(self, program):
+        program.kill()
+        program.wait()
+        for stream in (program.stdout, program.stderr):
+            if stream is not None:
+                stream.close()
+
+    def wait_for_port(self, program):
+        line = ""
+        while "base URL" not in line:
+            line = program.stderr.readline()
+            self.assertTrue(line, "it has ended")
+        return int(re.search(r":([0-9]+)/", line)[1])
+
+    def test_it_answers_and_ends(self):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            with self.subTest(number):
+                program = self.start()
+                self.assertEqual(Client(self.wait_for_port(program)).content(), "yes")
+                program.send_signal(number)
+                self.assertEqual(program.wait(DEADLINE), 0)
+                self.assertNotIn("Traceback", program.stderr.read())
+
+    def test_a_unit_is_printed(self):
+        program = self.start("--systemd-unit", stdout=subprocess.PIPE)
+        output, _ = program.communicate(timeout=DEADLINE)
+        self.assertEqual(program.returncode, 0)
+        self.assertIn("--opencode /opencode\n", output)
+
+    def test_what_cannot_start_says_why(self):
+        program = self.start("--opencode", "/no/such")
+        _, errors = program.communicate(timeout=DEADLINE)
+        self.assertEqual(program.returncode, 1)
+        self.assertTrue(errors.startswith("opencode_proxy: /no/such: not found"), errors)
+
+    def test_a_log_that_nobody_reads_holds_nothing_up(self):
+        """Requests are answered, and a signal ends the program."""
+        program = self.start()
+        client = Client(self.wait_for_port(program))
+        for _ in range(1200):
+            self.assertEqual(client.request("GET", "/none")[0], 404)
+        program.send_signal(signal.SIGTERM)
+        self.assertEqual(program.wait(DEADLINE), 0)
+
+
+class ReadmeTest(unittest.TestCase):
+    VARIABLE = r"\bX\b|^opencode|0\.0\.0\.0:4141: Address.*|64|300 seconds|github-copilot|1\.17\.0"
+
+    def setUp(self):
+        path = HERE / "README.md"
+        if not path.exists():
+            missing("README.md")
+        self.text = path.read_text(encoding="utf-8")
+
+    def test_it_tells_of_every_field(self):
+        rows = self.text.partition("| field |")[2].partition("\n\n")[0]
+        for name in proxy.FIELDS:
+            with self.subTest(name):
+                self.assertIn(f"`{name}`", rows)
+
+    def messages(self):
+        """Return the constant pieces of the messages that it explains."""
+        table = self.text.partition("| message |")[2].partition("\n\n")[0]
+        pieces = []
+        for row in table.splitlines()[2:]:
+            message = row.split("|")[1]
+            for quoted in re.findall("`([^`]+)`", message):
+                pieces += re.split(self.VARIABLE, quoted)
+        return [piece.strip() for piece in pieces]
+
+    def test_it_quotes_the_program(self):
+        program = (HERE / "opencode_proxy.py").read_text(encoding="utf-8")
+        program = re.sub(r'"\s+f?"', "", program)  # of texts that are split over lines
+        pieces = self.messages()
+        self.assertGreater(len(pieces), 10)
+        for piece in pieces:
+            with self.subTest(piece):
+                self.assertIn(piece, program)
 
 
 # ----------------------------------------------------------------------- through the real opencode
