@@ -75,15 +75,25 @@ Facts about opencode were observed with versions 1.17.0 and 1.18.33.
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if sys.platform == "win32":
+    sys.exit("opencode_proxy does not run on Windows itself: run it in WSL")
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before `serve` looks for Ctrl-C
+
 import abc
 import argparse
 import collections
 import contextlib
 import email.message
+import errno
 import fcntl
 import hmac
 import http.client
 import http.server
+import importlib
 import io
 import itertools
 import json
@@ -96,16 +106,15 @@ import resource
 import secrets
 import select
 import shutil
-import signal
 import socket
 import socketserver
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 import urllib.parse
 import uuid
+import zlib
 from collections.abc import (
     Callable,
     Collection,
@@ -132,12 +141,18 @@ LOOK_SECONDS = 0.25  # the longest wait of any kind: then somebody looks whether
 MAX_CHOICES = 8  # each is a turn of its own
 MAX_STOP_SEQUENCES = 64  # each is looked for in every delta
 MAX_BODIES_BYTES = 512 << 20  # memory: bodies of all requests that are read, wait or are answered
+MAX_HEAD_BYTES = 64 << 10  # memory: the head of a request, all its lines together
 MAX_READ_AHEAD_BYTES = 64 << 10  # memory: what a client sends while its request is being answered
+MAX_JSON_VALUES = 1_000_000  # memory: values in a body, and time to read them
+BYTES_PER_JSON_VALUE = 64  # about, while a body is read: `{},` takes 25 times its size
+MAX_DECODED_BYTES = 1 << 20  # memory: what is made at once of a compressed body
+ZSTD_WINDOW_LOG = 23  # memory: 8 MiB, the largest that HTTP allows (RFC 9659)
 MAX_DRAIN_BYTES = 64 << 20  # of a refused body that is read, so that the client reads the refusal
 DRAIN_SECONDS = 5.0  # ... and the time for it
 
 # Connections: threads and open files.
 MAX_CONNECTIONS = 2000  # each has a thread
+ACCEPT_PAUSE_SECONDS = 0.1  # after a connection for which no file may be opened
 RESERVED_FILES = 200  # of the open files that are allowed, for the pipes of the processes
 IDLE_SECONDS = 60.0  # a connection without a complete head of a request
 BODY_SECONDS = 120.0  # a request whose body does not arrive
@@ -4310,15 +4325,22 @@ CHUNK_SIZE = LineForm("chunk size", re.compile(rb"[0-9A-Fa-f]{1,16}[ \t]*(;[^\r\
 CHUNK_END = LineForm("chunk end", re.compile(rb"\r\n"))
 TRAILER = LineForm("trailer", re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*)?\r\n"))
 
+zstd: Any = None
+with contextlib.suppress(ImportError):  # before Python 3.14
+    zstd = importlib.import_module("compression.zstd")
+
 CONTENT_LENGTH = re.compile(r"[ \t]*([0-9]{1,18})[ \t]*(,[ \t]*\1[ \t]*)*")  # the same, repeated
+HUNG_UP = getattr(select, "POLLRDHUP", 0)  # where there is none, only a reset is noticed
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # Web pages on this machine, and what is no web page.
 OWN_ORIGIN = re.compile(
-    r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
-    r"|(app|tauri|vscode-webview|vscode-file)://[!-~]*"
+    r"https?://(([a-z0-9-]+\.)*localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:[0-9]{1,5})?"
+    r"|(app|capacitor|file|tauri|vscode-file|vscode-webview)://[!-~]*"
 )
 # Names that nobody can have on the internet.
 OWN_HOST = re.compile(r"(.+\.)?localhost|.+\.internal|[0-9.]+|\[[0-9a-f:.]+\]")
+JSON_MARKS = (b",", b":", b"[", b"{")  # each but the last stands before a value or a key
+SEQUENCE_NUMBER = '"sequence_number":'
 PASSED_HEADERS = ("anthropic-beta", "anthropic-version")
 EVENT_STREAM = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -4337,14 +4359,12 @@ def body_length(headers: email.message.Message, version: str) -> int | None:
     if len(headers.get_all("Host", [])) != 1 and not is_old:
         raise unclear
 
-    codings = headers.get_all("Transfer-Encoding", [])
-    coding = ",".join(codings).strip(" \t").lower()
-    if coding == "chunked":
-        if is_old or "Content-Length" in headers:
+    codings = headers.get_all("Transfer-Encoding")
+    if codings is not None:  # even an empty one: somebody before us may have read it otherwise
+        coding = ",".join(codings).strip(" \t").lower()
+        if coding != "chunked" or is_old or "Content-Length" in headers:
             raise unclear
         return None
-    if coding:
-        raise unclear
 
     length = CONTENT_LENGTH.fullmatch(",".join(headers.get_all("Content-Length", ["0"])))
     if length is None:
@@ -4423,14 +4443,136 @@ def no_route(target: str, base_url: str) -> APIError:
     return APIError(404, f"There is nothing at {path}: {hint}", code="unknown_url")
 
 
-def model_object(model: Model, created: int) -> Json:
-    """Return what /v1/models tells of a model."""
-    return {
+def wrong_method(method: str, path: str, route: Route) -> APIError:
+    """Return the error for a method that a path does not have."""
+    usual_method = "POST"
+    if "GET" in route.methods:
+        usual_method = "GET"
+    return APIError(
+        405,
+        f"{path} wants {usual_method}, not {method}",
+        code="not_allowed",
+        headers={"Allow": ", ".join(route.methods)},
+    )
+
+
+def decoded(pieces: Iterator[bytes], coding: str) -> Iterator[bytes]:
+    """Return a body's pieces without its Content-Encoding; raise APIError 415 for an unknown one.
+
+    No piece is larger than MAX_DECODED_BYTES, whatever becomes of the bytes that came.
+    """
+    if coding in ("", "identity"):
+        return pieces
+    if coding in ("gzip", "deflate"):
+        return inflated(pieces, coding)
+    if coding == "zstd" and zstd is not None:
+        return unpacked(pieces)
+
+    known = "gzip, deflate"
+    if zstd is not None:
+        known = "gzip, deflate, zstd"
+    raise APIError(
+        415,
+        f"The Content-Encoding of a body may be {known}, or none",
+        code="unsupported_content_encoding",
+        headers={"Accept-Encoding": known},
+    )
+
+
+def inflated(pieces: Iterator[bytes], coding: str) -> Iterator[bytes]:
+    """Yield what was compressed by gzip or deflate; raise APIError 400 for what was not."""
+    first = next(pieces, b"")
+    window = 31  # gzip, and nothing else
+    if coding == "deflate":
+        window = 15
+        if first and first[0] & 15 != 8:  # some leave zlib's head out
+            window = -15
+    decoder = zlib.decompressobj(window)
+    try:
+        for piece in itertools.chain([first], pieces):
+            rest = piece
+            while rest:
+                yield decoder.decompress(rest, MAX_DECODED_BYTES)
+                rest = decoder.unconsumed_tail
+        yield decoder.flush()
+    except zlib.error:
+        raise invalid(f"The body is not valid {coding}") from None
+    if not decoder.eof or decoder.unused_data:
+        raise invalid(f"The body is not valid {coding}")
+
+
+def unpacked(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield what was compressed by zstd; raise APIError 400 for what was not."""
+    options = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
+    decoder = zstd.ZstdDecompressor(options=options)
+    try:
+        for piece in pieces:
+            yield decoder.decompress(piece, MAX_DECODED_BYTES)
+            while not decoder.needs_input and not decoder.eof:
+                yield decoder.decompress(b"", MAX_DECODED_BYTES)
+    except (zstd.ZstdError, EOFError):
+        raise invalid("The body is not valid zstd") from None
+    if not decoder.eof or decoder.unused_data:
+        raise invalid("The body is not valid zstd")
+
+
+def count_values(data: bytes) -> int:
+    """Return about how many values JSON has, or more: marks in its texts count, too."""
+    return sum(data.count(mark) for mark in JSON_MARKS)
+
+
+def check_values(data: bytes) -> None:
+    """Refuse JSON of very many values, which take many times its size; raise APIError 413.
+
+    Takes linear time and little memory, whatever `data` is.
+    """
+    if count_values(data) <= MAX_JSON_VALUES:
+        return
+    without_escapes = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    is_too_much = without_escapes.count(b'"') > 4 * MAX_JSON_VALUES  # two a text, two texts a value
+    if not is_too_much:
+        without_texts = re.sub(rb'"[^"]*"', b"", without_escapes)
+        is_too_much = count_values(without_texts) > MAX_JSON_VALUES
+    if is_too_much:
+        text = f"The body has more than {MAX_JSON_VALUES} values"
+        raise APIError(413, text, code="body_too_large")
+
+
+def model_object(model: Model, catalog: Catalog, created: int) -> Json:
+    """Return what /v1/models tells of a model: what is the default provider's has its bare name."""
+    provider, _, bare_name = model.name.partition("/")
+    listed: Json = {
         "id": model.name,
         "object": "model",
         "created": created,
-        "owned_by": provider_of(model.name),
+        "owned_by": provider,
     }
+    if provider == provider_of(catalog.default) and "/" not in bare_name:
+        listed["id"] = bare_name
+    if model.title:
+        listed["name"] = model.title
+    if model.context_length:
+        listed["context_length"] = model.context_length
+    if model.output_limit:
+        listed["max_output_tokens"] = model.output_limit
+    return listed
+
+
+def estimate_tokens(body: Json) -> int:
+    """Return about how many tokens a request to /messages has, its images and files aside."""
+    characters = 0
+    pending: list[Any] = [body]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            characters += len(value)
+        elif isinstance(value, list):
+            pending.extend(value)
+        elif isinstance(value, dict):
+            for name, inner in value.items():
+                if name != "data":  # base64
+                    pending.append(inner)
+    return 1 + characters // CHARACTERS_PER_TOKEN
 
 
 def printable(text: str) -> str:
@@ -4460,6 +4602,7 @@ class ClientConnection(io.BufferedIOBase):
         self._socket = connection
         self._read_ahead = bytearray()
         self._next_line = REQUEST_LINE  # what readline() returns
+        self._head_left = 0  # bytes that the rest of the head may have
         self._deadline = 0.0  # for all that is read
         self._is_in_body = False
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -4468,6 +4611,7 @@ class ClientConnection(io.BufferedIOBase):
     def expect_head(self, seconds: float) -> None:
         """Let what is read next be the head of a request, which must be there in `seconds`."""
         self._next_line = REQUEST_LINE
+        self._head_left = MAX_HEAD_BYTES
         self._deadline = time.monotonic() + seconds
         self._is_in_body = False
 
@@ -4480,7 +4624,7 @@ class ClientConnection(io.BufferedIOBase):
         """Keep what the client has sent; tell whether it is still there."""
         room = MAX_READ_AHEAD_BYTES - len(self._read_ahead)
         if room <= 0:
-            return True
+            return not self._has_hung_up()
         try:
             self._socket.settimeout(0.0)
             data = self._socket.recv(room)
@@ -4493,19 +4637,26 @@ class ClientConnection(io.BufferedIOBase):
 
     def readline(self, size: int | None = -1, /) -> bytes:
         """Return the next line of a head; http.server calls it."""
-        line = self.read_line(self._next_line)
+        line = self._head_line()
+        while self._next_line is REQUEST_LINE and line in (b"\r\n", b"\n"):
+            line = self._head_line()  # some send an empty line behind a body (RFC 9112, 2.2)
         self._next_line = HEADER_LINE
         return line
 
-    def read_line(self, form: LineForm) -> bytes:
-        """Return the next line; raise APIError unless it looks like `form`."""
+    def _head_line(self) -> bytes:
+        line = self.read_line(self._next_line, self._head_left)
+        self._head_left -= len(line)
+        return line
+
+    def read_line(self, form: LineForm, limit: int = MAX_HEAD_BYTES) -> bytes:
+        """Return the next line; raise APIError unless it looks like `form`, in `limit` bytes."""
         searched = 0
         while True:
-            end = self._read_ahead.find(b"\n", searched, MAX_READ_AHEAD_BYTES)
+            end = self._read_ahead.find(b"\n", searched, limit)
             if end >= 0:
                 break
             searched = len(self._read_ahead)
-            if searched >= MAX_READ_AHEAD_BYTES:
+            if searched >= limit:
                 raise APIError(form.status, f"The {form.name} is too long")
             self._receive()
 
@@ -4531,6 +4682,12 @@ class ClientConnection(io.BufferedIOBase):
         except OSError as error:
             raise ClientDisconnected(f"the client does not read: {error}") from None
         return len(data)
+
+    def _has_hung_up(self) -> bool:
+        """Tell whether the client has closed its side, behind what nobody has read yet."""
+        poller = select.poll()
+        poller.register(self._socket, HUNG_UP)
+        return bool(poller.poll(0))
 
     def _take(self, count: int) -> bytes:
         data = bytes(self._read_ahead[:count])
@@ -4580,7 +4737,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self._body_left: int | None = None  # bytes to read of it; None: its end is not known
         self._status = 0  # of the response, once its head is sent
         self._answer: Answer | None = None  # that is sent in pieces
+        self._passed: PassedAnswer | None = None  # a provider's own, that is passed through
         self._facts: dict[str, str] = {}  # for the log
+        self._is_worth_a_line = True  # of the log
         self._begin_clock()
 
     def _begin_clock(self) -> None:
@@ -4604,12 +4763,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         except Exception as error:  # a defect of this program must not take others' requests
             defect = APIError(500, "internal error", code="internal_error")
             self._fail(defect, f"internal error: {error!r}")
-        if self._status:
+        if self._status and self._is_worth_a_line:
             self._log_request()
 
     def _dispatch(self) -> None:
         """Refuse a request whose head is wrong, or let its route answer it."""
-        self.server.mark_busy(self.request)
         self._begin_clock()
         request_id = self.headers.get("X-Request-Id", "")
         if REQUEST_ID.fullmatch(request_id):
@@ -4625,13 +4783,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if self.command != "OPTIONS" and not route.is_public:
             self._check_key()
         if self.command not in route.methods:
-            allowed = ", ".join(route.methods)
-            raise APIError(405, "Not allowed", code="not_allowed", headers={"Allow": allowed})
+            raise wrong_method(self.command, self._route, route)
 
-        if self.command == "POST":
-            route.serve(self)
-            return
-        self._read_body()  # of no use, but it must not be taken for the next request
+        if self.command != "POST":
+            self._discard_body()
+        self.server.mark_busy(self.request)
         if self.command == "OPTIONS":
             self._tell_browser(route)
         else:
@@ -4686,6 +4842,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         try:
             self._send_error(error)
             if self._body_left != 0:
+                self.server.mark_idle(self.request)
                 self._drain()
         except (APIError, ClientDisconnected, OSError):
             self.close_connection = True
@@ -4699,8 +4856,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             left -= len(self._client.read_some(left))
 
     def _log_request(self) -> None:
-        request = printable(f"{self.command or '-'} {self.path}")
-        words = [self.client_address[0], request, str(self._status)]
+        path = self.path.partition("?")[0]  # keys may stand behind it
+        request = printable(f"{self.command or '-'} {path}")
+        client = self.client_address[0].removeprefix("::ffff:")  # IPv4 by way of IPv6
+        words = [client, request, str(self._status)]
         for name, value in self._facts.items():
             words.append(f"{name}={value}")
         words.append(f"seconds={time.monotonic() - self._started:.3f}")
@@ -4713,22 +4872,33 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         return True  # _read_body sends the interim answer: a refusal comes instead of it
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        raise APIError(int(code), printable(message or http.client.responses[code]))
+        # Not `message`: it quotes the request line, in which there may be a key.
+        raise APIError(int(code), f"Bad request: {http.client.responses[code]}")
 
     # -- the body of a request
 
     def _read_body(self) -> bytes:
+        """Return the body as it was before it was encoded; it counts until the request is over."""
+        coding = self.headers.get("Content-Encoding", "").strip().lower()
         body = bytearray()
-        for piece in self._body_pieces():
+        for piece in decoded(self._body_pieces(), coding):
             self.server.add_bytes(self.request, len(piece))
             body += piece
-        return bytes(body)
+            self._check_size(len(body))
+        data = bytes(body)
+        check_values(data)
+        self.server.add_bytes(self.request, count_values(data) * BYTES_PER_JSON_VALUE)
+        return data
+
+    def _discard_body(self) -> None:
+        """Read a body that is of no use, or it would be taken for the next request."""
+        for _ in self._body_pieces():
+            pass
 
     def _body_pieces(self) -> Iterator[bytes]:
         """Yield the body as it comes; raise APIError 413 where it is larger than it may be."""
         self._check_size(self._body_left or 0)
-        if "Expect" in self.headers and self._body_left != 0:
-            self._client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._let_it_come()
         self._client.expect_body(BODY_SECONDS)
         if self._body_left is None:
             yield from self._read_chunked()
@@ -4737,6 +4907,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             piece = self._client.read_some(self._body_left)
             self._body_left -= len(piece)
             yield piece
+
+    def _let_it_come(self) -> None:
+        """Send the go-ahead to a client that waits for it."""
+        is_waiting = self.headers.get("Expect", "").lower() == "100-continue"
+        if is_waiting and self._body_left != 0 and self.request_version != "HTTP/1.0":
+            self._client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _read_chunked(self) -> Iterator[bytes]:
         total = 0
@@ -4753,9 +4929,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 yield piece
             self._client.read_line(CHUNK_END)
 
-        line = self._client.read_line(TRAILER)
+        limit = MAX_HEAD_BYTES
+        line = self._client.read_line(TRAILER, limit)
         while line != b"\r\n":
-            line = self._client.read_line(TRAILER)
+            limit -= len(line)
+            line = self._client.read_line(TRAILER, limit)
 
     def _check_size(self, size: int) -> None:
         limit = self.server.settings.max_body_size
@@ -4806,7 +4984,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self._send(error.status, error.headers, body)
         elif self._answer is not None:
             self._write(sse_data(body) + SSE_DONE, is_last=True)
-        else:  # passed through: it must not look complete
+        elif self._passed is not None and self._passed.is_between_events:
+            self._write(self._passed.failure(error), is_last=True)
+        else:  # it must not look complete
             self.close_connection = True
 
     def _write(self, data: bytes, is_last: bool = False) -> None:
@@ -4830,13 +5010,19 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             "Access-Control-Allow-Methods": allowed,
             "Access-Control-Allow-Headers": self.headers.get("Access-Control-Request-Headers", "*"),
         }
+        if "Access-Control-Request-Private-Network" in self.headers:
+            headers["Access-Control-Allow-Private-Network"] = "true"
         self._send(204, headers, b"")
 
     def _health(self) -> None:
+        """Tell how the proxy is; only who may use it is told more than a word."""
         health = {**self.server.pool.health(), "version": __version__}
         status = 503
         if health["status"] == "healthy":
             status = 200
+        self._is_worth_a_line = self.server.note_health(status)
+        if not has_key(self.headers, self.server.settings.api_key):
+            health = {"status": health["status"], "version": __version__}
         self._send(status, {}, health)
 
     def _models(self) -> None:
@@ -4845,9 +5031,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         requested = urllib.parse.unquote(self._route[len("/models/") :])
         if requested:
             model = catalog.resolve(requested, exact=True)
-            self._send(200, {}, model_object(model, created))
+            self._send(200, {}, model_object(model, catalog, created))
             return
-        listed = [model_object(catalog.models[name], created) for name in catalog.names]
+        listed = [model_object(catalog.models[name], catalog, created) for name in catalog.names]
         self._send(200, {}, {"object": "list", "data": listed})
 
     def _chat(self) -> None:
@@ -4878,6 +5064,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _messages(self) -> None:
         self._pass_through(Messages)
 
+    def _count_tokens(self) -> None:
+        body = parse_json_object(self._read_body())
+        self._send(200, {}, {"input_tokens": estimate_tokens(body)})
+
     def _pass_through(self, wire_format: type[WireFormat]) -> None:
         """Answer a request in a wire format's own words by what the provider says, unchanged."""
         headers = {name: self.headers[name] for name in PASSED_HEADERS if name in self.headers}
@@ -4891,8 +5081,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 self._note_first()
                 if piece.status:
                     self._send(piece.status, piece.headers, None)
+                    self._passed = PassedAnswer(wire_format, piece.headers)
                 if piece.status >= 400:
                     self._facts["error"] = '"refused by the provider"'
+                if piece.text and self._passed is not None:
+                    self._passed.take(piece.text)
                 self._write(piece.text.encode("utf-8", "surrogatepass"))
         self._write(b"", is_last=True)
 
@@ -4907,6 +5100,43 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Tell the log when the answer began."""
         if "first" not in self._facts:
             self._facts["first"] = f"{time.monotonic() - self._started:.3f}"
+
+
+class PassedAnswer:
+    """What must be known of an answer that is passed through, so that it can end with an error.
+
+    An event stream can, between two events. Anything else can only be cut.
+    """
+
+    def __init__(self, wire_format: type[WireFormat], headers: Mapping[str, str]) -> None:
+        self._wire_format = wire_format
+        self._is_stream = headers.get("content-type", "").startswith("text/event-stream")
+        self._end = "\n\n"  # of what was sent
+        self._number = 0  # of the next event, in /responses
+
+    @property
+    def is_between_events(self) -> bool:
+        return self._is_stream and self._end == "\n\n"
+
+    def take(self, text: str) -> None:
+        """Note a piece that was sent."""
+        self._end = (self._end + text[-2:])[-2:]
+        start = text.rfind(SEQUENCE_NUMBER)
+        number = re.match("[ ]*([0-9]{1,18})", text[start + len(SEQUENCE_NUMBER) :][:30])
+        if start >= 0 and number is not None:
+            self._number = int(number[1]) + 1
+
+    def failure(self, error: APIError) -> bytes:
+        """Return the event that tells of an error, in the format's own words."""
+        event: Json = {"type": "error"}
+        if self._wire_format is Responses:
+            event["code"] = error.code
+            event["message"] = error.message
+            event["param"] = error.param
+            event["sequence_number"] = self._number
+        else:
+            event["error"] = {"type": error.type, "message": error.message}
+        return b"event: error\n" + sse_data(event)
 
 
 class Route(NamedTuple):
@@ -4926,7 +5156,11 @@ ROUTES = {
     "/chat/completions": Route(POST, ProxyHandler._chat),
     "/responses": Route(POST, ProxyHandler._responses),
     "/messages": Route(POST, ProxyHandler._messages),
+    "/messages/count_tokens": Route(POST, ProxyHandler._count_tokens),
 }
+
+
+NO_MORE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class ProxyServer(http.server.ThreadingHTTPServer):
@@ -4934,7 +5168,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     A connection is idle while it has no complete head of a request: then it may be ended, to make
     room or because the server stops. Until then, the bytes of its body count. `_lock` protects
-    `_idle`, whose first is idle for longest, and `_busy`, which counts each one's bytes.
+    `_idle`, whose first is idle for longest, `_busy`, which counts each one's bytes, and
+    `_told_health`.
     """
 
     daemon_threads = True
@@ -4949,16 +5184,19 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._idle: dict[socket.socket, None] = {}
         self._busy: dict[socket.socket, int] = {}
         self._total_bytes = 0  # of all in `_busy`
+        self._told_health = 200  # the status that /health had last
         self._max_connections = max(16, min(MAX_CONNECTIONS, raise_file_limit() - RESERVED_FILES))
 
-        self.address_family = socket.getaddrinfo(settings.host, settings.port)[0][0]
-        super().__init__((settings.host, settings.port), ProxyHandler)
+        self.address_family, address = listening_address(settings.host)
+        super().__init__((address, settings.port), ProxyHandler)
         address = str(self.server_address[0])
         self.server_port = self.server_address[1]
         self.on_loopback = address.startswith("127.") or address == "::1"
         self.base_url = f"http://{self._host_name()}:{self.server_port}/v1"
 
     def server_bind(self) -> None:
+        if not self.settings.host and self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)  # HTTPServer's looks the host's name up
 
     def _host_name(self) -> str:
@@ -4971,6 +5209,21 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         return host
 
     # -- what becomes of connections
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept a connection; where no file may be opened for it, make room and wait a little."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in NO_MORE_FILES:
+                self._end_idle(1)
+                time.sleep(ACCEPT_PAUSE_SECONDS)
+            raise
+
+    @property
+    def requests(self) -> int:
+        """How many requests are being answered."""
+        return len(self._busy)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Admit a connection, for which an idle one may have to go."""
@@ -5007,6 +5260,13 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 code="too_busy",
                 headers={"Retry-After": str(QUEUE_RETRY_SECONDS)},
             )
+
+    def note_health(self, status: int) -> bool:
+        """Note what /health was told; return whether that is news."""
+        with self._lock:
+            is_news = status != self._told_health
+            self._told_health = status
+        return is_news
 
     def shutdown_request(self, request: Any) -> None:
         with self._lock:
@@ -5048,6 +5308,25 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         while self._busy and time.monotonic() < deadline:
             if hurry(0.02):
                 return
+
+
+def listening_address(host: str) -> tuple[socket.AddressFamily, str]:
+    """Return the family and the address to listen on: without `host` all, of IPv6 and IPv4."""
+    if host:
+        return socket.getaddrinfo(host, None)[0][0], host
+    if has_both_families():
+        return socket.AF_INET6, "::"
+    return socket.AF_INET, "0.0.0.0"
+
+
+def has_both_families() -> bool:
+    """Tell whether one socket can listen on IPv6 and IPv4, and the machine has both."""
+    if not socket.has_dualstack_ipv6():
+        return False
+    with socket.socket(socket.AF_INET6) as probe, contextlib.suppress(OSError):
+        probe.bind(("::1", 0))
+        return True
+    return False
 
 
 def raise_file_limit() -> int:
@@ -5314,14 +5593,19 @@ def model_name(text: str) -> str:
 
 def add_network_options(parser: SettingsParser) -> None:
     parser.group("where it listens, and who may use it")
-    parser.value("host", "0.0.0.0", "ADDRESS", "address to listen on")
+    parser.value(
+        "host",
+        "",
+        "ADDRESS",
+        "address to listen on (default: all that the machine has, of IPv6 and IPv4)",
+    )
     parser.value("port", 4141, "N", "port to listen on", whole_number(0, 65535))
     parser.values("api-key", "KEY", "a key that clients must bring; may be repeated")
     parser.value(
         "api-key-file",
         None,
         "FILE",
-        "a file with such keys, one a line",
+        "a file with such keys, one a line; a line that begins with # is a comment",
         is_unset_by_empty=False,  # that would let everybody in
     )
     parser.values(
@@ -5373,7 +5657,7 @@ def add_limit_options(parser: SettingsParser) -> None:
     )
     parser.value(
         "max-queue",
-        64,
+        1000,
         "N",
         "requests that may wait for that; more are refused",
         whole_number(0, 10000),
@@ -5439,7 +5723,11 @@ def read_keys(parser: SettingsParser, path: str) -> list[str]:
         text = pathlib.Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         parser.fail("api-key-file", str(error))
-    keys = text.split()
+    keys = []
+    for line in text.splitlines():
+        key = line.strip()
+        if key and not key.startswith("#"):
+            keys.append(key)
     if not keys:
         parser.fail("api-key-file", "there is no key in it, which would let everybody in")
     return keys
@@ -5552,6 +5840,8 @@ def serve(settings: argparse.Namespace) -> None:
     failures: list[Exception] = []
     with stop_signals() as (waker, wakened):
         server = make_server(settings)
+        for name in settings.unknown_variables:
+            log(f"warning: {name} is in the environment, but there is no such setting")
         threads = [
             threading.Thread(target=server.serve_forever),
             threading.Thread(target=prove, args=(server, waker, failures)),
@@ -5561,6 +5851,11 @@ def serve(settings: argparse.Namespace) -> None:
 
         has_failed = wakened.recv(1) == FAILED
         notify("STOPPING=1")
+        if server.requests > 0 and not has_failed:
+            log(
+                f"stopping: {server.requests} running requests may go on for"
+                f" {settings.grace:g} seconds; another Ctrl-C ends them now"
+            )
 
         def is_signalled(seconds: float) -> bool:
             readable, _, _ = select.select([wakened], [], [], seconds)
@@ -5600,6 +5895,7 @@ def stop_signals() -> Iterator[tuple[socket.socket, socket.socket]]:
 def make_server(settings: argparse.Namespace) -> ProxyServer:
     """Return a server that listens; raise StartError where there cannot be one."""
     path = find_opencode(settings.opencode)
+    log(f"starting {path} ...")
     trace = None
     if settings.verbose:
         trace = trace_message
@@ -5611,8 +5907,11 @@ def make_server(settings: argparse.Namespace) -> ProxyServer:
         return ProxyServer(settings, pool)
     except (OSError, UnicodeError) as error:
         pool.close()
+        address = f"port {settings.port}"
+        if settings.host:
+            address += f" of {settings.host}"
         reason = getattr(error, "strerror", None) or error
-        raise StartError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from None
+        raise StartError(f"cannot listen on {address}: {reason}") from None
 
 
 def trace_message(arrow: str, message: Json, size: int) -> None:
@@ -5627,6 +5926,7 @@ def prove(server: ProxyServer, waker: socket.socket, failures: list[Exception]) 
         if not server.stopping:
             announce(server)
             notify("READY=1")
+            announce_login(server)
     except Exception as error:  # also a defect: a proxy that never gets ready helps nobody
         failures.append(error)
         waker.send(FAILED)
@@ -5651,6 +5951,17 @@ def announce(server: ProxyServer) -> None:
             "warning: whoever reaches this port can use your models;"
             " set --api-key or --host 127.0.0.1"
         )
+
+
+def announce_login(server: ProxyServer) -> None:
+    """Wait until the user has logged in, where that is wanting, and tell the log."""
+    if server.pool.health()["reason"] is None:
+        return
+    while not server.pool.closing.wait(LOOK_SECONDS):
+        health = server.pool.health()
+        if health["reason"] is None:
+            log(f"ready: model {health['model']} answers now")
+            return
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,8 @@ where the program waits for a time to pass, a Clock is put on.
 import asyncio
 import concurrent.futures
 import contextlib
+import errno
+import gzip
 import http.client
 import http.server
 import io
@@ -20,6 +22,7 @@ import pathlib
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -32,6 +35,7 @@ import time
 import tracemalloc
 import types
 import unittest.mock
+import zlib
 from typing import Any, NamedTuple
 
 import opencode_proxy as proxy
@@ -4311,7 +4315,8 @@ class HTTPCase(unittest.TestCase):
 
     def answer(self, data):
         """Return the status and body of the last answer to `data`, and how many came."""
-        got = self.rest(self.connect(data))
+        with contextlib.closing(self.connect(data)) as connection:
+            got = self.rest(connection)
         last = got[got.rindex(b"HTTP/1.1 ") :]
         head, _, body = last.partition(b"\r\n\r\n")
         return int(head.split()[1]), body, got.count(b"HTTP/1.1 ")
@@ -4357,6 +4362,7 @@ class HeadTest(unittest.TestCase):
         ("another coding", ("Transfer-Encoding: gzip",)),
         ("a further coding", ("Transfer-Encoding: gzip, chunked",)),
         ("chunks twice", ("Transfer-Encoding: chunked", "Transfer-Encoding: chunked")),
+        ("an empty coding beside a length", ("Transfer-Encoding:", "Content-Length: 5")),
         ("a second host", ("Host: y",)),
     )
 
@@ -4387,9 +4393,14 @@ class HeadTest(unittest.TestCase):
         ("Tauri", "tauri://localhost", True),
         ("VS Code's view", "vscode-webview://1d", True),
         ("VS Code's file", "vscode-file://vscode-app", True),
+        ("a name below localhost", "http://app.localhost:8080", True),
+        ("any address of this machine", "http://0.0.0.0:3000", True),
+        ("Capacitor", "capacitor://localhost", True),
+        ("a file", "file://", True),
         ("one that was allowed", "https://app.example", True),
         ("any other", "https://evil.example", False),
-        ("a file or a sandbox", "null", False),
+        ("a sandbox", "null", False),
+        ("a name that ends so", "http://evillocalhost", False),
         ("a name that begins so", "https://localhost.evil.example", False),
         ("nothing", "", False),
         ("a letter more", "http://localhost:3000\xe9", False),
@@ -4453,6 +4464,73 @@ class HeadTest(unittest.TestCase):
                 self.assertEqual(proxy.has_key(headers, ["kee1", "se cond\u20ac"]), is_known)
         self.assertTrue(proxy.has_key(headers_of(), []))
 
+    VALUES = (  # name, JSON, whether it is too much for ten values
+        ("a few", b'{"a": [1, 2, {"b": "c"}]}', False),
+        ("objects", b"[" + b"{}," * 10 + b"{}]", True),
+        ("numbers", b"[" + b"1," * 10 + b"1]", True),
+        ("texts", b"[" + b'"",' * 100 + b'""]', True),
+        ("marks in a text", b'{"a": "' + b"[{:," * 100 + b'"}', False),
+        ("quotes in a text", b'{"a": "' + rb"\",\"," * 100 + b'"}', False),
+        ("a backslash at the end of a text", rb'["\\", ' + b"1," * 10 + b'"x"]', True),
+        ("a text without an end", b'["' + b"," * 100, True),
+    )
+
+    def test_values_of_json_are_counted(self):
+        with unittest.mock.patch.object(proxy, "MAX_JSON_VALUES", 10):
+            for name, data, is_too_much in self.VALUES:
+                with self.subTest(name):
+                    if not is_too_much:
+                        proxy.check_values(data)
+                        continue
+                    with self.assertRaises(proxy.APIError) as caught:
+                        proxy.check_values(data)
+                    self.assertEqual(caught.exception.status, 413)
+
+    def test_values_are_counted_in_linear_time_and_little_memory(self):
+        for name, data in (
+            ("objects", b"{}," * (1 << 22)),
+            ("texts", b'"",' * (1 << 22)),
+            ("quotes", b'"' * (1 << 23) + b"," * (1 << 22)),
+            ("backslashes", b"\\" * (1 << 23) + b"," * (1 << 22)),
+        ):
+            with self.subTest(name):
+                tracemalloc.start()
+                with self.assertRaises(proxy.APIError):
+                    proxy.check_values(data)
+                _, peak = tracemalloc.get_traced_memory()
+                tracemalloc.stop()
+                self.assertLess(peak, 4 * len(data))
+
+    MODELS = (  # name, model, what is listed of it
+        ("the default provider's", proxy.Model("a/m"), {"id": "m", "owned_by": "a"}),
+        ("another's", proxy.Model("b/m"), {"id": "b/m", "owned_by": "b"}),
+        ("a name with a slash", proxy.Model("a/x/m"), {"id": "a/x/m", "owned_by": "a"}),
+        (
+            "one that is known well",
+            proxy.Model("a/m", output_limit=7, title="M 1", context_length=9),
+            {
+                "id": "m",
+                "owned_by": "a",
+                "name": "M 1",
+                "context_length": 9,
+                "max_output_tokens": 7,
+            },
+        ),
+    )
+
+    def test_models_as_they_are_listed(self):
+        catalog = proxy.Catalog({}, "a/first")
+        for name, model, expected in self.MODELS:
+            with self.subTest(name):
+                listed = {"object": "model", "created": 5, **expected}
+                self.assertEqual(proxy.model_object(model, catalog, 5), listed)
+
+    def test_tokens_are_estimated_by_characters(self):
+        image = {"type": "base64", "media_type": "image/png", "data": "A" * 4000}
+        content = [{"type": "text", "text": "x" * 400}, {"type": "image", "source": image}]
+        body = {"messages": [{"role": "user", "content": content}], "system": "y" * 400}
+        self.assertTrue(200 <= proxy.estimate_tokens(body) <= 220)
+
     ROUTES = (
         ("as it is", "/models", "/models"),
         ("below /v1", "/v1/models", "/models"),
@@ -4484,25 +4562,28 @@ class HTTPTest(HTTPCase):
         status, _, body = self.request("GET", "/health")
         self.assertEqual((status, body["reason"]), (503, "ill"))
 
-    def listed(self, name):
+    def listed(self, name, provider):
         created = self.server.created
-        return {"id": name, "object": "model", "created": created, "owned_by": name[0]}
+        return {"id": name, "object": "model", "created": created, "owned_by": provider}
 
     def test_models(self):
         self.start()
-        models = [self.listed("a/first"), self.listed("a/second"), self.listed("b/m")]
+        second = self.listed("second", "a")
+        other = self.listed("b/m", "b")
+        models = [self.listed("first", "a"), second, other]
         status, _, body = self.request("GET", "/v1/models")
         self.assertEqual((status, body), (200, {"object": "list", "data": models}))
         for path, expected in (
-            ("/v1/models/b/m", "b/m"),
-            ("/models/b%2Fm?x=1", "b/m"),
-            ("http://localhost/v1/models/b/m", "b/m"),
-            ("//v1//models/b/m/", "b/m"),
-            ("/models/second", "a/second"),
+            ("/v1/models/b/m", other),
+            ("/models/b%2Fm?x=1", other),
+            ("http://localhost/v1/models/b/m", other),
+            ("//v1//models/b/m/", other),
+            ("/models/second", second),
+            ("/models/a/second", second),
         ):
             with self.subTest(path):
                 status, _, body = self.request("GET", path)
-                self.assertEqual((status, body), (200, self.listed(expected)))
+                self.assertEqual((status, body), (200, expected))
         self.assertEqual(self.error("GET", "/v1/models/none")[:2], (404, "model_not_found"))
 
     def test_head(self):
@@ -4513,13 +4594,22 @@ class HTTPTest(HTTPCase):
 
     def test_methods_that_a_path_does_not_have(self):
         self.start()
-        for method, path, allowed in (
-            ("GET", COMPLETIONS, "OPTIONS, POST"),
-            ("DELETE", "/v1/models", "GET, HEAD, OPTIONS"),
+        for method, path, allowed, text in (
+            ("GET", COMPLETIONS, "OPTIONS, POST", "/chat/completions wants POST, not GET"),
+            ("DELETE", "/v1/models", "GET, HEAD, OPTIONS", "/models wants GET, not DELETE"),
         ):
             with self.subTest(path):
-                status, headers, _ = self.request(method, path)
+                status, headers, body = self.request(method, path)
                 self.assertEqual((status, headers["Allow"]), (405, allowed))
+                self.assertEqual(body["error"]["message"], text)
+
+    def test_tokens_are_counted(self):
+        self.start()
+        body = {"model": "any", "messages": [{"role": "user", "content": "x" * 400}]}
+        status, _, answer = self.request("POST", "/v1/messages/count_tokens", body)
+        self.assertEqual((status, answer), (200, {"input_tokens": 102}))
+        refusal = self.request("POST", "/v1/messages/count_tokens", b"x")[2]
+        self.assertEqual(refusal["type"], "error")
 
     def test_paths_that_are_wrong_get_a_hint(self):
         self.start()
@@ -4576,6 +4666,7 @@ class HTTPTest(HTTPCase):
         ("CR twice", 400, (LENGTH, "X: a\r")),
         ("a long line", 431, (LENGTH, "X: " + "y" * 70000)),
         ("many lines", 431, (LENGTH, *["X: y"] * 120)),
+        ("many long lines", 431, (LENGTH, *["X: " + "y" * 4000] * 20)),
     )
 
     def test_heads(self):
@@ -4596,6 +4687,8 @@ class HTTPTest(HTTPCase):
         ("TLS", 400, b"\x16\x03\0\r\n\r\n"),
         ("a long line", 414, b"GET / " + b"x" * 70000),
         ("CR alone", 400, b"GET /\rX HTTP/1.1\r\n\r\n"),
+        ("empty lines before", 200, b"\r\n\n\r\n" + post_chat(END)),
+        ("empty lines without end", 414, b"\r\n" * 40000),
     )
 
     def test_request_lines(self):
@@ -4618,6 +4711,8 @@ class HTTPTest(HTTPCase):
         ("a long extension", 431, 1, b"2;" + b"x" * 70000 + b"\r\n{}\r\n0\r\n\r\n"),
         ("a trailer without a colon", 400, 1, b"0\r\nX y\r\n\r\n"),
         ("a long size", 400, 1, b"f" * 18 + b"\r\n"),
+        ("one byte each", 200, 2, in_chunks(chat_body(), 1) + b"0\r\n\r\n"),
+        ("many trailers", 431, 1, b"0\r\n" + b"X: y\r\n" * 20000),
         ("too large", 413, 1, b"1389\r\n"),
     )
 
@@ -4628,6 +4723,55 @@ class HTTPTest(HTTPCase):
                 data = post(chunked, "Transfer-Encoding: Chunked") + post_chat(END)
                 status, _, count = self.answer(data)
                 self.assertEqual((status, count), (expected, answers))
+
+    def test_an_old_client_is_not_told_to_go_on(self):
+        self.start()
+        got = self.rest(self.connect(post_chat("Expect: 100-continue", version="1.0")))
+        self.assertTrue(got.startswith(b"HTTP/1.1 200"), got[:40])
+
+    RAW = zlib.compressobj(wbits=-15)
+    GZIP = gzip.compress(chat_body())
+    ENCODED = (  # name, status, coding, body
+        ("gzip", 200, "gzip", GZIP),
+        ("in capitals", 200, "GZIP", GZIP),
+        ("deflate", 200, "deflate", zlib.compress(chat_body())),
+        ("deflate without its head", 200, "deflate", RAW.compress(chat_body()) + RAW.flush()),
+        ("nothing", 200, "identity", chat_body()),
+        ("too large when decoded", 413, "gzip", gzip.compress(b" " * 20_000_000)),
+        ("broken off", 400, "gzip", GZIP[:-9]),
+        ("something behind it", 400, "gzip", GZIP + b"x"),
+        ("no gzip", 400, "gzip", chat_body()),
+        ("no deflate", 400, "deflate", b"\xff\xff"),
+        ("empty", 400, "gzip", b""),
+        ("unknown", 415, "br", b"x"),
+        ("two", 415, "gzip, gzip", GZIP),
+    )
+
+    def test_encoded_bodies(self):
+        self.start(max_body_size=1_000_000)
+        for name, expected, coding, data in self.ENCODED:
+            with self.subTest(name):
+                coded = {"Content-Encoding": coding}
+                status, headers, body = self.request("POST", COMPLETIONS, data, coded)
+                self.assertEqual(status, expected, body)
+                if status == 415:
+                    self.assertIn("may be gzip, deflate", body["error"]["message"])
+                    self.assertIn("gzip, deflate", headers["Accept-Encoding"])
+
+    @unittest.skipUnless(proxy.zstd, "this Python has no zstd")
+    def test_zstd(self):
+        self.start(max_body_size=1_000_000)
+        good = proxy.zstd.compress(chat_body())
+        for name, expected, data in (
+            ("good", 200, good),
+            ("too large when decoded", 413, proxy.zstd.compress(b" " * 20_000_000)),
+            ("broken off", 400, good[:-3]),
+            ("no zstd", 400, chat_body()),
+            ("something behind it", 400, good + b"x"),
+        ):
+            with self.subTest(name):
+                coded = {"Content-Encoding": "zstd"}
+                self.assertEqual(self.request("POST", COMPLETIONS, data, coded)[0], expected)
 
     FUZZED = (
         post_chat("X-Request-Id: a", "Authorization: Bearer k", END),
@@ -4721,6 +4865,63 @@ class HTTPTest(HTTPCase):
         self.assertTrue(eventually(lambda: self.pool.running == 0))
         self.assertEqual(self.request("POST", COMPLETIONS, chat_body(**big))[0], 200)
 
+    def test_json_of_many_values_is_refused(self):
+        self.patch(MAX_JSON_VALUES=1000)
+        self.start()
+        body = chat_body(user="," * 5000)
+        self.assertEqual(self.request("POST", COMPLETIONS, body)[0], 200)
+        body = chat_body(tools=[{}] * 1000)
+        self.assertEqual(self.error("POST", COMPLETIONS, body)[:2], (413, "body_too_large"))
+
+    def test_values_of_json_count_as_memory(self):
+        self.patch(MAX_BODIES_BYTES=50_000)
+        self.start(max_body_size=20_000)
+        body = b"[" + b"1," * 2000 + b"1]"
+        self.assertEqual(self.error("POST", COMPLETIONS, body)[:2], (503, "too_busy"))
+
+    NEEDS_NO_BODY = (  # name, beginning of a request that needs no key, and has a body
+        ("GET", b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1999\r\n\r\n"),
+        ("HEAD", b"HEAD / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1999\r\n\r\n"),
+        ("OPTIONS", b"OPTIONS /v1/models HTTP/1.1\r\nHost: x\r\nContent-Length: 1999\r\n\r\n"),
+    )
+
+    def test_a_body_of_no_use_counts_nothing(self):
+        self.patch(MAX_BODIES_BYTES=3000)
+        self.start(max_body_size=2000, api_key=["k"])
+        for name, head in self.NEEDS_NO_BODY:
+            with self.subTest(name):
+                for _ in range(3):
+                    self.connect(head + b"x" * 1900)
+        key = {"Authorization": "Bearer k"}
+        for _ in range(20):
+            status, _, _ = self.request("POST", COMPLETIONS, chat_body(user="x" * 1800), key)
+            self.assertEqual(status, 200)
+
+    def test_a_connection_with_a_body_of_no_use_makes_room(self):
+        self.patch(MAX_CONNECTIONS=20)
+        refused = post(b"", "Content-Length: 1999")
+        for name, head in (*self.NEEDS_NO_BODY, ("a refused one", refused)):
+            with self.subTest(name):
+                self.start(api_key=["k"])
+                for _ in range(20):
+                    self.connect(head)
+                for _ in range(20):  # each needs the place of another one
+                    connection = self.connect(HEALTH)
+                    self.assertEqual(connection.recv(12), b"HTTP/1.1 200")
+
+    def test_accepting_pauses_where_no_file_may_be_opened(self):
+        self.start()
+        failure = OSError(errno.EMFILE, "too many open files")
+        with unittest.mock.patch.object(socket.socket, "accept", side_effect=failure) as accept:
+            client = socket.socket()
+            self.addCleanup(client.close)
+            client.connect(("127.0.0.1", self.server.server_port))
+            self.assertTrue(eventually(lambda: accept.call_count > 2))
+            count = accept.call_count
+            time.sleep(0.5)
+            self.assertLess(accept.call_count - count, 20)
+        self.assertEqual(self.request("GET", "/health")[0], 200)
+
     def test_slow_requests_end(self):
         self.patch(IDLE_SECONDS=0.5, BODY_SECONDS=0.5)
         self.start()
@@ -4749,6 +4950,7 @@ class HTTPTest(HTTPCase):
         ("an empty line", b"\r\n"),
         ("a request", HEALTH),
         ("half a request", post(b"x" * 30000, "Content-Length: 90000")),
+        ("more than is kept", b"x" * 70000 if hasattr(select, "POLLRDHUP") else b""),
     )
 
     def test_clients_that_hang_up(self):
@@ -4899,18 +5101,50 @@ class HTTPTest(HTTPCase):
                 self.assertEqual((status, body), (201, "a\u2028b".encode()))
                 self.assertEqual((headers["Content-Type"], headers["Retry-After"]), ("text/x", "3"))
 
-    def test_a_passed_answer_that_fails_is_cut(self):
-        self.start()
+    def broken(self, path, kind, *texts):
+        """Return the body of an answer that is passed through, and fails behind `texts`."""
 
         def respond(request, look):
-            yield 0, proxy.Piece("", 200, {})
-            yield 0, proxy.Piece("a")
-            raise proxy.APIError(502, "broken")
+            yield 0, proxy.Piece("", 200, {"content-type": kind})
+            for text in texts:
+                yield 0, proxy.Piece(text)
+            raise proxy.APIError(502, "broken", code="upstream_failed")
 
+        self.start()
         self.pool.respond = respond
         body = b'{"model": "b/m"}'
-        request = post(body, f"Content-Length: {len(body)}", path="/v1/responses")
-        self.assertTrue(self.rest(self.connect(request)).endswith(b"\r\n\r\n1\r\na\r\n"))
+        request = post(body, f"Content-Length: {len(body)}", END, path=path)
+        return self.rest(self.connect(request)).partition(b"\r\n\r\n")[2]
+
+    CREATED = 'data: {"type":"response.created","sequence_number":41}\n\n'
+    RESPONSES_ERROR = {
+        "type": "error",
+        "code": "upstream_failed",
+        "message": "broken",
+        "param": None,
+        "sequence_number": 42,
+    }
+    MESSAGES_ERROR = {"type": "error", "error": {"type": "server_error", "message": "broken"}}
+
+    def test_a_passed_stream_that_fails_says_why(self):
+        for path, expected in (
+            ("/v1/responses", self.RESPONSES_ERROR),
+            ("/v1/messages", self.MESSAGES_ERROR),
+        ):
+            with self.subTest(path):
+                got = self.broken(path, "text/event-stream", self.CREATED[:-1], "\n")
+                event = b"event: error\n" + proxy.sse_data(expected)
+                chunk = b"%x\r\n%b\r\n" % (len(event), event)
+                self.assertTrue(got.endswith(b"\r\n" + chunk + b"0\r\n\r\n"), got)
+
+    def test_a_passed_answer_that_fails_elsewhere_is_cut(self):
+        for name, kind, text in (
+            ("in an event", "text/event-stream; charset=utf-8", "data: {"),
+            ("no stream", "application/json", "{}\n\n"),
+        ):
+            with self.subTest(name):
+                got = self.broken("/v1/responses", kind, text)
+                self.assertEqual(got, b"%x\r\n%b\r\n" % (len(text), text.encode()))
 
     # -- who may ask
 
@@ -4933,6 +5167,15 @@ class HTTPTest(HTTPCase):
         self.assertEqual(self.request("GET", "/health", None, {"Host": "any.example"})[0], 200)
         self.assertNotIn("kee1", " ".join(self.logged))
 
+    def test_without_a_key_health_is_a_word(self):
+        """What it says of errors may be of others' requests."""
+        self.start(api_key=["k"])
+        word = {"status": "healthy", "version": proxy.__version__}
+        self.assertEqual(self.request("GET", "/health")[2], word)
+        self.assertEqual(self.request("GET", "/", None, {"X-Api-Key": "x"})[2], word)
+        everything = {**self.pool.health(), "version": proxy.__version__}
+        self.assertEqual(self.request("GET", "/health", None, {"X-Api-Key": "k"})[2], everything)
+
     def test_origins(self):
         self.start()
         for origin, expected in (
@@ -4953,6 +5196,34 @@ class HTTPTest(HTTPCase):
         self.assertEqual(headers["Access-Control-Allow-Methods"], "OPTIONS, POST")
         self.assertEqual(headers["Access-Control-Allow-Headers"], "authorization,x-y")
 
+    def test_a_page_elsewhere_may_come_to_this_network(self):
+        self.start()
+        name = "Access-Control-Allow-Private-Network"
+        wanted = {"Origin": "app://x", "Access-Control-Request-Private-Network": "true"}
+        self.assertEqual(self.request("OPTIONS", COMPLETIONS, None, wanted)[1][name], "true")
+        del wanted["Access-Control-Request-Private-Network"]
+        self.assertIsNone(self.request("OPTIONS", COMPLETIONS, None, wanted)[1][name])
+
+    @unittest.skipUnless(proxy.has_both_families(), "this machine has no IPv6")
+    def test_both_families_are_listened_on(self):
+        self.start(host="")
+        for address in ("127.0.0.1", "::1"):
+            with self.subTest(address):
+                path = "/from/" + address
+                connection = http.client.HTTPConnection(address, self.server.server_port)
+                with contextlib.closing(connection):
+                    connection.request("GET", path)
+                    self.assertEqual(connection.getresponse().status, 404)
+                self.assert_logged(f"^{re.escape(address)} GET {path} 404")
+        self.assertFalse(self.server.on_loopback)
+        self.assertEqual(self.server.base_url, f"http://localhost:{self.server.server_port}/v1")
+
+    def test_without_ipv6_ipv4_is_listened_on(self):
+        self.patch(has_both_families=lambda: False)
+        self.start(host="")
+        self.assertEqual(self.server.server_address[0], "0.0.0.0")
+        self.assertEqual(self.request("GET", "/health")[0], 200)
+
     def test_a_strange_host_is_refused_where_nothing_else_would_refuse(self):
         """A web page may give its own name to this machine's address."""
         strange = {"Host": "evil.example"}
@@ -4960,7 +5231,7 @@ class HTTPTest(HTTPCase):
             ("on loopback", 403, "/", {}),
             ("a balancer", 200, "/health", {}),
             ("with a key", 401, "/v1/models", {"api_key": ["k"]}),
-            ("on every address", 200, "/", {"host": "0.0.0.0"}),
+            ("on every address", 200, "/", {"host": ""}),
         ):
             with self.subTest(name):
                 self.start(**changes)
@@ -4980,6 +5251,29 @@ class HTTPTest(HTTPCase):
             rf"^127\.0\.0\.1 POST {COMPLETIONS} 200 model=a/first asked=gpt\?x first={number}"
             rf" in=1 out=2 seconds={number} id=id-1$"
         )
+
+    def test_a_query_is_not_logged(self):
+        """It may be a key."""
+        self.start()
+        self.request("GET", "/v1/models?key=secret")
+        self.answer(b"GET /v1/models?key=secret x HTTP/1.1\r\n\r\n")
+        self.answer(b"GET /v1/models?key=secret HTTP/3.0\r\n\r\n")
+        self.answer(b"secret /v1/models HTTP/1.1\r\n\r\n")
+        self.assert_logged("GET /v1/models 200 ")
+        self.assert_logged(" 505 ")
+        self.assert_logged(" 501 ")
+        self.assertNotIn("secret", " ".join(self.logged).replace("secret /v1", ""))
+
+    def test_polls_of_health_are_logged_where_it_changes(self):
+        self.start()
+        for reason in (None, None, "ill", "ill", None, None):
+            self.pool.reason = reason
+            for path in ("/health", "/"):
+                self.request("GET", path)
+        self.request("GET", "/none")
+        self.assert_logged("GET /none 404")
+        statuses = [re.search(" ([0-9]{3}) ", line)[1] for line in self.logged]
+        self.assertEqual(statuses, ["503", "200", "404"])
 
     # -- the end
 
@@ -5078,14 +5372,14 @@ class SettingsTest(unittest.TestCase):
 
     def test_defaults(self):
         expected = {
-            "host": "0.0.0.0",
+            "host": "",
             "port": 4141,
             "model": None,
             "api_key": [],
             "cors_origin": [],
             "spares": 1,
             "max_concurrency": 64,
-            "max_queue": 64,
+            "max_queue": 1000,
             "requests_per_process": 1,
             "verbose": False,
         }
@@ -5162,9 +5456,9 @@ class SettingsTest(unittest.TestCase):
 
     def test_keys_of_a_file_are_added(self):
         with tempfile.NamedTemporaryFile() as keys:
-            pathlib.Path(keys.name).write_text("one\ntwo\n")
+            pathlib.Path(keys.name).write_text("# a comment\none\n\n two words \r\n#three\n")
             settings = self.settings("--api-key", "c", OPENCODE_PROXY_API_KEY_FILE=keys.name)
-            self.assertEqual(settings.api_key, ["c", "one", "two"])
+            self.assertEqual(settings.api_key, ["c", "one", "two words"])
             self.assert_refused("empty", "--api-key-file", keys.name, OPENCODE_PROXY_API_KEY="")
 
     def test_unknown_variables(self):
@@ -5345,19 +5639,19 @@ class ServeTest(unittest.TestCase):
         self.assertEqual(signal.getsignal(signal.SIGTERM), before)
         self.assertTrue(self.pool.closing.is_set())
 
-    def base_url(self):
+    def port(self):
         line = next(line for line in self.logged if "base URL" in line)
-        return line.rpartition(" ")[2]
+        return int(re.search(r":([0-9]+)/", line)[1])
 
     def test_it_serves_until_a_signal(self):
         answers = []
 
         def act():
-            port = int(re.search(r":([0-9]+)/", self.base_url())[1])
-            answers.append(Client(port).content())
+            answers.append(Client(self.port()).content())
 
         self.serve(act)
         self.assertEqual(answers, ["yes"])
+        self.assertEqual(self.logged[0], "starting /opencode ...")
         model = f"opencode_proxy {proxy.__version__} with opencode 1.18.33, model a/first"
         self.assertIn(model, self.logged)
 
@@ -5366,14 +5660,41 @@ class ServeTest(unittest.TestCase):
             pass
 
         self.pool.reason = "not logged in"
-        self.serve(act, host="0.0.0.0")
+        self.serve(act, host="", unknown_variables=["OPENCODE_PROXY_PROT"])
         for text in (
+            "warning: OPENCODE_PROXY_PROT is in the environment, but there is no such setting",
             "warning: github-copilot/gpt-4.1 is not offered, a/first answers instead",
             "warning: not logged in",
             "warning: whoever reaches this port can use your models",
         ):
             with self.subTest(text):
                 self.assertTrue(self.is_logged(text), self.logged)
+
+    def test_a_login_that_comes_late_is_told(self):
+        def log_in():
+            self.pool.reason = None
+            self.assertTrue(eventually(lambda: self.is_logged("ready: model a/first answers now")))
+
+        self.pool.reason = "not logged in"
+        self.serve(log_in)
+        self.assertTrue(self.is_logged("ready: "))
+
+    def test_who_waits_for_running_answers_is_told_so(self):
+        def ask():
+            connection = socket.create_connection(("127.0.0.1", self.port()), DEADLINE)
+            self.addCleanup(connection.close)
+            connection.sendall(post_chat())
+            self.assertTrue(eventually(lambda: self.pool.running == 1))
+            threading.Thread(target=end_when_told).start()
+
+        def end_when_told():
+            if eventually(lambda: self.is_logged("another Ctrl-C ends them now"), SOON):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        self.pool.respond = lambda request, look: self.pool.wait(look)
+        self.serve(ask, grace=10 * DEADLINE)
+        text = "stopping: 1 running requests may go on for 1200 seconds"
+        self.assertTrue(self.is_logged(text), self.logged)
 
     def test_opencode_that_does_not_work_ends_it(self):
         self.pool.failure = proxy.StartError("broken")
@@ -5389,7 +5710,7 @@ class ServeTest(unittest.TestCase):
             port = taken.getsockname()[1]
             with self.assertRaises(proxy.StartError) as caught:
                 proxy.serve(settings(port=port))
-        self.assertIn(f"cannot listen on 127.0.0.1:{port}: Address", str(caught.exception))
+        self.assertIn(f"cannot listen on port {port} of 127.0.0.1: Addr", str(caught.exception))
         self.assertTrue(self.pool.closing.is_set())
 
     def test_a_temporary_folder_that_cannot_be_made(self):
@@ -5469,9 +5790,56 @@ sys.exit(proxy.main())
         program.send_signal(signal.SIGTERM)
         self.assertEqual(program.wait(DEADLINE), 0)
 
+    def test_without_stderr_it_serves(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        words = (sys.executable, self.PROGRAM)
+        program = subprocess.Popen(
+            ["sh", "-c", f'exec "$0" -c "$1" --host 127.0.0.1 --port {port} 2>&-', *words],
+            cwd=HERE,
+            env=clean_environment(),
+        )
+        self.addCleanup(self.end, program)
+
+        def is_served():
+            with contextlib.suppress(OSError):
+                return Client(port).content() == "yes"
+            return program.poll() is not None
+
+        self.assertTrue(eventually(is_served))
+        program.send_signal(signal.SIGTERM)
+        self.assertEqual(program.wait(DEADLINE), 0)
+
+    def test_ctrl_c_while_it_is_loaded_gives_no_traceback(self):
+        with tempfile.TemporaryDirectory() as folder:
+            slow = "print('loading', flush=True)\nimport time\ntime.sleep(600)\n"
+            pathlib.Path(folder, "argparse.py").write_text(slow)
+            program = subprocess.Popen(
+                [sys.executable, str(HERE / "opencode_proxy.py")],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**clean_environment(), "PYTHONPATH": folder},
+            )
+            self.addCleanup(self.end, program)
+            self.assertEqual(program.stdout.readline(), b"loading\n")
+            program.send_signal(signal.SIGINT)
+            self.assertEqual(program.wait(DEADLINE), -signal.SIGINT)
+            self.assertEqual(program.stderr.read(), b"")
+
+    def test_windows_gets_one_clear_line(self):
+        words = "import sys; sys.platform = 'win32'; import opencode_proxy"
+        done = subprocess.run(
+            [sys.executable, "-B", "-c", words], cwd=HERE, stderr=subprocess.PIPE, check=False
+        )
+        expected = b"opencode_proxy does not run on Windows itself: run it in WSL\n"
+        self.assertEqual((done.returncode, done.stderr), (1, expected))
+
 
 class ReadmeTest(unittest.TestCase):
-    VARIABLE = r"\bX\b|^opencode|0\.0\.0\.0:4141: Address.*|64|300 seconds|github-copilot|1\.17\.0"
+    VARIABLE = (
+        r"\bX\b|POST|^opencode|port 4141: Address.*|64|1,000|300 seconds|github-copilot|1\.17\.0"
+    )
 
     def setUp(self):
         path = HERE / "README.md"
@@ -5502,7 +5870,7 @@ class ReadmeTest(unittest.TestCase):
         self.assertGreater(len(pieces), 10)
         for piece in pieces:
             with self.subTest(piece):
-                self.assertIn(piece, program)
+                self.assertTrue(piece in program, piece)  # not all of it on failure
 
 
 # ----------------------------------------------------------------------- through the real opencode
