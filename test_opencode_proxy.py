@@ -4190,6 +4190,7 @@ class OrphanTest(FakeCase):
 COMPLETIONS = "/v1/chat/completions"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 END = "Connection: close"
+NATIVE = json.dumps({"model": "b/m", "messages": [], "input": "hi"}).encode()
 LENGTH = f"Content-Length: {len(chat_body())}"
 
 
@@ -5097,7 +5098,7 @@ class HTTPTest(HTTPCase):
         self.pool.respond = lambda request, look: ((0, piece) for piece in pieces)
         for path in ("/v1/responses", "/v1/messages"):
             with self.subTest(path):
-                status, headers, body = self.request("POST", path, {"model": "b/m"})
+                status, headers, body = self.request("POST", path, NATIVE)
                 self.assertEqual((status, body), (201, "a\u2028b".encode()))
                 self.assertEqual((headers["Content-Type"], headers["Retry-After"]), ("text/x", "3"))
 
@@ -5112,8 +5113,8 @@ class HTTPTest(HTTPCase):
 
         self.start()
         self.pool.respond = respond
-        body = b'{"model": "b/m"}'
-        request = post(body, f"Content-Length: {len(body)}", END, path=path)
+        length = f"Content-Length: {len(NATIVE)}"
+        request = post(NATIVE, length, END, path=path)
         return self.rest(self.connect(request)).partition(b"\r\n\r\n")[2]
 
     CREATED = 'data: {"type":"response.created","sequence_number":41}\n\n'
