@@ -85,6 +85,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import abc
 import argparse
+import base64
 import collections
 import contextlib
 import email.message
@@ -95,6 +96,7 @@ import http.client
 import http.server
 import importlib
 import io
+import ipaddress
 import itertools
 import json
 import math
@@ -108,6 +110,7 @@ import select
 import shutil
 import socket
 import socketserver
+import ssl
 import subprocess
 import tempfile
 import threading
@@ -149,6 +152,12 @@ MAX_DECODED_BYTES = 1 << 20  # memory: what is made at once of a compressed body
 ZSTD_WINDOW_LOG = 23  # memory: 8 MiB, the largest that HTTP allows (RFC 9659)
 MAX_DRAIN_BYTES = 64 << 20  # of a refused body that is read, so that the client reads the refusal
 DRAIN_SECONDS = 5.0  # ... and the time for it
+
+# Images that are fetched for a service that does not.
+MAX_IMAGES = 32  # of a request: each has a thread
+MAX_IMAGE_BYTES = 20 << 20  # memory
+MAX_REDIRECTS = 3  # servers that send the proxy around
+IMAGE_SECONDS = 10.0  # for all images of a request
 
 # Connections: threads and open files.
 MAX_CONNECTIONS = 2000  # each has a thread
@@ -4297,6 +4306,211 @@ class CatalogWatch:
             return output.read().decode("utf-8", "replace")
 
 
+# ------------------------------------------------------------------------------------------- images
+# GitHub Copilot takes no URLs of images, and apps with an image store send nothing else: for it the
+# proxy fetches them and sends what they hold. What a client names must not be reached on its behalf
+# in a private network: every address of every hop is looked at, and the one that was looked at is
+# connected to.
+
+
+class PinnedConnection(http.client.HTTPConnection):
+    """A connection to a host at an address that was looked at."""
+
+    def __init__(self, host: str, port: int, address: str, deadline: float) -> None:
+        super().__init__(host, port)
+        self._address = address
+        self._deadline = deadline
+
+    def connect(self) -> None:
+        """Connect, in time."""
+        address = (self._address, self.port)
+        self.sock = socket.create_connection(address, time_left(self._deadline))
+
+
+class PinnedTLSConnection(PinnedConnection):
+    """The same over TLS, whose certificate is checked for the host's name."""
+
+    default_port = http.client.HTTPS_PORT
+
+    def connect(self) -> None:
+        """Connect, in time; raise OSError where the certificate is not the host's."""
+        super().connect()
+        context = ssl.create_default_context()
+        self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
+
+
+class ImageError(Exception):
+    """An image cannot be fetched; the text tells why, `url` which one."""
+
+    def __init__(self, text: str, url: str = "") -> None:
+        super().__init__(text)
+        self.url = url
+
+
+def fetch_images(urls: Sequence[str], look: Look) -> dict[str, str]:
+    """Return a data URL for each of `urls`.
+
+    They are fetched at once, each on a thread of its own, and given up together. Raises ImageError,
+    and what `look` raises.
+    """
+    results: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    deadline = time.monotonic() + IMAGE_SECONDS
+    if len(urls) > MAX_IMAGES:
+        raise ImageError(f"there are more than {MAX_IMAGES} to fetch", urls[MAX_IMAGES])
+    for url in urls:
+        arguments = (url, deadline, results)
+        threading.Thread(target=fetch_into, args=arguments, daemon=True).start()
+
+    fetched: dict[str, str] = {}
+    while len(fetched) < len(urls):
+        look()
+        with contextlib.suppress(queue.Empty):
+            url, result = results.get(timeout=LOOK_SECONDS)
+            if isinstance(result, ImageError):
+                raise result
+            fetched[url] = result
+        if time.monotonic() > deadline + LOOK_SECONDS:  # a name server may take longer
+            missing = next(url for url in urls if url not in fetched)
+            raise ImageError(f"it did not come within {IMAGE_SECONDS:.0f} s", missing)
+    return fetched
+
+
+def fetch_into(url: str, deadline: float, results: queue.SimpleQueue[tuple[str, Any]]) -> None:
+    """Put a URL and its image, as a data URL, or an ImageError into `results`."""
+    result: Any
+    try:
+        result = fetch_image(url, deadline)
+    except ImageError as error:
+        result = ImageError(str(error), url)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        result = ImageError(str(error) or type(error).__name__, url)
+    results.put((url, result))
+
+
+def fetch_image(url: str, deadline: float) -> str:
+    """Return what is at a URL as a data URL; raise ImageError, or what http.client raises."""
+    for _ in range(1 + MAX_REDIRECTS):
+        with contextlib.closing(connection_to(url, deadline)) as connection:
+            path = urllib.parse.urlsplit(url)._replace(scheme="", netloc="", fragment="").geturl()
+            connection.request("GET", path or "/", headers={"Accept": "image/*"})
+            connection.sock.settimeout(time_left(deadline))
+            response = connection.getresponse()
+            location = response.getheader("Location")
+            if response.status in (301, 302, 303, 307, 308) and location:
+                url = urllib.parse.urljoin(url, location)
+                continue
+            if response.status != 200:
+                raise ImageError(f"its server answered {response.status}")
+
+            media_type = response.headers.get_content_type()
+            if response.headers.get_content_maintype() != "image":
+                raise ImageError(f"it is no image but {media_type}")
+            data = read_image(response, connection, deadline)
+            return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+    raise ImageError(f"it leads to another place more than {MAX_REDIRECTS} times")
+
+
+def read_image(response: Any, connection: PinnedConnection, deadline: float) -> bytes:
+    """Return the body of a response; raise ImageError if it is too large, OSError if too slow."""
+    data = bytearray()
+    while True:
+        if connection.sock is not None:  # http.client lets it go with the last byte
+            connection.sock.settimeout(time_left(deadline))
+        piece = response.read1(1 << 16)
+        if not piece:
+            return bytes(data)
+        data += piece
+        if len(data) > MAX_IMAGE_BYTES:
+            raise ImageError(f"it is larger than {MAX_IMAGE_BYTES} bytes")
+
+
+def connection_to(url: str, deadline: float) -> PinnedConnection:
+    """Return a connection, not yet open, to the host of a URL; raise ImageError, OSError."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+        raise ImageError("it leads to what is no web server")
+    kind = PinnedTLSConnection if parts.scheme == "https" else PinnedConnection
+    port = parts.port or kind.default_port
+
+    found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+    addresses = [str(address[0]) for *_, address in found]
+    for address in addresses:
+        if not is_public(address):
+            raise ImageError("its address is not a public one")
+    return kind(parts.hostname, port, addresses[0], deadline)
+
+
+def is_public(address: str) -> bool:
+    """Tell whether an IP address is one of the internet's, whatever IPv4 address is inside it."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    inner = [ip]
+    if isinstance(ip, ipaddress.IPv6Address):
+        for other in (ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())):
+            if other is not None:
+                inner.append(other)
+        if ip in NAT64:
+            inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+    return all(one.is_global and not one.is_multicast for one in inner[1:] or inner)
+
+
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
+
+
+def time_left(deadline: float) -> float:
+    """Return the seconds until a deadline; raise OSError behind it."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError(f"it did not come within {IMAGE_SECONDS:.0f} s")
+    return seconds
+
+
+def image_places(body: Json) -> Iterator[tuple[Json, str, str]]:
+    """Yield where a body, in any wire format, names an image by an http or https URL.
+
+    Each is the object, its key, and the param that names it. Only messages and items hold images.
+    """
+    for name in ("messages", "input"):
+        pending: list[tuple[Any, str]] = [(body.get(name), name)]
+        while pending:
+            value, param = pending.pop()
+            if isinstance(value, list):
+                for index, item in enumerate(value):
+                    pending.append((item, f"{param}[{index}]"))
+            elif isinstance(value, dict):
+                key = image_key(value)
+                if key:
+                    yield value, key, f"{param}.{key}"
+                for inner in ("content", "image_url", "output"):
+                    pending.append((value.get(inner), f"{param}.{inner}"))
+                if value.get("type") == "image":  # others have documents as their sources
+                    pending.append((value.get("source"), f"{param}.source"))
+
+
+def image_key(value: Json) -> str:
+    """Return the key under which an object holds the URL of an image, "" where it holds none."""
+    for key in ("image_url", "url"):
+        url = value.get(key)
+        is_image = key == "image_url" or value.get("type", "image_url") in ("url", "image_url")
+        if isinstance(url, str) and is_image and re.match("(?i)https?://", url):
+            return key
+    return ""
+
+
+def wants_images_fetched(model: Model) -> bool:
+    """Tell whether a model's service takes no URLs of images (GitHub Copilot, 2026)."""
+    return model.provider.startswith("github-copilot")
+
+
+def put_image(holder: Json, key: str, data_url: str) -> None:
+    """Put a data URL in the place of a URL; /messages has other words for that."""
+    if holder.get("type") != "url":
+        holder[key] = data_url
+        return
+    media_type, _, data = data_url[len("data:") :].partition(";base64,")
+    holder.clear()
+    holder.update({"type": "base64", "media_type": media_type, "data": data})
+
+
 # --------------------------------------------------------------------------------------------- http
 # From sockets to requests and back.
 #
@@ -5042,6 +5256,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         request = parse_chat_request(self._read_body())
         model = self.server.pool.ready(self._look).resolve(request.model)
         self._note_model(model, request.model)
+        self._fetch_images(request.body, model)
 
         answer = Answer(request, model)
         if request.stream:
@@ -5074,6 +5289,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         request = parse_native_request(self._read_body(), wire_format, headers)
         model = self.server.pool.ready(self._look).resolve(request.model, exact=True)
         self._note_model(model, model.name)
+        self._fetch_images(request.body, model)
 
         pieces = self.server.pool.run(request, model, self._look, NativeExchange)
         with contextlib.closing(pieces):
@@ -5088,6 +5304,27 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                     self._passed.take(piece.text)
                 self._write(piece.text.encode("utf-8", "surrogatepass"))
         self._write(b"", is_last=True)
+
+    def _fetch_images(self, body: Json, model: Model) -> None:
+        """Put the images themselves where `body` has their URLs, if the service wants that.
+
+        Raises APIError 400 for one that cannot be had, 413 where they are too much together.
+        """
+        if not self.server.settings.fetch_images or not wants_images_fetched(model):
+            return
+        places = list(image_places(body))
+        urls = list(dict.fromkeys(holder[key] for holder, key, _ in places))
+        try:
+            images = fetch_images(urls, self._look)
+        except ImageError as error:
+            param = next(param for holder, key, param in places if holder[key] == error.url)
+            raise invalid(f"The image cannot be fetched: {error}", param) from None
+
+        size = sum(len(images[holder[key]]) for holder, key, _ in places)
+        self._check_size(size)
+        self.server.add_bytes(self.request, size)
+        for holder, key, _ in places:
+            put_image(holder, key, images[holder[key]])
 
     def _note_model(self, model: Model, requested: str | None) -> None:
         """Tell the log which model answers, and which one the client had named instead."""
@@ -5477,7 +5714,9 @@ class SettingsParser:
         is_unset_by_empty: bool = True,
     ) -> None:
         """Add an option that has a value."""
-        if default not in (None, ""):
+        if default is True:
+            help += " (default: yes)"
+        elif default not in (None, ""):
             help += f" (default: {default})"
         self._group.add_argument("--" + name, metavar=metavar, type=parse, help=help)
         self._options.append(Option(name, default, parse, is_unset_by_empty))
@@ -5585,9 +5824,8 @@ def seconds_from(least: float) -> Callable[[str], float]:
 
 
 def model_name(text: str) -> str:
-    provider, _, name = text.partition("/")
-    if not provider or not name:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form provider/model")
+    if not all(text.split("/")):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither provider/model nor a model's name")
     return text
 
 
@@ -5668,6 +5906,13 @@ def add_limit_options(parser: SettingsParser) -> None:
         "BYTES",
         "the largest request",
         whole_number(1, 1 << 40),
+    )
+    parser.value(
+        "fetch-images",
+        True,
+        "yes|no",
+        "whether images at URLs are fetched for services that take none (GitHub Copilot)",
+        yes_or_no,
     )
     parser.value(
         "timeout",

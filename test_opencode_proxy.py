@@ -9,6 +9,7 @@ where the program waits for a time to pass, a Clock is put on.
 """
 
 import asyncio
+import base64
 import concurrent.futures
 import contextlib
 import errno
@@ -35,6 +36,7 @@ import time
 import tracemalloc
 import types
 import unittest.mock
+import urllib.parse
 import zlib
 from typing import Any, NamedTuple
 
@@ -5399,7 +5401,7 @@ class SettingsTest(unittest.TestCase):
         (("--timeout", "nan"), "argument --timeout: "),
         (("--max-concurrency", "0"), "argument --max-concurrency: "),
         (("--requests-per-process", "0"), "argument --requests-per-process: "),
-        (("--model", "bare"), "argument --model: 'bare' is not of the form provider/model"),
+        (("--model", "a/"), "argument --model: 'a/' is neither provider/model nor a model's name"),
         (("--model", "/m"), "argument --model: "),
         (("--spares", "-1"), "argument --spares: "),
         (("--api-key-file", "/no/such/file"), "argument --api-key-file: "),
@@ -7200,6 +7202,229 @@ class RealMemoryTest(unittest.TestCase):
         peak = int(re.search(r"VmPeak:\s+(\d+)", status)[1]) << 10
         self.doCleanups()
         return peak - (1 << 30)
+
+
+# ------------------------------------------------------------------------------------------- images
+class ImageStore(http.server.BaseHTTPRequestHandler):
+    """Serves what its path names: an image, something else, or the way to another place."""
+
+    PNG = base64.b64decode(PNG)
+    protocol_version = "HTTP/1.1"
+    log_message = unittest.mock.Mock()
+
+    def do_GET(self):
+        name, _, argument = self.path[1:].partition("?")
+        status, headers, body = 200, {"Content-Type": "image/png"}, self.PNG
+        if name == "page":
+            headers, body = {"Content-Type": "text/html"}, b"<html>"
+        elif name == "gone":
+            status, body = 404, b""
+        elif name == "large":
+            body = b"x" * (proxy.MAX_IMAGE_BYTES + 1)
+        elif name == "slow":
+            self.server.released.wait(DEADLINE)
+        elif name == "moved":
+            status, headers, body = 302, {"Location": urllib.parse.unquote(argument)}, b""
+        self.send_response(status)
+        for header, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(header, value)
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(body)
+
+
+class ImageStoreCase(unittest.TestCase):
+    """A store of images on loopback, which counts as public, but for 127.0.0.2."""
+
+    def setUp(self):
+        self.store = http.server.ThreadingHTTPServer(("127.0.0.1", 0), ImageStore)
+        self.store.daemon_threads = True
+        self.store.released = threading.Event()
+        self.url = f"http://127.0.0.1:{self.store.server_port}"
+        thread = threading.Thread(target=self.store.serve_forever, args=(0.05,))
+        thread.start()
+        self.addCleanup(self.store.server_close)
+        self.addCleanup(thread.join)
+        self.addCleanup(self.store.shutdown)
+        self.addCleanup(self.store.released.set)
+        patch = unittest.mock.patch.object(
+            proxy, "is_public", lambda address: address != "127.0.0.2"
+        )
+        patch.start()
+        self.addCleanup(patch.stop)
+
+
+class ImageTest(ImageStoreCase):
+    DATA_URL = "data:image/png;base64," + PNG
+
+    def fetch(self, *paths):
+        return proxy.fetch_images([self.url + path for path in paths], lambda: None)
+
+    def test_images_come_as_data_urls_wherever_they_are_by_now(self):
+        twice = "/moved?" + urllib.parse.quote(self.url + "/moved?/a.png")
+        paths = ("/a.png", "/moved?/a.png", twice)
+        expected = {self.url + path: self.DATA_URL for path in paths}
+        self.assertEqual(self.fetch(*paths), expected)
+
+    def test_what_is_no_image_of_the_internet_is_refused(self):
+        private = urllib.parse.quote(f"http://127.0.0.2:{self.store.server_port}/a.png")
+        for name, path, words in (
+            ("a page", "/page", "it is no image but text/html"),
+            ("gone", "/gone", "its server answered 404"),
+            ("too large", "/large", "it is larger than"),
+            ("a private address behind a public one", "/moved?" + private, "not a public one"),
+            ("a file", "/moved?file%3A///etc/passwd", "no web server"),
+            ("in a circle", "/moved?" + "%2Fmoved%3F" * 3 + "/a.png", "more than 3 times"),
+        ):
+            with self.subTest(name), self.assertRaisesRegex(proxy.ImageError, words) as caught:
+                self.fetch("/a.png", path)
+            self.assertEqual(caught.exception.url, self.url + path)
+
+    def test_what_does_not_come_in_time_is_given_up(self):
+        with unittest.mock.patch.object(proxy, "IMAGE_SECONDS", 0.2):
+            with self.assertRaisesRegex(proxy.ImageError, "did not come|timed out"):
+                self.fetch("/slow")
+
+    def test_a_client_that_leaves_ends_the_wait(self):
+        gone = unittest.mock.Mock(side_effect=proxy.ClientDisconnected("the client hung up"))
+        with self.assertRaises(proxy.ClientDisconnected):
+            proxy.fetch_images([self.url + "/slow"], gone)
+
+    ADDRESSES = (
+        ("8.8.8.8", True),
+        ("2606:4700:4700::1111", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:8.8.8.8", True),
+        ("2002:7f00:1::", False),
+        ("64:ff9b::7f00:1", False),
+        ("64:ff9b::808:808", True),
+    )
+
+    def test_only_addresses_of_the_internet_are_public(self):
+        unittest.mock.patch.stopall()
+        is_public = self.real_is_public
+        for address, expected in self.ADDRESSES:
+            with self.subTest(address):
+                self.assertEqual(is_public(address), expected)
+
+    real_is_public = staticmethod(proxy.is_public)
+
+    URL = "https://x.example/a.png"
+    PLACES = (
+        (
+            "chat completions",
+            {
+                "messages": [
+                    {"content": [{"type": "image_url", "image_url": {"url": URL, "detail": "low"}}]}
+                ]
+            },
+            {
+                "messages": [
+                    {
+                        "content": [
+                            {"type": "image_url", "image_url": {"url": DATA_URL, "detail": "low"}}
+                        ]
+                    }
+                ]
+            },
+            "messages[0].content[0].image_url.url",
+        ),
+        (
+            "a plain string",
+            {"messages": [{"content": [{"type": "image_url", "image_url": URL}]}]},
+            {"messages": [{"content": [{"type": "image_url", "image_url": DATA_URL}]}]},
+            "messages[0].content[0].image_url",
+        ),
+        (
+            "responses",
+            {"input": [{"output": [{"type": "input_image", "image_url": URL}]}]},
+            {"input": [{"output": [{"type": "input_image", "image_url": DATA_URL}]}]},
+            "input[0].output[0].image_url",
+        ),
+        (
+            "messages",
+            {"messages": [{"content": [{"type": "image", "source": {"type": "url", "url": URL}}]}]},
+            {
+                "messages": [
+                    {
+                        "content": [
+                            {
+                                "type": "image",
+                                "source": {
+                                    "type": "base64",
+                                    "media_type": "image/png",
+                                    "data": PNG,
+                                },
+                            }
+                        ]
+                    }
+                ]
+            },
+            "messages[0].content[0].source.url",
+        ),
+    )
+
+    def test_every_format_has_its_place_for_an_image(self):
+        for name, before, after, param in self.PLACES:
+            with self.subTest(name):
+                body = json.loads(json.dumps(before))
+                ((holder, key, place),) = proxy.image_places(body)
+                proxy.put_image(holder, key, self.DATA_URL)
+                self.assertEqual((body, place), (after, param))
+
+    def test_other_urls_stay(self):
+        document = {"type": "document", "source": {"type": "url", "url": self.URL}}
+        data = {"type": "image_url", "image_url": {"url": self.DATA_URL}}
+        body = {
+            "messages": [{"content": [document, data, {"type": "text", "text": self.URL}]}],
+            "user": self.URL,
+        }
+        self.assertEqual(list(proxy.image_places(body)), [])
+
+
+class RealImageTest(RealCase, ImageStoreCase):
+    """Copilot gets what is at a URL; other services get the URL, and fetch it themselves."""
+
+    def setUp(self):
+        RealCase.setUp(self)
+        ImageStoreCase.setUp(self)
+
+    def ask(self, model, path="/a.png"):
+        part = {"type": "image_url", "image_url": {"url": self.url + path}}
+        return self.proxy.chat([part], model=model)
+
+    def test_copilot_gets_the_image_itself(self):
+        for name, model in FORMATS.items():
+            with self.subTest(name):
+                self.upstream.exchanges.clear()
+                self.assertEqual(self.ask(model)[0], 200)
+                self.assertIn(PNG.encode(), self.exchange().raw)
+                self.assertNotIn(self.url.encode(), self.exchange().raw)
+
+    def test_others_get_the_url(self):
+        self.assertEqual(self.ask("local/m")[0], 200)
+        self.assertIn(self.url.encode(), self.exchange().raw)
+
+    def test_what_cannot_be_fetched_is_a_400_that_says_why(self):
+        status, answer = self.ask(CHAT, "/page")
+        error = answer["error"]
+        self.assertEqual((status, error["param"]), (400, "messages[0].content[0].image_url.url"))
+        self.assertIn("it is no image but text/html", error["message"])
+        self.assertEqual(self.upstream.exchanges, [])
+
+    def test_without_fetching_the_service_is_asked(self):
+        with unittest.mock.patch.object(self.proxy.server.settings, "fetch_images", False):
+            self.assertEqual(self.ask(CHAT)[0], 200)
+        self.assertIn(self.url.encode(), self.exchange().raw)
 
 
 if __name__ == "__main__":
