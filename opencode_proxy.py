@@ -1817,7 +1817,7 @@ class NativeRequest(NamedTuple):
 
     body: Json
     wire_format: type[WireFormat]
-    model: str
+    model: str | None
     headers: dict[str, str]
     choices: int = 1
 
@@ -1856,7 +1856,7 @@ PASSED_ANSWER_HEADERS = ("content-type", "retry-after", "retry-after-ms")
 def parse_native_request(
     data: bytes, wire_format: type[WireFormat], headers: dict[str, str]
 ) -> NativeRequest:
-    """Return the request in `data`; raise APIError 400 for what needs a store, or no model."""
+    """Return the request in `data`; raise APIError 400 for what needs a store."""
     body = parse_json_object(data)
     check_native_body(Fields(body), wire_format)
     for name in NEEDS_STORE:
@@ -1864,12 +1864,11 @@ def parse_native_request(
             continue
         if body.get(name):
             raise invalid(f"{name} needs a store of responses, and there is none here", name)
-    return NativeRequest(body, wire_format, body["model"], headers)
+    return NativeRequest(body, wire_format, body.get("model"), headers)
 
 
 def check_native_body(fields: Fields, wire_format: type[WireFormat]) -> None:
     """Raise APIError 400 unless the fields that quirks look at are of the kinds they must be."""
-    fields.need("model", str)
     if wire_format is Messages:
         fields.need("messages", list)
     for name, kinds in NATIVE_FIELDS.items():
@@ -1890,6 +1889,70 @@ def check_native_content(item: Fields, is_needed: bool) -> None:
             check_native_content(part, is_needed=False)
 
 
+class StableIds:
+    """Gives each item of a /responses stream one id in all events: the first one seen.
+
+    Copilot names the same item differently in every event (2026), so that clients lose arguments or
+    give up. Only where ids differ is anything rewritten; an event leaves when it is complete.
+    """
+
+    EVENT_END = re.compile(r"\r?\n\r?\n")
+
+    def __init__(self) -> None:
+        self._rest: list[str] = []  # pieces of the event that is not complete
+        self._last = ""  # the last characters of these: its end may be cut in two
+        self._ids: dict[Any, str] = {}  # by output_index
+
+    def feed(self, text: str) -> str:
+        """Return the events that `text` completes."""
+        end = 0
+        for match in self.EVENT_END.finditer(self._last + text):
+            end = match.end() - len(self._last)
+        if end <= 0:
+            self._rest.append(text)
+            self._last = (self._last + text)[-3:]
+            return ""
+        complete = "".join((*self._rest, text[:end]))
+        self._rest = [text[end:]]
+        self._last = text[end:][-3:]
+
+        events = []
+        start = 0
+        for match in self.EVENT_END.finditer(complete):
+            events.append(self._repaired(complete[start : match.end()]))
+            start = match.end()
+        return "".join(events)
+
+    def end(self) -> str:
+        """Return what is left at the end of the answer."""
+        return "".join(self._rest)
+
+    def _repaired(self, event: str) -> str:
+        data = [line[len("data:") :] for line in event.splitlines() if line.startswith("data:")]
+        try:
+            message = json.loads("\n".join(data))
+            pairs = list(self._items_of(message))
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            return event  # it is the client's to judge
+        for index, item_id in pairs:
+            first = self._ids.setdefault(index, item_id)
+            if item_id != first:
+                event = event.replace(json.dumps(item_id), json.dumps(first))
+        return event
+
+    @staticmethod
+    def _items_of(message: Json) -> Iterator[tuple[Any, str]]:
+        """Yield the place and the id of each item that an event speaks of."""
+        items = [(message.get("output_index"), message.get("item") or {})]
+        items.append((message.get("output_index"), {"id": message.get("item_id")}))
+        response = message.get("response") or {}
+        items.extend(enumerate(response.get("output") or ()))
+        for index, item in items:
+            item_id = item.get("id")
+            if index is not None and isinstance(item_id, str) and item_id:
+                yield index, item_id
+
+
 class NativeExchange:
     """A request and its answer in the client's own wire format; its methods are ChatExchange's."""
 
@@ -1899,6 +1962,7 @@ class NativeExchange:
         self.headers = request.headers
         self._request = request
         self._model = model
+        self._ids: StableIds | None = None  # where the answer's need repair
 
     def conversation(self, is_foreign: bool) -> Json:
         """Return the least from which opencode derives the request's headers."""
@@ -1926,13 +1990,20 @@ class NativeExchange:
         for name in PASSED_ANSWER_HEADERS:
             if name in headers:
                 passed[name] = headers[name]
+        is_stream = passed.get("content-type", "").startswith("text/event-stream")
+        if is_stream and self._request.wire_format is Responses:
+            self._ids = StableIds()
         yield Piece("", status, passed)
 
     def feed(self, text: str) -> Iterator[Piece]:
-        yield Piece(text)
+        if self._ids is not None:
+            text = self._ids.feed(text)
+        if text:
+            yield Piece(text)
 
     def end(self) -> Iterator[Piece]:
-        yield Piece(finish_reason="stop")
+        rest = self._ids.end() if self._ids is not None else ""
+        yield Piece(rest, finish_reason="stop")
 
     def refused(self, status: int, headers: Json, body: str) -> Iterator[Piece]:
         yield from self.begin(status, headers)
@@ -5297,12 +5368,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 self._note_first()
                 if piece.status:
                     self._send(piece.status, piece.headers, None)
-                    self._passed = PassedAnswer(wire_format, piece.headers)
-                if piece.status >= 400:
-                    self._facts["error"] = '"refused by the provider"'
+                    self._passed = PassedAnswer(wire_format, piece.status, piece.headers)
                 if piece.text and self._passed is not None:
                     self._passed.take(piece.text)
                 self._write(piece.text.encode("utf-8", "surrogatepass"))
+        if self._passed is not None:
+            self._facts.update(self._passed.facts())
         self._write(b"", is_last=True)
 
     def _fetch_images(self, body: Json, model: Model) -> None:
@@ -5339,14 +5410,25 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self._facts["first"] = f"{time.monotonic() - self._started:.3f}"
 
 
-class PassedAnswer:
-    """What must be known of an answer that is passed through, so that it can end with an error.
+TOKEN_COUNT = re.compile(r'"(input|output)_tokens": ?([0-9]{1,18})')
+TOKEN_COUNT_CHARACTERS = 40  # at most, of such a count
 
-    An event stream can, between two events. Anything else can only be cut.
+
+class PassedAnswer:
+    """What must be known of an answer that is passed through: for the log, and for its end.
+
+    An event stream can end so between two events. Anything else can only be cut.
     """
 
-    def __init__(self, wire_format: type[WireFormat], headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, wire_format: type[WireFormat], status: int, headers: Mapping[str, str]
+    ) -> None:
         self._wire_format = wire_format
+        self._status = status
+        self._headers = headers
+        self._refusal = ""  # the beginning of a refusal's body
+        self._counts: dict[str, int] = {}  # of tokens
+        self._tail = ""  # of what was sent: a count may be cut in two
         self._is_stream = headers.get("content-type", "").startswith("text/event-stream")
         self._end = "\n\n"  # of what was sent
         self._number = 0  # of the next event, in /responses
@@ -5358,10 +5440,23 @@ class PassedAnswer:
     def take(self, text: str) -> None:
         """Note a piece that was sent."""
         self._end = (self._end + text[-2:])[-2:]
+        if self._status >= 400:
+            self._refusal = (self._refusal + text)[:MAX_ERROR_CHARACTERS]
+        for name, count in TOKEN_COUNT.findall(self._tail + text):
+            self._counts[name] = int(count)  # the last one counts
+        self._tail = text[-TOKEN_COUNT_CHARACTERS:]
         start = text.rfind(SEQUENCE_NUMBER)
         number = re.match("[ ]*([0-9]{1,18})", text[start + len(SEQUENCE_NUMBER) :][:30])
         if start >= 0 and number is not None:
             self._number = int(number[1]) + 1
+
+    def facts(self) -> dict[str, str]:
+        """Return what the log tells of the answer: a refusal's words, tokens in and out."""
+        if self._status >= 400:
+            error = upstream_error(self._status, self._headers, self._refusal)
+            return {"error": json.dumps(printable(error.message))}
+        names = {"input": "in", "output": "out"}
+        return {names[name]: str(count) for name, count in self._counts.items()}
 
     def failure(self, error: APIError) -> bytes:
         """Return the event that tells of an error, in the format's own words."""

@@ -2401,7 +2401,6 @@ NATIVE_CONVERSATIONS = {
     "an assistant's turn": (AT_MESSAGES, {"messages": [USER, CALLED]}, True, False),
 }
 BAD_NATIVE = {
-    "no model": ("model", {"model": None}),
     "a number as model": ("model", {"model": 1}),
     "messages that are a text": ("messages", {"messages": "x"}),
     "a message that is a text": ("messages[0]", {"messages": ["x"]}),
@@ -7202,6 +7201,71 @@ class RealMemoryTest(unittest.TestCase):
         peak = int(re.search(r"VmPeak:\s+(\d+)", status)[1]) << 10
         self.doCleanups()
         return peak - (1 << 30)
+
+
+class StableIdsTest(unittest.TestCase):
+    """One id for an item in all events of an answer that is passed through."""
+
+    @staticmethod
+    def stream(*events, ends="\n"):
+        """Return events as they come, a comment and an odd one among them."""
+        blocks = [": hi"]
+        for event in events:
+            blocks.append(f"event: {event['type']}\ndata: {json.dumps(event)}")
+        blocks += ["data: {broken", "data: [DONE]"]
+        return "".join(block.replace("\n", ends) + 2 * ends for block in blocks)
+
+    @staticmethod
+    def events(first, added, delta, done, other, last, other_last):
+        """Return the events of an answer of two items, which have these ids."""
+        return (
+            {"type": "response.created", "response": {"id": first, "output": []}},
+            {"type": "response.output_item.added", "output_index": 0, "item": {"id": added}},
+            {
+                "type": "response.output_text.delta",
+                "output_index": 0,
+                "item_id": delta,
+                "x": "\u2028",
+            },
+            {"type": "response.output_item.done", "output_index": 0, "item": {"id": done}},
+            {"type": "response.output_item.added", "output_index": 1, "item": {"id": other}},
+            {
+                "type": "response.completed",
+                "response": {"output": [{"id": last}, {"id": other_last}]},
+            },
+        )
+
+    def feed(self, text, size):
+        ids = proxy.StableIds()
+        pieces = [ids.feed(text[start : start + size]) for start in range(0, len(text), size)]
+        return "".join((*pieces, ids.end()))
+
+    def test_items_keep_the_first_id_that_was_seen_and_all_else_its_bytes(self):
+        changing = self.events("r", "a/1+=", "a2", "a3", "b1", "a4", "b2")
+        stable = self.events("r", "a/1+=", "a/1+=", "a/1+=", "b1", "a/1+=", "b1")
+        for ends in ("\n", "\r\n"):
+            text = self.stream(*changing, ends=ends) + "data: cut off"
+            expected = self.stream(*stable, ends=ends) + "data: cut off"
+            for size in (1, 2, 3, 7, 64, len(text)):
+                with self.subTest(ends=ends, size=size):
+                    self.assertEqual(self.feed(text, size), expected)
+
+    def test_an_event_leaves_when_it_is_complete(self):
+        ids = proxy.StableIds()
+        self.assertEqual(ids.feed("data: 1\n"), "")
+        self.assertEqual(ids.feed("\ndata"), "data: 1\n\n")
+        self.assertEqual(ids.end(), "data")
+
+    def test_a_large_event_in_small_pieces_takes_linear_time(self):
+        def seconds(count):
+            ids = proxy.StableIds()
+            started = time.process_time()
+            for _ in range(count):
+                ids.feed("x" * 100)
+            return time.process_time() - started
+
+        few = min(seconds(1000) for _ in range(3))
+        self.assertLess(min(seconds(16000) for _ in range(3)), 64 * few + 0.02)
 
 
 # ------------------------------------------------------------------------------------------- images
