@@ -3842,7 +3842,8 @@ class Pool:
     def __init__(self, opencode: Opencode, settings: Any, trace: Trace | None = None) -> None:
         self.opencode = opencode
         self.closing = threading.Event()
-        self.last_error = ""
+        self.last_error = ""  # "": all is well
+        self._error_at = 0.0  # by the clock on the wall
         self.watch = CatalogWatch(opencode, self)
         self._settings = settings
         self._trace = trace
@@ -4094,7 +4095,7 @@ class Pool:
 
     def _note_failed_start(self, failure: str) -> None:
         """Let the next start wait; tell the turns that no process has room for. Under the lock."""
-        self.last_error = failure
+        self.note_error(failure)
         self._failed_starts += 1
         pause = RETRY_SECONDS * 2 ** min(self._failed_starts - 1, 10)
         self._retry_at = time.monotonic() + min(MAX_RETRY_SECONDS, pause)
@@ -4168,11 +4169,20 @@ class Pool:
     def note_error(self, text: str) -> None:
         """Keep what went wrong, for /health."""
         self.last_error = text
+        self._error_at = time.time()
+
+    def note_success(self) -> None:
+        """Forget what went wrong before a request was answered, unless starts still fail."""
+        if self._failed_starts == 0:
+            self.last_error = ""
 
     def health(self) -> Json:
         """Return what /health tells of opencode and its processes."""
         catalog = self.opencode.catalog
         reason = None
+        error_at = None
+        if self.last_error:
+            error_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._error_at))
         with self._lock:
             running = len(self._turns)
             waiting = len(self._waiting)
@@ -4193,6 +4203,7 @@ class Pool:
             "spares": spares,
             "collecting": self.opencode.collecting,
             "last_error": self.last_error or None,
+            "last_error_at": error_at,
         }
 
     def close(self) -> None:
@@ -4825,15 +4836,14 @@ def check_values(data: bytes) -> None:
 
 def model_object(model: Model, catalog: Catalog, created: int) -> Json:
     """Return what /v1/models tells of a model: what is the default provider's has its bare name."""
-    provider, _, bare_name = model.name.partition("/")
     listed: Json = {
         "id": model.name,
         "object": "model",
         "created": created,
-        "owned_by": provider,
+        "owned_by": model.provider,
     }
-    if provider == provider_of(catalog.default) and "/" not in bare_name:
-        listed["id"] = bare_name
+    if model.provider == provider_of(catalog.default) and "/" not in model.bare_name:
+        listed["id"] = model.bare_name
     if model.title:
         listed["name"] = model.title
     if model.context_length:
@@ -5315,7 +5325,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         created = self.server.created
         requested = urllib.parse.unquote(self._route[len("/models/") :])
         if requested:
-            model = catalog.resolve(requested, exact=True)
+            model = find_model(catalog, requested)
+            if model is None:
+                raise model_not_found(requested)
             self._send(200, {}, model_object(model, catalog, created))
             return
         listed = [model_object(catalog.models[name], catalog, created) for name in catalog.names]
@@ -5337,6 +5349,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 self._note_first()
                 self._write(answer.take(index, event))
 
+        self.server.pool.note_success()
         self._facts["in"] = str(answer.usage["prompt_tokens"])
         self._facts["out"] = str(answer.usage["completion_tokens"])
         if request.stream:
@@ -5359,7 +5372,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         headers = {name: self.headers[name] for name in PASSED_HEADERS if name in self.headers}
         request = parse_native_request(self._read_body(), wire_format, headers)
         model = self.server.pool.ready(self._look).resolve(request.model, exact=True)
-        self._note_model(model, model.name)
+        self._note_model(model, request.model)
         self._fetch_images(request.body, model)
 
         pieces = self.server.pool.run(request, model, self._look, NativeExchange)
@@ -5374,6 +5387,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 self._write(piece.text.encode("utf-8", "surrogatepass"))
         if self._passed is not None:
             self._facts.update(self._passed.facts())
+        if "error" not in self._facts:
+            self.server.pool.note_success()
         self._write(b"", is_last=True)
 
     def _fetch_images(self, body: Json, model: Model) -> None:
@@ -5400,8 +5415,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _note_model(self, model: Model, requested: str | None) -> None:
         """Tell the log which model answers, and which one the client had named instead."""
         self._facts["model"] = model.name
-        bare_name = model.name.partition("/")[2]
-        if requested and requested not in (model.name, bare_name):
+        if requested and requested not in (model.name, model.bare_name):
             self._facts["asked"] = printable(requested).replace(" ", "?")
 
     def _note_first(self) -> None:
@@ -6009,6 +6023,10 @@ def add_limit_options(parser: SettingsParser) -> None:
         "whether images at URLs are fetched for services that take none (GitHub Copilot)",
         yes_or_no,
     )
+
+
+def add_time_options(parser: SettingsParser) -> None:
+    parser.group("times")
     parser.value(
         "timeout",
         300.0,
@@ -6045,6 +6063,7 @@ def read_settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_network_options(parser)
     add_opencode_options(parser)
     add_limit_options(parser)
+    add_time_options(parser)
     add_other_options(parser)
     settings = parser.parse(argv)
 
@@ -6249,7 +6268,7 @@ def make_server(settings: argparse.Namespace) -> ProxyServer:
         pool.close()
         address = f"port {settings.port}"
         if settings.host:
-            address += f" of {settings.host}"
+            address = f"{settings.host}:{settings.port}"
         reason = getattr(error, "strerror", None) or error
         raise StartError(f"cannot listen on {address}: {reason}") from None
 

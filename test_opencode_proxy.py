@@ -10,6 +10,7 @@ where the program waits for a time to pass, a Clock is put on.
 
 import asyncio
 import base64
+import calendar
 import concurrent.futures
 import contextlib
 import errno
@@ -4267,6 +4268,9 @@ class StubPool:
     def note_error(self, text):
         self.errors.append(text)
 
+    def note_success(self):
+        self.errors.clear()
+
     def health(self):
         return {
             "status": "unhealthy" if self.reason else "healthy",
@@ -4592,6 +4596,7 @@ class HTTPTest(HTTPCase):
                 status, _, body = self.request("GET", path)
                 self.assertEqual((status, body), (200, expected))
         self.assertEqual(self.error("GET", "/v1/models/none")[:2], (404, "model_not_found"))
+        self.assertEqual(self.error("GET", "/v1/models/b/none")[:2], (404, "model_not_found"))
 
     def test_head(self):
         self.start()
@@ -4893,7 +4898,7 @@ class HTTPTest(HTTPCase):
     )
 
     def test_a_body_of_no_use_counts_nothing(self):
-        self.patch(MAX_BODIES_BYTES=3000)
+        self.patch(MAX_BODIES_BYTES=6000)  # less than these bodies, more than two that count
         self.start(max_body_size=2000, api_key=["k"])
         for name, head in self.NEEDS_NO_BODY:
             with self.subTest(name):
@@ -5312,6 +5317,21 @@ class HTTPTest(HTTPCase):
         self.assertTrue(busy.startswith(b"HTTP/1.1 503"))
 
 
+class HealthTest(FakeCase):
+    def test_an_error_is_told_with_its_time_until_all_is_well(self):
+        running = self.start(spares=1)
+        before = int(time.time())
+        self.assertEqual(running.chat(DIE)[0], 502)
+        health = running.health()
+        self.assertIn("last words", health["last_error"])
+        told = time.strptime(health["last_error_at"], "%Y-%m-%dT%H:%M:%SZ")
+        self.assertTrue(before <= calendar.timegm(told) <= time.time())
+
+        self.assertEqual(running.content("well"), "well")
+        health = running.health()
+        self.assertEqual((health["last_error"], health["last_error_at"]), (None, None))
+
+
 class LogTest(unittest.TestCase):
     def setUp(self):
         self.reader, self.writer = os.pipe()
@@ -5717,7 +5737,7 @@ class ServeTest(unittest.TestCase):
             port = taken.getsockname()[1]
             with self.assertRaises(proxy.StartError) as caught:
                 proxy.serve(settings(port=port))
-        self.assertIn(f"cannot listen on port {port} of 127.0.0.1: Addr", str(caught.exception))
+        self.assertIn(f"cannot listen on 127.0.0.1:{port}: Address", str(caught.exception))
         self.assertTrue(self.pool.closing.is_set())
 
     def test_a_temporary_folder_that_cannot_be_made(self):
