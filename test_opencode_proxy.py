@@ -90,12 +90,18 @@ class SlowLock:
     def __init__(self):
         self._lock = threading.Lock()
 
-    def __enter__(self):
+    def acquire(self, *arguments, **more):
         time.sleep(0.005)
-        self._lock.acquire()
+        return self._lock.acquire(*arguments, **more)
+
+    def release(self):
+        self._lock.release()
+
+    def __enter__(self):
+        return self.acquire()
 
     def __exit__(self, *error):
-        self._lock.release()
+        self.release()
 
 
 # ------------------------------------------------------------------------- a provider on loopback
@@ -961,6 +967,8 @@ class Fake:
         name = f"ses_{os.getpid()}_{number}"
         note("session", os.getpid(), number)
         if self.sessions_made >= 2 and not self.makes_sessions:
+            while not os.path.exists(os.path.join(HERE, "sessions")):
+                time.sleep(0.02)
             send(id=number, error={"code": -32603, "message": "no sessions today"})
             return
         self.sessions_made += 1
@@ -3364,8 +3372,11 @@ class StartTest(FakeCase):
     def test_a_refused_thread_of_a_process_fails_the_request_and_is_no_end(self):
         self.patch(proxy, MAX_RETRY_SECONDS=0.1)
         running = self.start()
+        answer = self.crowd(running, "do hold(); say('first')")
         with self.without_threads():
             self.assert_error(running.chat(), 502, "opencode_failed", "can't start new thread")
+        self.let_go()
+        self.assertEqual(answer.result(), "first")
         self.assertTrue(running.becomes(running=0, waiting=0))
         self.assertEqual(running.content("well"), "well")
 
@@ -3591,9 +3602,9 @@ class LoadTest(FakeCase):
         self.patch(proxy, MAX_TURNS_PER_PROCESS=1)
         running = self.start(spares=1)
         first = self.only(running)
+        self.mode("while not os.path.exists(HERE + '/start'): time.sleep(0.02)")
         with running.send("do say('a'); hold()") as busy:
             self.assertTrue(self.noted("post"))
-            self.mode("while not os.path.exists(HERE + '/start'): time.sleep(0.02)")
             with running.send("x"), running.send("y"):
                 self.assertTrue(running.becomes(waiting=2))
                 self.assertTrue(self.noted("start", count=3))
@@ -3612,8 +3623,13 @@ class LoadTest(FakeCase):
         running = self.start(spares=1, max_concurrency=1, requests_per_process=100)
         self.mode("")
         first = self.only(running)
-        texts = ("first", "second", "third")
-        self.assertEqual(at_once(running.content, texts), list(texts))
+        running.content("takes the session that was opened ahead")
+        answers = []
+        for text in ("first", "second"):
+            answers.append(self.background.submit(running.content, text))
+            self.assertTrue(running.becomes(running=1, waiting=len(answers) - 1))
+        self.let_go("sessions")
+        self.assertEqual([answer.result() for answer in answers], ["first", "second"])
         sessions = [note for note in self.journal("session") if note.startswith(f"{first} ")]
         self.assertEqual(len(sessions), 3)  # of its proof, ahead, and of the turn that it failed
 
