@@ -206,6 +206,91 @@ QUEUE_RETRY_SECONDS = 5  # told to clients that are refused for want of room
 # An APIError passes from anywhere to the handler, which writes it to the client.
 
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+MAX_ERROR_DEPTH = 8  # of objects and JSON texts around what an error says
+MAX_PAGE_CHARACTERS = 300  # of a page that stands for a reason
+MAX_RETRY_AFTER_SECONDS = 7 * 86400.0  # longer is no time, or no number of seconds
+ANTHROPIC_OVERLOADED = 529  # no status of HTTP's; OpenAI says 503
+# What an answer that is an error has, and what an answer has that is none.
+ERROR_FIELDS = ("error", "errors")
+ANSWER_FIELDS = ("choices", "usage", "output", "content")
+ANSWER_KINDS = ("response.", "message", "content_block", "ping", "chat.completion")
+# Where an error says to a person what it is, best first.
+MESSAGE_FIELDS = (
+    "message",
+    "detail",
+    "msg",
+    "error_message",
+    "error_msg",
+    "status_msg",
+    "error_description",
+    "error",
+    "errors",
+    "reason",
+    "title",
+    "description",
+)
+# Codes and types of errors that come in answers of status 200, by the status that they mean; an
+# error's letters only. What is not here is 502.
+ERROR_WORDS: dict[int, tuple[str, ...]] = {
+    400: (
+        "badrequest",
+        "badrequesterror",
+        "contentfilter",
+        "contentpolicyviolation",
+        "contextlengthexceeded",
+        "contextwindowexceeded",
+        "failedprecondition",
+        "invalidargument",
+        "invalidimage",
+        "invalidparameter",
+        "invalidprompt",
+        "invalidrequest",
+        "invalidrequesterror",
+        "invalidvalue",
+        "missingrequiredparameter",
+        "modelmaxprompttokensexceeded",
+        "stringabovemaxlength",
+        "unsupportedparameter",
+        "unsupportedvalue",
+    ),
+    401: ("authenticationerror", "invalidapikey", "unauthenticated", "unauthorized"),
+    402: ("billingerror", "insufficientcredits", "paymentrequired"),
+    403: ("forbidden", "permissiondenied", "permissionerror"),
+    404: ("modelnotfound", "notfound", "notfounderror"),
+    413: ("requesttoolarge",),
+    429: (
+        "insufficientquota",
+        "quotaexceeded",
+        "ratelimit",
+        "ratelimited",
+        "ratelimiterror",
+        "ratelimitexceeded",
+        "ratelimitreached",
+        "requests",
+        "resourceexhausted",
+        "tokens",
+        "toomanyrequests",
+        "usagelimitreached",
+        "usagenotincluded",
+    ),
+    503: (
+        "engineoverloaded",
+        "engineoverloadederror",
+        "insufficientsystemresource",
+        "modeloverloaded",
+        "overloaded",
+        "overloadederror",
+        "serverisoverloaded",
+        "serveroverloaded",
+        "serviceunavailable",
+        "serviceunavailableerror",
+        "slowdown",
+        "unavailable",
+    ),
+    504: ("deadlineexceeded", "gatewaytimeout", "timeout", "timeouterror"),
+}
+# Of opencode's words for an error: advice for those who run it by hand.
+USELESS_WORDS = r"(?s)Internal error: |(For more information, pass `verbose|Was there a typo in).*"
 
 
 class APIError(Exception):
@@ -248,38 +333,197 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 
 
 def upstream_error(status: int, headers: Mapping[str, str], body: str) -> APIError:
-    """Return what a provider's refusal means; `body` is an error object or a gateway's page."""
-    error: Any = None
+    """Return what a provider's refusal means; `body` is an error object or a gateway's page.
+
+    Where `status` is none of an error (a page with status 200), the body may say the status.
+    """
+    value: Any = None
     with contextlib.suppress(ValueError, RecursionError):
-        error = json.loads(body, parse_int=float)  # an int takes quadratic time
-    error = error[0] if isinstance(error, list) and error else error  # Gemini's way
-    error = error.get("error", error) if isinstance(error, dict) else error
-    told = error if isinstance(error, dict) else {"message": error}
-    texts = {key: value for key, value in told.items() if isinstance(value, str)}
-    message = texts.get("message") or texts.get("detail")
-    if not message:  # in linear time: what is opened and never closed reaches to the end
-        page = re.sub(r"(?s)<(script|style).*?(</\1>|\Z)|<[^<>]*(>|\Z)", " ", body)
+        value = json.loads(body, parse_int=float)  # an int takes quadratic time
+    error = error_in(value)
+    message = message_of(error)
+    if not message:
         reason = http.client.responses.get(status, "error")
-        message = f"The model's provider answered {status} {reason}: {' '.join(page.split())[:300]}"
+        page = text_of_page(body)[:MAX_PAGE_CHARACTERS]
+        message = f"The model's provider answered {status} {reason}: {page}".rstrip(": ")
+    if not 400 <= status <= 599:
+        status = status_of(error)
     kept = {name.title(): text for name, text in headers.items() if name.startswith("retry-after")}
     return APIError(
-        status if 400 <= status <= 599 else 502,
-        message.rstrip(": "),
-        texts.get("type"),
-        texts.get("param"),
-        texts.get("code"),
-        kept,
+        status,
+        message,
+        word_in(error, "type"),
+        word_in(error, "param"),
+        word_in(error, "code"),
+        kept or retry_headers(status, error, message),
     )
+
+
+def stream_error(value: Json) -> APIError:
+    """Return what an error means that a provider reports in an answer which has status 200."""
+    error = error_in(value)
+    status = status_of(error)
+    message = message_of(error) or "The model's provider reported an error without a reason"
+    error_type = word_in(error, "type")
+    code = word_in(error, "code")
+    if code is None and status == 429:
+        code = "rate_limit_exceeded"
+    elif code is None and status != 400:
+        code = error_type or word_in(error, "status")
+    return APIError(
+        status,
+        message,
+        error_type,
+        word_in(error, "param"),
+        code,
+        retry_headers(status, error, message),
+    )
+
+
+def is_error(message: Json) -> bool:
+    """Tell whether a provider's JSON, which should be a part of an answer, is an error."""
+    kind = str(message.get("type") or message.get("object"))
+    if kind in ("error", "response.failed") or any(message.get(name) for name in ERROR_FIELDS):
+        return True
+    for name in ("x_groq", "base_resp"):  # Groq's, MiniMax's
+        inner = message.get(name)
+        if isinstance(inner, dict) and (inner.get("error") or inner.get("status_code")):
+            return True
+    if kind.startswith(ANSWER_KINDS) or any(name in message for name in ANSWER_FIELDS):
+        return False
+    return any(isinstance(message.get(name), str) for name in ("message", "detail", "msg"))
+
+
+def error_in(value: Any) -> Any:
+    """Return the innermost object, list or text in a provider's JSON that tells of an error."""
+    if isinstance(value, list) and value:  # Gemini's way
+        value = value[0]
+    if not isinstance(value, dict):
+        return value
+    for name in ("response", "x_groq"):  # where /responses and Groq have it
+        holder = value.get(name)
+        if isinstance(holder, dict) and holder.get("error"):
+            return holder["error"]
+    for name in (*ERROR_FIELDS, "base_resp"):
+        error = value.get(name)
+        if isinstance(error, str) and message_of({**value, name: None}):
+            return value  # the error's name, beside what it means
+        if error:
+            return error
+    if value.get("type") in ("error", "response.failed"):  # the event's, not the error's
+        return {**value, "type": None}
+    return value
+
+
+def message_of(error: Any, depth: int = 0) -> str:
+    """Return what an error says to a person, "" where it says nothing.
+
+    Gateways wrap what the service behind them said: as an object, as JSON in a text, as a list of
+    errors, or beside words of their own that say nothing.
+    """
+    if depth > MAX_ERROR_DEPTH:
+        return ""
+    if isinstance(error, str):
+        return message_of_text(error, depth)
+    if isinstance(error, list):
+        messages = [message_of(item, depth + 1) for item in error]
+        return "; ".join(dict.fromkeys(message for message in messages if message))
+    if not isinstance(error, dict):
+        return ""
+    message = ""
+    for name in MESSAGE_FIELDS:
+        message = message or message_of(error.get(name), depth + 1)
+    metadata = error.get("metadata")
+    raw = message_of(metadata.get("raw"), depth + 1) if isinstance(metadata, dict) else ""
+    if raw and raw not in message:  # OpenRouter's: what the service behind it said
+        message = f"{message}: {raw}" if message else raw
+    place = error.get("loc")
+    if message and isinstance(place, list):  # FastAPI's
+        message = f"{'.'.join(str(step) for step in place)}: {message}"
+    return message
+
+
+def message_of_text(text: str, depth: int) -> str:
+    """Return what a text says that may be JSON or a page."""
+    text = text.strip()
+    if text.startswith(("{", "[")):
+        with contextlib.suppress(ValueError, RecursionError):
+            return message_of(json.loads(text, parse_int=float), depth + 1) or text
+    if text.startswith("<"):
+        return text_of_page(text)[:MAX_PAGE_CHARACTERS]
+    return text
+
+
+def text_of_page(page: str) -> str:
+    """Return the text of a page, in linear time: what is never closed reaches to the end."""
+    text = re.sub(r"(?s)<(script|style).*?(</\1>|\Z)|<[^<>]*(>|\Z)", " ", page)
+    return " ".join(text.split())
+
+
+def word_in(error: Any, name: str) -> str | None:
+    """Return a field of an error where it is a text."""
+    value = error.get(name) if isinstance(error, dict) else None
+    return value if isinstance(value, str) and value else None
+
+
+def letters_of(value: Any) -> str:
+    """Return the letters of a provider's word, which are the same however it spells it."""
+    return re.sub("[^a-z]+", "", str(value).lower())
+
+
+def status_of(error: Any) -> int:
+    """Return the HTTP status that an error in an answer means, 502 where it does not say."""
+    if not isinstance(error, dict):
+        return 502
+    for name in ("code", "status", "status_code", "statusCode", "type"):
+        value = error.get(name)
+        if isinstance(value, bool):
+            continue
+        if re.fullmatch(r"[45][0-9][0-9](\.0)?", str(value)):
+            number = int(str(value)[:3])
+            return 503 if number == ANTHROPIC_OVERLOADED else number
+        for status, words in ERROR_WORDS.items():
+            if letters_of(value) in words:
+                return status
+    return 502
+
+
+def retry_headers(status: int, error: Any, message: str) -> dict[str, str]:
+    """Return the header that says when to try again, if the error in an answer says it."""
+    if status not in (429, 503) or not isinstance(error, dict):
+        return {}
+    seconds = retry_seconds(error, message)
+    if seconds is None or not 0 <= seconds <= MAX_RETRY_AFTER_SECONDS:
+        return {}
+    return {"Retry-After": str(math.ceil(seconds))}
+
+
+def retry_seconds(error: Json, message: str) -> float | None:
+    """Return the seconds after which to try again, from an error's fields or its words."""
+    for name in ("retry_after", "retry_after_seconds", "retryAfter", "resets_in_seconds"):
+        value = error.get(name)
+        if isinstance(value, (int, float)):
+            return float(value)
+    for detail in error.get("details") or ():  # Google's
+        delay = detail.get("retryDelay") if isinstance(detail, dict) else None
+        if isinstance(delay, str) and re.fullmatch(r"[0-9.]{1,9}s", delay):
+            return float(delay[:-1])
+    told = re.search(
+        r"(?i)(?:try again|retry) (?:in|after) ([0-9]{1,6}(?:\.[0-9]{1,6})?) ?(m?s)", message
+    )
+    if told is None:
+        return None
+    return float(told[1]) / (1000 if told[2].lower() == "ms" else 1)
 
 
 def turn_error(error: Json) -> APIError:
     """Return the error for a turn that failed without a refusal by the provider."""
-    useless = r"(?s)Internal error: |(For more information, pass `verbose|Was there a typo in).*"
-    text = re.sub(useless, "", str(error.get("message") or "opencode gave no reason")).rstrip()
-    what, code = "The connection to the model's provider failed", "upstream_unreachable"
+    text = str(error.get("message") or "opencode gave no reason")
+    text = re.sub(USELESS_WORDS, "", text).rstrip()
     if error.get("network") is None:
-        what, code = "The answer failed", "upstream_failed"
-    return APIError(502, f"{what}: {text}", code=code)
+        return APIError(502, f"The answer failed: {text}", code="upstream_failed")
+    message = f"The connection to the model's provider failed: {text}"
+    return APIError(502, message, code="upstream_unreachable")
 
 
 # ------------------------------------------------------------------------------------------ request
@@ -753,26 +997,66 @@ class Event(NamedTuple):
 
 
 class SSEReader:
-    """Finds the data of the events in a text/event-stream that comes in pieces of any size."""
+    """Finds the data of the events in a text/event-stream that comes in pieces of any size.
+
+    Takes linear time: each piece is looked at once, and put together with others once.
+    """
 
     def __init__(self) -> None:
         self._newlines = io.IncrementalNewlineDecoder(None, translate=True)
-        self._rest = ""  # the event that has not ended
+        self._is_begun = False
+        self._line: list[str] = []  # the pieces of the line that has not ended
+        self._lines: list[str] = []  # the lines of the event that has not ended
+        self._size = 0  # of these two
 
     def feed(self, text: str) -> list[str]:
-        """Return the data of the events that `text` completes."""
-        *events, self._rest = (self._rest + self._newlines.decode(text)).split("\n\n")
-        if len(self._rest) > MAX_EVENT_BYTES:
-            raise APIError(502, "The provider sent too large an event", code="incomplete_answer")
-        found = [
-            [line[5:].removeprefix(" ") for line in event.split("\n") if line.startswith("data:")]
-            for event in events
-        ]
-        return ["\n".join(lines) for lines in found if any(lines)]
+        """Return the data of the events that `text` completes; raise APIError for a huge one."""
+        if text and not self._is_begun:
+            self._is_begun = True
+            text = text.removeprefix("\ufeff")
+        return self._split(self._newlines.decode(text))
 
     def end(self) -> list[str]:
         """Return what the last event holds: some providers forget its blank line."""
-        return self.feed("\n\n")
+        return self._split(self._newlines.decode("", final=True) + "\n\n")
+
+    @property
+    def is_between_events(self) -> bool:
+        """Whether nothing has come of the event that has not ended."""
+        return self._size == 0
+
+    def _split(self, text: str) -> list[str]:
+        events = []
+        *ended, rest = text.split("\n")
+        for piece in ended:
+            self._line.append(piece)
+            line = "".join(self._line)
+            self._line.clear()
+            if line:
+                self._lines.append(line)
+                self._grow(len(piece))
+                continue
+            events += self._data()
+            self._lines.clear()
+            self._size = 0
+        if rest:
+            self._line.append(rest)
+            self._grow(len(rest))
+        return events
+
+    def _grow(self, size: int) -> None:
+        self._size += size
+        if self._size > MAX_EVENT_BYTES:
+            raise APIError(502, "The provider sent too large an event", code="incomplete_answer")
+
+    def _data(self) -> list[str]:
+        """Return the data of the event in `_lines`, if any."""
+        data = [line[5:].removeprefix(" ") for line in self._lines if line.startswith("data:")]
+        if any(data):
+            return ["\n".join(data)]
+        if self._lines and self._lines[0].startswith(("{", "<")):
+            return ["\n".join(self._lines)]  # an error that a gateway put into the stream as it is
+        return []
 
 
 def json_bytes(value: Any) -> bytes:

@@ -1110,72 +1110,189 @@ class FakeCase(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------- errors
-class ErrorTest(unittest.TestCase):
-    def seen(self, status, body, headers=()):
-        error = proxy.upstream_error(status, dict(headers), body)
-        return error.status, error.message, error.type, error.param, error.code, error.headers
+UNKNOWN_REASON = "The model's provider answered "
+BAD_REQUEST = "invalid_request_error"
+PAGE = (
+    "<html><head><title>502 Bad</title><style>p{}</style></head>"
+    "<body><p>gate\nway</p></body></html>"
+)
+OPENAI_ERROR = '{"error":{"message":"slow","type":"tokens","param":"p","code":"rate"}}'
+ANTHROPIC_ERROR = '{"type":"error","error":{"type":"authentication_error","message":"key"}}'
+NESTED = {"error": {"message": "inner words", "type": "invalid_request_error"}}
+RAW = {"message": "Provider returned error", "metadata": {"raw": json.dumps(NESTED)}}
+# Status and body of a refusal; status, message, type, param and code of the error.
+REFUSALS = {
+    "OpenAI's": (429, OPENAI_ERROR, (429, "slow", "tokens", "p", "rate")),
+    "a number as code": (
+        400,
+        '{"error":{"message":"no","code":17}}',
+        (400, "no", BAD_REQUEST, None, None),
+    ),
+    "Anthropic's": (401, ANTHROPIC_ERROR, (401, "key", "authentication_error", None, None)),
+    "a word": (403, '{"error":"forbidden"}', (403, "forbidden", "permission_error", None, None)),
+    "a word beside what it means": (
+        404,
+        '{"status":404,"error":"Not Found","message":"no such model"}',
+        (404, "no such model", BAD_REQUEST, None, None),
+    ),
+    "only a message": (429, '{"message":"slow"}', (429, "slow", "rate_limit_error", None, None)),
+    "ChatGPT's": (422, '{"detail":"wrong"}', (422, "wrong", BAD_REQUEST, None, None)),
+    "FastAPI's": (
+        422,
+        '{"detail":[{"loc":["body","n"],"msg":"too large"},{"msg":"x"},{"msg":"x"}]}',
+        (422, "body.n: too large; x", BAD_REQUEST, None, None),
+    ),
+    "Mistral's message that is an object": (
+        422,
+        '{"object":"error","message":{"detail":[{"loc":["m"],"msg":"missing"}]}}',
+        (422, "m: missing", BAD_REQUEST, None, None),
+    ),
+    "Cloudflare's list": (
+        400,
+        '{"success":false,"errors":[{"code":7009,"message":"a"},{"message":"b"}]}',
+        (400, "a; b", BAD_REQUEST, None, None),
+    ),
+    "OpenRouter's raw text": (
+        400,
+        json.dumps({"error": {**RAW, "code": 400}}),
+        (400, "Provider returned error: inner words", BAD_REQUEST, None, None),
+    ),
+    "OpenRouter's raw page": (
+        502,
+        json.dumps({"error": {**RAW, "metadata": {"raw": PAGE}}}),
+        (502, "Provider returned error: 502 Bad gate way", "server_error", None, None),
+    ),
+    "JSON in a message": (
+        400,
+        json.dumps({"error": {"message": json.dumps(NESTED)}}),
+        (400, "inner words", BAD_REQUEST, None, None),
+    ),
+    "Gemini's array": (
+        404,
+        '[{"error":{"message":"gone","code":404}}]',
+        (404, "gone", BAD_REQUEST, None, None),
+    ),
+    "a number that is too long to read": (
+        400,
+        '{"message":"no","n":' + "9" * 9999 + "}",
+        (400, "no", BAD_REQUEST, None, None),
+    ),
+    "a page": (
+        502,
+        PAGE,
+        (502, UNKNOWN_REASON + "502 Bad Gateway: 502 Bad gate way", "server_error", None, None),
+    ),
+    "nothing": (
+        500,
+        "",
+        (500, UNKNOWN_REASON + "500 Internal Server Error", "server_error", None, None),
+    ),
+    "an error that is null": (
+        599,
+        '{"error":null}',
+        (599, UNKNOWN_REASON + '599 error: {"error":null}', "server_error", None, None),
+    ),
+    "a status that is no error": (
+        302,
+        "[1]",
+        (502, UNKNOWN_REASON + "302 Found: [1]", "server_error", None, None),
+    ),
+}
+RATE = {"code": "rate_limit_exceeded"}
+RETRY_INFO = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "34.2s"}
+# An error in an answer of status 200; its status, code and Retry-After.
+ERRORS_IN_ANSWERS = {
+    "a context that is too long": ({"code": "context_length_exceeded"}, 400, None),
+    "a rate limit": (RATE, 429, None),
+    "a rate limit with a time": ({**RATE, "message": "Please try again in 1.8s."}, 429, "2"),
+    "... in milliseconds": ({**RATE, "message": "try again in 20ms"}, 429, "1"),
+    "... as a field": ({"code": "usage_limit_reached", "resets_in_seconds": 90}, 429, "90"),
+    "... as Google says it": ({"code": 429, "details": [RETRY_INFO]}, 429, "35"),
+    "... that is no time": ({"code": 429, "retry_after": -1}, 429, None),
+    "a quota": ({"code": "insufficient_quota", "message": "again in 5s"}, 429, None),
+    "Anthropic's overload": ({"type": "overloaded_error"}, 503, None),
+    "Anthropic's number for it": ({"code": 529}, 503, None),
+    "an overload at OpenAI": ({"code": "server_is_overloaded"}, 503, None),
+    "Anthropic's rate limit": ({"type": "rate_limit_error"}, 429, None),
+    "Anthropic's bad request": ({"type": "invalid_request_error"}, 400, None),
+    "Google's words": ({"status": "RESOURCE_EXHAUSTED"}, 429, None),
+    "Google's numbers": ({"code": 503, "status": "UNAVAILABLE"}, 503, None),
+    "a number that is a text": ({"code": "429"}, 429, None),
+    "a server's error": ({"code": "server_error"}, 502, None),
+    "an unknown number": ({"code": 1302}, 502, None),
+    "a code that is no code": ({"code": True}, 502, None),
+}
+CODES_IN_ANSWERS = {
+    "the provider's": ({"code": "insufficient_quota", "type": "x"}, "insufficient_quota"),
+    "OpenAI's for a rate limit": ({"type": "rate_limit_error"}, "rate_limit_exceeded"),
+    "the type": ({"type": "overloaded_error"}, "overloaded_error"),
+    "none for a bad request": ({"type": "invalid_request_error"}, None),
+    "none where a number says it": ({"code": 500}, None),
+}
 
-    def test_upstream_error(self):
-        answered, bad = "The model's provider answered ", "invalid_request_error"
-        whole = '{"error":{"message":"slow","type":"tokens","param":"p","code":"rate"}}'
-        anthropic = '{"type":"error","error":{"type":"authentication_error","message":"key"}}'
-        page = (
-            "<html><head><title>502 Bad</title><style>p{}</style></head>"
-            "<body><p>gate\nway</p></body></html>"
-        )
-        for status, body, expected in (
-            (429, whole, (429, "slow", "tokens", "p", "rate", {"Retry-After": "7"})),
-            (400, '{"error":{"message":"no","code":17}}', (400, "no", bad, None, None)),
-            (401, anthropic, (401, "key", "authentication_error", None, None, {})),
-            (403, '{"error":"forbidden"}', (403, "forbidden", "permission_error")),
-            (429, '{"message":"slow"}', (429, "slow", "rate_limit_error")),
-            (422, '{"detail":"wrong"}', (422, "wrong", bad)),
-            (404, '[{"error":{"message":"gone","code":404}}]', (404, "gone", bad)),
-            (400, '{"message":"no","n":' + "9" * 9999 + "}", (400, "no", bad)),
-            (502, page, (502, answered + "502 Bad Gateway: 502 Bad gate way", "server_error")),
-            (500, "", (500, answered + "500 Internal Server Error", "server_error")),
-            (599, '{"error":null}', (599, answered + '599 error: {"error":null}')),
-            (302, "[1]", (502, answered + "302 Found: [1]", "server_error", None, None)),
-        ):
-            headers = {"retry-after": "7"} if status == 429 else {}
-            self.assertEqual(self.seen(status, body, headers)[: len(expected)], expected)
+
+class ErrorTest(unittest.TestCase):
+    def test_a_refusal_passes_with_its_reason(self):
+        for name, (status, body, expected) in REFUSALS.items():
+            with self.subTest(name):
+                error = proxy.upstream_error(status, {}, body)
+                facts = (error.status, error.message, error.type, error.param, error.code)
+                self.assertEqual(facts, expected)
+
+    def test_a_refusal_passes_with_its_time_to_try_again(self):
+        headers = {"retry-after": "7", "retry-after-ms": "7000", "server": "x"}
+        error = proxy.upstream_error(429, headers, OPENAI_ERROR)
+        self.assertEqual(error.headers, {"Retry-After": "7", "Retry-After-Ms": "7000"})
+
+    def test_an_error_in_an_answer_has_the_status_that_it_means(self):
+        for name, (theirs, status, retry_after) in ERRORS_IN_ANSWERS.items():
+            with self.subTest(name):
+                error = proxy.stream_error({"error": {"message": "m", **theirs}})
+                facts = (error.status, error.headers.get("Retry-After"))
+                self.assertEqual(facts, (status, retry_after))
+
+    def test_an_error_in_an_answer_has_a_code(self):
+        for name, (theirs, code) in CODES_IN_ANSWERS.items():
+            with self.subTest(name):
+                error = proxy.stream_error({"error": {"message": "m", **theirs}})
+                self.assertEqual((error.message, error.code), ("m", code))
 
     def test_hostile_bodies_take_linear_time(self):
         cut_off = (
             "<html><style>" + "p{}" * 9000 + "</style><p>Unicorn!"
             '<img src="data:image/png;base64,' + "A" * 9000
         )
-        self.assertEqual(
-            self.seen(502, cut_off)[1], "The model's provider answered 502 Bad Gateway: Unicorn!"
-        )
+        message = proxy.upstream_error(502, {}, cut_off).message
+        self.assertEqual(message, UNKNOWN_REASON + "502 Bad Gateway: Unicorn!")
+
+        def seconds(piece, count):
+            started = time.process_time()
+            self.assertEqual(proxy.upstream_error(500, {}, piece * count).status, 500)
+            return time.process_time() - started
+
         for piece in ("<", "<script", "<style><", "<a", "[", '{"a":', "9", " ", "<!--", "</script"):
+            with self.subTest(piece):
+                few = min(seconds(piece, 4000) for _ in range(3))
+                many = min(seconds(piece, 64000) for _ in range(3))  # quadratic: 256 times as long
+                self.assertLess(many, 100 * few + 0.02)
 
-            def seconds(count):
-                started = time.process_time()
-                self.assertEqual(self.seen(500, piece * count)[0], 500)
-                return time.process_time() - started
-
-            few = min(seconds(4000) for _ in range(3))  # quadratic: 256 times as long
-            self.assertLess(min(seconds(64000) for _ in range(3)), 100 * few + 0.02, piece)
-
-    def test_turn_error(self):
-        closed, advice = "The socket was closed.", " For more information, pass `verbose: true` in"
-        for error, message, code in (
-            ({"message": "Internal error: x"}, "The answer failed: x", "upstream_failed"),
-            ({}, "The answer failed: opencode gave no reason", "upstream_failed"),
-            (
-                {"message": "No. Was there a typo in the url or port?"},
-                "The answer failed: No.",
-                "upstream_failed",
-            ),
-            (
-                {"network": "ECONNRESET", "message": closed + advice},
-                "The connection to the model's provider failed: " + closed,
-                "upstream_unreachable",
-            ),
+    def test_a_turn_that_failed_says_why_without_advice(self):
+        closed = "The socket was closed."
+        advice = " For more information, pass `verbose: true` in"
+        typo = "No. Was there a typo in the url or port?"
+        connection = "The connection to the model's provider failed: "
+        for name, error, message, code in (
+            ("opencode's", {"message": "Internal error: x"}, "x", None),
+            ("without a reason", {}, "opencode gave no reason", None),
+            ("with advice", {"message": typo}, "No.", None),
+            ("the network's", {"network": "ECONNRESET", "message": closed + advice}, closed, 1),
         ):
-            found = proxy.turn_error(error)
-            self.assertEqual((found.status, found.message, found.code), (502, message, code))
+            with self.subTest(name):
+                error = proxy.turn_error(error)
+                words = connection if code else "The answer failed: "
+                code = "upstream_unreachable" if code else "upstream_failed"
+                facts = (error.status, error.message, error.code)
+                self.assertEqual(facts, (502, words + message, code))
 
 
 # ------------------------------------------------------------------------------------------ request
@@ -2685,15 +2802,39 @@ class EventTest(unittest.TestCase):
     def test_events_in_every_split(self):
         stream = (
             "data: a\n: hi\n\ndata:b\ndata:  c\nid: 1\n\nevent: x\n\n"
-            "data:\n\ndata: \u2028d\n\ndata: e"
+            "data:\n\ndata: \u2028d\n\ndata: \ufeffe"
         )
         for whole in (stream.replace("\n", ends) for ends in ("\n", "\r", "\r\n")):
             for size in range(1, len(whole) + 1):
                 reader, found = proxy.SSEReader(), []
                 for start in range(0, len(whole), size):
                     found += reader.feed(whole[start : start + size]) + reader.feed("")
-                self.assertEqual(found + reader.end(), ["a", "b\n c", "\u2028d", "e"])
-        error(lambda: [reader.feed("data: " + "x" * 1000000) for _ in range(20)])
+                self.assertEqual(found + reader.end(), ["a", "b\n c", "\u2028d", "\ufeffe"])
+
+    def test_a_byte_order_mark_is_one_only_at_the_beginning(self):
+        reader = proxy.SSEReader()
+        found = reader.feed("") + reader.feed("\ufeff") + reader.feed("data: a\n\n")
+        self.assertEqual(found + reader.feed("\ufeffdata: b\n\n"), ["a"])
+
+    def test_an_event_that_is_too_large_is_an_error(self):
+        reader = proxy.SSEReader()
+        pieces = ["data: "] + ["x" * 1000000] * 20
+        message = error(lambda: [reader.feed(piece) for piece in pieces])[2]
+        self.assertEqual(message, "The provider sent too large an event")
+
+    def test_a_large_event_in_small_pieces_takes_linear_time(self):
+        def seconds(count):
+            reader = proxy.SSEReader()
+            started = time.process_time()
+            reader.feed("data: ")
+            for _ in range(count):
+                reader.feed("x" * 4096)
+            self.assertEqual(len(reader.end()[0]), 4096 * count)
+            return time.process_time() - started
+
+        few = min(seconds(375) for _ in range(3))
+        many = min(seconds(3000) for _ in range(3))  # 8 times as much; quadratic: 64 times as long
+        self.assertLess(many, 24 * few + 0.05)
 
 
 # --------------------------------------------------------------------------------- exchange, answer
