@@ -954,46 +954,98 @@ CLAUDE_CHOICES = {
 }
 FUNCTION_DEFAULTS: Json = {"strict": False, "parameters": {"type": "object", "properties": {}}}
 CALL_DELTA = {"function_call_arguments": "function", "custom_tool_call_input": "custom"}
-TEXT_DELTA = {
+# The texts of /responses, by the names of their events: where a chat completion has them.
+TEXT_FIELDS = {
     "output_text": "content",
     "refusal": "refusal",
     "reasoning_text": "reasoning_content",
     "reasoning_summary_text": "reasoning_content",
 }
-FINISH_REASONS = {  # what providers and opencode call those that are not "stop"
-    "length": "length",
-    "max_tokens": "length",
-    "max_output_tokens": "length",
-    "model_context_window_exceeded": "length",
-    "tool_calls": "tool_calls",
-    "tool_use": "tool_calls",
-    "function_call": "tool_calls",
-    "content_filter": "content_filter",
-    "refusal": "content_filter",
+GROUP_OF_PART = {  # the names of the events of each type of part
+    "output_text": "output_text",
+    "refusal": "refusal",
+    "reasoning_text": "reasoning_text",
+    "summary_text": "reasoning_summary_text",
 }
-COUNTS = (  # of tokens in prompt and completion; cached and reasoning ones among them
-    (
-        "prompt_tokens",
-        "input_tokens",
-        "cache_read_input_tokens",
-        "cache_creation_input_tokens",
-        "input",
-        "read",
-        "write",
+CALL_OF_ITEM = {"function_call": "function", "custom_tool_call": "custom"}
+ITEMS_OF_ANSWERS = ("message", "reasoning", *CALL_OF_ITEM)
+# Letters of what providers and opencode call their reasons to end an answer, an error first: it
+# may also name what failed. What has none of them is "stop".
+FINISH_WORDS = {
+    "error": (
+        "abort",
+        "cancel",
+        "error",
+        "exception",
+        "fail",
+        "insufficient",
+        "interrupt",
+        "malformed",
+        "missingthought",
+        "overload",
+        "timeout",
+        "toomany",
+        "unavailable",
+        "unexpected",
     ),
-    ("completion_tokens", "output_tokens", "output", "reasoning"),
-    ("cached_tokens", "cache_read_input_tokens", "read"),
-    ("reasoning_tokens", "reasoning"),
+    "content_filter": (
+        "blocked",
+        "blocklist",
+        "filter",
+        "guardrail",
+        "moderation",
+        "policy",
+        "prohibited",
+        "recitation",
+        "refus",
+        "safety",
+        "sensitive",
+        "spii",
+    ),
+    "length": (
+        "compaction",
+        "contextwindow",
+        "incomplete",
+        "length",
+        "limit",
+        "maxoutput",
+        "maxtoken",
+        "pause",
+        "truncat",
+    ),
+    "tool_calls": ("function", "tool"),
+}
+NO_REASONS = (
+    "",
+    "finishreasonunspecified",
+    "inprogress",
+    "none",
+    "null",
+    "queued",
+    "undefined",
+    "unknown",
+    "unspecified",
 )
+KEEP_ALIVES = ("", "null", "[]", "{}", "ping", "pong", "keepalive", "keep-alive", "heartbeat")
+# What providers call reasoning in a chat completion: DeepSeek, Copilot, OpenRouter and Groq.
+REASONING_FIELDS = ("reasoning_content", "reasoning_text", "reasoning")
+SILENT_FIELDS = frozenset(("reasoning_content", "reasoning_details", "reasoning_opaque"))
+BAD_DATA = "The provider sent bad data"
+TOO_LARGE = "The provider sent too large an event"
+MAX_EXCERPT_CHARACTERS = 200  # of bad data, which may be a gateway's words
 
 
 class Event(NamedTuple):
-    """A choice's delta as OpenAI would send it; the last has a finish_reason, perhaps usage."""
+    """A choice's delta as OpenAI would send it; the last has a finish_reason, perhaps usage.
+
+    `frame` has fields of the provider's that belong beside the choices, where they are new.
+    """
 
     delta: Json
     logprobs: Any = None
     finish_reason: str | None = None
     usage: Json | None = None
+    frame: Json | None = None
 
 
 class SSEReader:
@@ -1047,7 +1099,7 @@ class SSEReader:
     def _grow(self, size: int) -> None:
         self._size += size
         if self._size > MAX_EVENT_BYTES:
-            raise APIError(502, "The provider sent too large an event", code="incomplete_answer")
+            raise APIError(502, TOO_LARGE, code="incomplete_answer")
 
     def _data(self) -> list[str]:
         """Return the data of the event in `_lines`, if any."""
@@ -1057,6 +1109,335 @@ class SSEReader:
         if self._lines and self._lines[0].startswith(("{", "<")):
             return ["\n".join(self._lines)]  # an error that a gateway put into the stream as it is
         return []
+
+
+class ToolCall:
+    """A call of a tool, as far as it has come."""
+
+    def __init__(self, place: Any, call_type: str) -> None:
+        self.place = place  # what the provider says to number it
+        self.type = call_type
+        self.their_id = ""  # the provider's, which may not be its alone
+        self.id = ""  # the client's
+        self.name = ""
+        self.index: int | None = None  # the client's, once it is sent
+        self.pieces: list[str] = []  # of its text
+        self.fields: Json = {}  # others, until it is sent
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its text is all that it can be: JSON, where it is a function's arguments."""
+        text = "".join(self.pieces)
+        if self.type != "function" or not text.strip():
+            return True
+        try:
+            json.loads(text, parse_int=float)  # an int takes quadratic time
+        except (ValueError, RecursionError):
+            return False
+        return True
+
+
+class ToolCalls:
+    """Makes OpenAI's calls of the pieces that a provider sends.
+
+    In OpenAI's own streams a call's first piece has its id, its name and the index that all its
+    pieces have. Others number every call 0 or not at all, give no ids or a new one with each
+    piece, or name a call late. A client hears of a call when its name is known, and its index and
+    id are ours where the provider's do not tell it from others.
+    """
+
+    def __init__(self) -> None:
+        self._by_place: dict[Any, ToolCall] = {}  # the last one at each
+        self._by_id: dict[str, ToolCall] = {}
+        self._calls: list[ToolCall] = []  # in the order in which they came
+        self._sent = 0
+
+    def __len__(self) -> int:
+        return self._sent
+
+    @property
+    def are_complete(self) -> bool:
+        """Whether none was cut off in the middle."""
+        return all(call.is_complete for call in self._calls)
+
+    def add(self, place: Any, piece: Json) -> list[Json]:
+        """Return the entries of a delta's `tool_calls` that a piece of a call means.
+
+        Arguments:
+            place: what the provider numbers the call; None for one that is whole.
+        """
+        call_type = "custom" if piece.get("custom") else "function"
+        text_name = CALL_TEXT[call_type]
+        inner = drop_empty(piece.get(call_type) or {})
+        call_id = str(piece.get("id") or "")
+        name = text_or_nothing(inner.pop("name", None))
+        text = inner.pop(text_name, None)
+        if isinstance(text, (dict, list)):  # Ollama's way
+            text = compact_json(text)
+        text = text_or_nothing(text)
+
+        call = self._find(place, call_id, name)
+        if call is None:
+            call = ToolCall(place, call_type)
+            self._calls.append(call)
+            if place is not None:
+                self._by_place[place] = call
+        call.their_id = call.their_id or call_id
+        if call_id and call_id not in self._by_id:
+            self._by_id[call_id] = call
+            call.id = call.id or call_id
+        if text:
+            call.pieces.append(text)
+
+        fields = drop_empty({**piece, "index": None, "id": None, "type": None, call_type: inner})
+        if call.index is not None:
+            return self._more(call, text, fields)
+        call.name = name
+        call.fields.update(fields)
+        return [self._begin(call)] if name else []
+
+    def place_of(self, call_id: str, default: Any) -> Any:
+        """Return where the call with an id is, `default` where it is not known."""
+        call = self._by_id.get(call_id)
+        return call.place if call else default
+
+    def text_at(self, place: Any) -> str:
+        """Return what has come of the text of the last call there."""
+        call = self._by_place.get(place)
+        return "".join(call.pieces) if call else ""
+
+    def finish_at(self, place: Any) -> list[Json]:
+        """Return what the client has still to hear of a call that is complete."""
+        call = self._by_place.get(place)
+        return self._finish(call) if call else []
+
+    def finish(self) -> list[Json]:
+        """Return what the client has still to hear of, now that all calls are complete."""
+        return [entry for call in self._calls for entry in self._finish(call)]
+
+    def _finish(self, call: ToolCall) -> list[Json]:
+        if call.index is None:  # it never got a name
+            return [self._begin(call)] if call.pieces else []
+        if call.pieces or call.type != "function":
+            return []
+        call.pieces.append("{}")
+        return self._more(call, "{}", {})
+
+    def _find(self, place: Any, call_id: str, name: str) -> ToolCall | None:
+        """Return the call that a piece belongs to, None where it begins another."""
+        if place is None:
+            return None
+        here = self._by_place.get(place)
+        if here and call_id and here.their_id == call_id:
+            return here
+        call = self._by_id.get(call_id)
+        if call and (call.place == place or not name):
+            return call
+        if here is None or self._is_another(here, call_id, name):
+            return None
+        return here
+
+    @staticmethod
+    def _is_another(call: ToolCall, call_id: str, name: str) -> bool:
+        """Tell whether a piece where `call` is, with an unknown id or none, begins another."""
+        if not call.pieces:
+            if call_id and call.their_id:
+                return bool(name and call.name)
+            return bool(name and call.name and name != call.name and not call.their_id)
+        if name and call.name:
+            is_new = name != call.name or bool(call_id and call.their_id)
+            return is_new or call.is_complete
+        return bool(call_id and call.their_id) and call.is_complete
+
+    def _begin(self, call: ToolCall) -> Json:
+        """Return the first that a client hears of a call."""
+        call.index = self._sent
+        self._sent += 1
+        call.id = call.id or f"call_{uuid.uuid4().hex}"
+        inner = {"name": call.name, CALL_TEXT[call.type]: "".join(call.pieces)}
+        inner.update(call.fields.pop(call.type, {}))
+        return {
+            "index": call.index,
+            "id": call.id,
+            "type": call.type,
+            call.type: inner,
+            **call.fields,
+        }
+
+    def _more(self, call: ToolCall, text: str, fields: Json) -> list[Json]:
+        """Return what a client hears of a call that it knows."""
+        inner = fields.pop(call.type, {})
+        if text:
+            inner = {CALL_TEXT[call.type]: text, **inner}
+        if inner:
+            fields = {call.type: inner, **fields}
+        return [{"index": call.index, **fields}] if fields else []
+
+
+class TextParts:
+    """Puts the parts of a text into one, which is all that a chat completion has room for.
+
+    A blank line stands between two parts. What points into a part by characters is moved to where
+    the part begins.
+    """
+
+    def __init__(self) -> None:
+        self._part: Any = None  # which one came last
+        self._size = 0
+        self.start = 0  # where it begins
+
+    def add(self, part: Any, text: str) -> str:
+        """Return `text`, a piece of a part, as the whole text goes on with it."""
+        if not text:
+            return ""
+        if part != self._part or not self._size:
+            if self._size:
+                text = f"\n\n{text}"
+                self.start = self._size + 2
+            self._part = part
+        self._size += len(text)
+        return text
+
+    @property
+    def end(self) -> int:
+        """Where the last part ends, so far."""
+        return self._size
+
+
+def text_or_nothing(value: Any) -> str:
+    """Return a provider's text, "" for none; raise TypeError for anything else."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} instead of a text")
+    return value
+
+
+def require_objects(values: Any) -> None:
+    """Raise TypeError unless `values` is an array of objects."""
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise TypeError("no array of objects")
+
+
+def finish_reason_of(reason: Any) -> str | None:
+    """Return what OpenAI calls a provider's reason to end, None for none.
+
+    Raises:
+        APIError: where the reason is that the provider failed.
+    """
+    word = letters_of(reason or "")
+    if word in NO_REASONS:
+        return None
+    finish_reason = "stop"
+    for known, parts in FINISH_WORDS.items():
+        if any(part in word for part in parts):
+            finish_reason = known
+            break
+    if finish_reason == "error":
+        status = status_of({"code": reason})
+        message = f"The provider ended its answer with an error: {reason}"
+        raise APIError(status, message, code="incomplete_answer")
+    return finish_reason
+
+
+def token_usage(prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> Json:
+    """Return OpenAI's usage; cached and reasoning tokens are counted among the others."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
+    }
+
+
+def count_in(counts: Json, *names: str) -> int:
+    """Return the number of tokens that the first of `names` has which is there, 0 without any."""
+    for name in names:
+        if isinstance(counts.get(name), (int, float)):
+            return int(counts[name])
+    return 0
+
+
+def url_citation(url: str, title: str, start: int, end: int) -> Json:
+    """Return an annotation of the text from `start` to `end`."""
+    citation = {"start_index": start, "end_index": end, "title": title, "url": url}
+    return {"type": "url_citation", "url_citation": citation}
+
+
+def thought_in(said: Json) -> str:
+    """Take the reasoning out of a delta or a message; some providers send it under two names."""
+    thought = ""
+    for name in REASONING_FIELDS:
+        other = text_or_nothing(said.pop(name, None))
+        thought = thought or other
+    return thought or details_text(said.get("reasoning_details"))
+
+
+def texts_in(content: list[Any]) -> str:
+    """Return the text of a content that comes in parts."""
+    texts = []
+    for part in content:
+        if part["type"] == "text":
+            texts.append(text_or_nothing(part["text"]))
+    return "".join(texts)
+
+
+def thoughts_in(content: list[Any]) -> str:
+    """Return the thoughts of a content that comes in parts, with a blank line between them."""
+    thoughts = []
+    for part in content:
+        thought = part.get("thinking") if part["type"] == "thinking" else None
+        if isinstance(thought, list):
+            thought = texts_in(thought)
+        if thought:
+            thoughts.append(text_or_nothing(thought))
+    return "\n\n".join(thoughts)
+
+
+def details_text(details: Any) -> str:
+    """Return what OpenRouter's `reasoning_details` say that a person can read."""
+    texts = []
+    for detail in details or ():
+        texts.append(text_or_nothing(detail.get("text") or detail.get("summary")))
+    return "".join(texts)
+
+
+def part_of(message: Json) -> tuple[Any, str, Any]:
+    """Return which part of the output an event of /responses tells of."""
+    index = message.get("output_index")
+    if message.get("summary_index") is not None:
+        return index, "summary", message["summary_index"]
+    return index, "content", message.get("content_index") or 0
+
+
+def claude_annotation(citation: Json, start: int, end: int) -> Json:
+    """Return what a text of Claude's cites: a page, or a document of the client's own."""
+    url = citation.get("url") or citation.get("source")
+    title = citation.get("title") or citation.get("document_title")
+    if url:
+        return url_citation(str(url), str(title or ""), start, end)
+    quoted = {"start_index": start, "end_index": end, "filename": title}
+    quoted["quote"] = citation.get("cited_text")
+    return {"type": "file_citation", "file_citation": drop_empty(quoted)}
+
+
+def annotation_of(theirs: Any, start: int = 0) -> Any:
+    """Return an annotation, which /responses writes flat, as chat completions have it.
+
+    Arguments:
+        start: where in the whole text the part begins that the annotation points into.
+    """
+    if not isinstance(theirs, dict):
+        return theirs
+    kind = str(theirs.get("type") or "url_citation")
+    if isinstance(theirs.get(kind), dict):
+        return theirs
+    fields = {name: value for name, value in theirs.items() if name != "type"}
+    for name in ("start_index", "end_index", "index"):
+        if isinstance(fields.get(name), int):
+            fields[name] += start
+    return {"type": kind, kind: fields}
 
 
 def json_bytes(value: Any) -> bytes:
@@ -1248,10 +1629,13 @@ class WireFormat(abc.ABC):
         self.target = target
         self.finish_reason: str | None = None
         self.usage: Json | None = None
-        self._ids: list[str] = []  # of the calls, or ""; their places are our indexes
-        self._calls: dict[Any, int] = {}  # the index that a provider's index means by now
-        self._told: set[Any] = set()  # the provider's indexes of calls whose text has begun
-        self._tokens: collections.Counter[str] = collections.Counter()  # by the provider's names
+        self._calls = ToolCalls()
+        self._contents = TextParts()
+        self._thoughts = TextParts()
+        self._open: set[Any] = set()  # parts of the answer that have begun and not ended
+        self._has_answered = False  # more than thoughts has come
+        self._frame: Json = {}  # what the client's chunks have in common, in the provider's words
+        self._is_frame_new = False
 
     def body(self, theirs: Json) -> bytes:
         """Return the JSON to send in place of `theirs`; raise APIError 400 where that cannot be."""
@@ -1266,71 +1650,103 @@ class WireFormat(abc.ABC):
         """Yield what a message of the provider's means."""
 
     def events(self, data: str) -> Iterator[Event]:
-        """Yield what one SSE datum means; raise APIError where it is a failure or rubbish."""
-        try:
-            if data.strip() == "[DONE]":
-                yield self.end()
-                return
-            message = read_json(data)
-            if message.get("error") or message.get("type") in ("error", "response.failed"):
-                told = (message.get("response") or message).get("error")
-                told = told or {**message, "type": None}  # that is the event's, not the error's
-                code = told.get("code") if isinstance(told, dict) else None
-                raise upstream_error(code if isinstance(code, int) else 502, {}, compact_json(told))
-            yield from self._decode(message)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise APIError(502, "The provider sent bad data", code="incomplete_answer") from error
+        """Yield what one SSE datum, or a whole answer, means.
 
-    def end(self) -> Event:
-        """Return the last event; raise APIError when the answer is not complete."""
+        Raises:
+            APIError: where it is a failure or rubbish.
+        """
+        try:
+            for event in self._events(data.strip()):
+                if event.delta.keys() - SILENT_FIELDS:
+                    self._has_answered = True
+                if self._is_frame_new:
+                    event = event._replace(frame=self._take_frame())
+                yield event
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise APIError(502, BAD_DATA, code="incomplete_answer") from error
+
+    def end(self, is_proven: bool = False) -> Iterator[Event]:
+        """Yield what remains, the finish last; raise APIError where the answer is not complete.
+
+        Some providers give no reason to finish.
+
+        Arguments:
+            is_proven: the provider said in another way that this is the end.
+        """
         if self.finish_reason is None:
-            raise APIError(502, "The provider did not finish its answer", code="incomplete_answer")
-        return Event({}, None, self.finish_reason, self.usage)
+            if not (is_proven and self._has_answered and self._calls.are_complete):
+                text = "The provider did not finish its answer"
+                raise APIError(502, text, code="incomplete_answer")
+            self.finish_reason = "stop"
+        if self.finish_reason == "stop" and self._calls:
+            self.finish_reason = "tool_calls"
+        if self.finish_reason == "tool_calls":
+            yield from self._call_events(self._calls.finish())
+        yield Event({}, None, self.finish_reason, self.usage, self._take_frame())
+
+    @property
+    def is_between_parts(self) -> bool:
+        """Whether all parts of the answer that have begun have ended."""
+        return not self._open
+
+    def _events(self, data: str) -> Iterator[Event]:
+        if data.strip('"').lower() in KEEP_ALIVES or data.startswith(":"):
+            return
+        if data.strip("[]").upper() == "DONE":
+            yield from self.end(is_proven=True)
+            return
+        try:
+            message = read_json(data)
+        except ValueError:
+            excerpt = message_of(data)[:MAX_EXCERPT_CHARACTERS]
+            raise APIError(502, f"{BAD_DATA}: {excerpt}", code="incomplete_answer") from None
+        if isinstance(message, list):  # Gemini's way
+            message = message[0]
+        if is_error(message):
+            raise stream_error(message)
+        yield from self._decode(message)
 
     def _finish(self, reason: Any) -> None:
-        if reason and reason not in ("unknown", "error"):
-            self.finish_reason = FINISH_REASONS.get(reason.replace("-", "_"), "stop")
+        finish_reason = finish_reason_of(reason)
+        if finish_reason is not None:
+            self.finish_reason = finish_reason
 
-    def _count(self, told: Json | None) -> None:
-        for name, value in (told or {}).items():
-            if isinstance(value, dict):
-                self._count(value)
-            elif isinstance(value, int):
-                self._tokens[name] = value
-        if told:
-            prompt, completion, cached, reasoning = (
-                sum(self._tokens[name] for name in names) for names in COUNTS
-            )
-            self.usage = {
-                "prompt_tokens": prompt,
-                "completion_tokens": completion,
-                "total_tokens": prompt + completion,
-                "prompt_tokens_details": {"cached_tokens": cached},
-                "completion_tokens_details": {"reasoning_tokens": reasoning},
-            }
+    def _note_frame(self, name: str, value: Any) -> None:
+        """Note a field that belongs into the frame of all that the client gets."""
+        if isinstance(value, str) and value and self._frame.get(name) != value:
+            self._frame[name] = value
+            self._is_frame_new = True
 
-    def _call(self, place: Any, told: Json) -> Event:
-        """Return a piece of a call under an index of ours: some providers give all the same."""
-        kind = "custom" if told.get("custom") else "function"
-        inner, call_id = drop_empty(told.get(kind) or {}), told.get("id")
-        call, index = {**told, "index": None, "id": None, "type": None}, self._calls.get(place)
-        if index is None or (call_id and "name" in inner and self._ids[index] not in ("", call_id)):
-            call.update(id=call_id or f"call_{uuid.uuid4().hex}", type=kind)
-            inner = {"name": "", CALL_TEXT[kind]: "", **inner}
-            index = self._calls[place] = len(self._ids)
-            self._ids.append(call_id or "")
-        else:
-            inner.pop("name", None)
-        if inner.get(CALL_TEXT[kind]):
-            self._told.add(place)
-        call = drop_empty({**call, kind: inner})
-        return Event({"tool_calls": [{**call, "index": index}] if call else []})
+    def _take_frame(self) -> Json | None:
+        """Return what the client has not heard of the frame."""
+        if not self._is_frame_new:
+            return None
+        self._is_frame_new = False
+        return dict(self._frame)
+
+    def _content(self, part: Any, text: str, logprobs: Any = None) -> Event:
+        return Event({"content": self._contents.add(part, text)}, logprobs)
+
+    def _reasoning(self, part: Any, text: str) -> Event:
+        return Event({"reasoning_content": self._thoughts.add(part, text)})
+
+    def _call(self, place: Any, piece: Json) -> Iterator[Event]:
+        return self._call_events(self._calls.add(place, piece))
+
+    @staticmethod
+    def _call_events(entries: list[Json]) -> Iterator[Event]:
+        for entry in entries:
+            yield Event({"tool_calls": [entry]})
 
 
 class ChatCompletions(WireFormat):
     """/chat/completions: the client's own words, and the provider's."""
 
     ending = "/chat/completions"
+
+    def __init__(self, request: ChatRequest, target: Target) -> None:
+        super().__init__(request, target)
+        self._sources_sent: set[str] = set()
 
     def _encode(self, theirs: Json) -> Json:
         body = without_agent_fields(theirs)
@@ -1342,31 +1758,95 @@ class ChatCompletions(WireFormat):
         return body
 
     def _decode(self, message: Json) -> Iterator[Event]:
-        self._count(message.get("usage"))
-        if self.usage:
-            self.usage.update(drop_empty(message.get("usage") or {}))
-        for choice in message.get("choices") or ():  # there is one
-            told = dict(choice.get("delta") or choice.get("message") or {})
-            calls = []
-            if isinstance(told.get("content"), list):  # Mistral's, with its thoughts
-                told["content"] = text_of(told["content"])
-            for name in {"reasoning_text", "reasoning"} & told.keys():  # Copilot's, OpenRouter's
-                told["reasoning_content"] = told.pop(name) or told.get("reasoning_content")
-            for position, call in enumerate(told.get("tool_calls") or ()):
-                place = position if call.get("index") is None else call["index"]
-                calls += self._call(place, call).delta["tool_calls"]
-            delta = drop_empty({**told, "role": None, "tool_calls": calls})
-            if delta or choice.get("logprobs"):
-                yield Event(delta, choice.get("logprobs"))
+        for name in ("service_tier", "system_fingerprint"):
+            self._note_frame(name, message.get(name))
+        self._count(message.get("usage") or (message.get("x_groq") or {}).get("usage"))
+
+        is_whole = False
+        for choice in message.get("choices") or ():  # one, or its text and its calls apart
+            if choice.get("error"):
+                raise stream_error(choice)
+            is_streamed = choice.get("delta") is not None
+            said = choice["delta"] if is_streamed else choice.get("message")
+            is_whole = is_whole or bool(said and not is_streamed)
+            yield from self._said(said or {}, choice.get("logprobs"), is_streamed)
+            self._count(choice.get("usage"))  # Moonshot's
             self._finish(choice.get("finish_reason"))
-        if message.get("object") == "chat.completion":  # a whole one, not streamed
-            yield self.end()
+        yield from self._sources(message)
+        if is_whole:
+            yield from self.end(is_proven=True)
+
+    def _said(self, theirs: Json, logprobs: Any, is_streamed: bool) -> Iterator[Event]:
+        """Yield a delta or a message in OpenAI's words."""
+        said = drop_empty({**theirs, "role": None})
+        content = said.pop("content", None)
+        calls = said.pop("tool_calls", [])
+        legacy_call = said.pop("function_call", None)
+        require_objects(said.get("reasoning_details", []))
+        require_objects([said.get("audio", {})])
+        thought = thought_in(said)
+        if isinstance(content, list):  # Mistral's
+            thought += thoughts_in(content)
+            content = texts_in(content)
+
+        delta = {"reasoning_content": thought, "content": text_or_nothing(content), **said}
+        delta["refusal"] = text_or_nothing(said.get("refusal"))
+        if isinstance(said.get("annotations"), list):
+            delta["annotations"] = [annotation_of(theirs) for theirs in said["annotations"]]
+        delta["tool_calls"] = []
+        for position, call in enumerate(calls):
+            place = position if call.get("index") is None else call["index"]
+            delta["tool_calls"] += self._calls.add(place if is_streamed else None, call)
+        if legacy_call:
+            delta["tool_calls"] += self._calls.add("function_call", {"function": legacy_call})
+        delta = drop_empty(delta)
+        if delta or logprobs:
+            yield Event(delta, logprobs)
+
+    def _count(self, usage: Json | None) -> None:
+        """Take a usage, which is OpenAI's, and more: every field passes."""
+        if not usage:
+            return
+        prompt_details = usage.get("prompt_tokens_details") or {}
+        completion_details = usage.get("completion_tokens_details") or {}
+        cached_names = ("cached_tokens", "prompt_cache_hit_tokens")  # Moonshot's, DeepSeek's
+        self.usage = token_usage(
+            count_in(usage, "prompt_tokens"),
+            count_in(usage, "completion_tokens"),
+            count_in({**usage, **drop_empty(prompt_details)}, *cached_names),
+            count_in({**usage, **drop_empty(completion_details)}, "reasoning_tokens"),
+        )
+        for name, value in drop_empty(usage).items():
+            known = self.usage.get(name, value)
+            if isinstance(value, dict) and isinstance(known, dict):
+                self.usage[name] = {**known, **drop_empty(value)}
+            elif isinstance(value, type(known)):
+                self.usage[name] = value
+
+    def _sources(self, message: Json) -> Iterator[Event]:
+        """Yield, once, the pages that Perplexity and xAI name beside the answer."""
+        annotations = []
+        for source in [*(message.get("search_results") or ()), *(message.get("citations") or ())]:
+            page = {"url": source} if isinstance(source, str) else source
+            url = text_or_nothing(page.get("url"))
+            if url and url not in self._sources_sent:
+                self._sources_sent.add(url)
+                title = text_or_nothing(page.get("title"))
+                annotations.append(url_citation(url, title, 0, 0))
+        if annotations:
+            yield Event({"annotations": annotations})
 
 
 class Responses(WireFormat):
     """/responses: OpenAI's, Copilot's GPT models, ChatGPT subscriptions, Azure, xAI."""
 
     ending = "/responses"
+
+    def __init__(self, request: ChatRequest, target: Target) -> None:
+        super().__init__(request, target)
+        self._streamed: set[Any] = set()  # parts of which a piece has come
+        self._fields: set[str] = set()  # of a message, of which a piece has come
+        self._cited: set[Any] = set()  # parts of which a citation has come
 
     def _encode(self, theirs: Json) -> Json:
         request = self.request.body
@@ -1415,38 +1895,154 @@ class Responses(WireFormat):
         return tools
 
     def _decode(self, message: Json) -> Iterator[Event]:
-        kind = str(message.get("type")).partition("response.")[2].removesuffix(".delta")
-        key, item = message.get("output_index"), message.get("item") or {}
-        delta = message.get("delta")
-        if delta and kind in TEXT_DELTA:
-            told = message.get("logprobs") if self.request.body.get("logprobs") else None
-            entries = [
-                {
-                    "bytes": None,
-                    **entry,
-                    "top_logprobs": [
-                        {"bytes": None, **other} for other in entry.get("top_logprobs", ())
-                    ],
-                }
-                for entry in told or ()
-            ]
-            yield Event(
-                {TEXT_DELTA[kind]: delta},
-                {"content": entries, "refusal": None} if entries else None,
+        if message.get("object") == "response":  # a whole one, not streamed
+            yield from self._completed(message, "completed")
+            return
+        group, _, step = str(message.get("type")).removeprefix("response.").rpartition(".")
+        if step == "delta":
+            yield from self._delta(group, message)
+        elif step == "done":
+            yield from self._done(group, message)
+        elif group == "output_item" and step == "added":
+            yield from self._item(message, is_done=False)
+        elif group == "output_text.annotation":
+            yield from self._annotation(part_of(message), message.get("annotation"))
+        elif step in ("created", "in_progress"):
+            self._note_response(message.get("response") or {})
+        elif step in ("completed", "incomplete", "cancelled"):
+            yield from self._completed(message["response"], step)
+
+    def _delta(self, group: str, message: Json) -> Iterator[Event]:
+        """Yield a piece of a text or of a call."""
+        delta = text_or_nothing(message.get("delta"))
+        if group in TEXT_FIELDS:
+            yield from self._say(group, part_of(message), delta, message.get("logprobs"))
+        elif group in CALL_DELTA and delta:
+            call_type = CALL_DELTA[group]
+            piece = {call_type: {CALL_TEXT[call_type]: delta}}
+            yield from self._call((message.get("output_index"),), piece)
+
+    def _done(self, group: str, message: Json) -> Iterator[Event]:
+        """Yield what was never streamed of a text, a part, a call or an item that is whole."""
+        part = part_of(message)
+        if group in TEXT_FIELDS:
+            text = message.get("refusal" if group == "refusal" else "text")
+            yield from self._rest(group, part, text, message.get("logprobs"))
+        elif group in ("content_part", "reasoning_summary_part"):
+            yield from self._part(part, message.get("part") or {})
+        elif group in CALL_DELTA:
+            call_type = CALL_DELTA[group]
+            text = message.get(CALL_TEXT[call_type])
+            yield from self._rest_of_call(message.get("output_index"), call_type, {}, text)
+        elif group == "output_item":
+            yield from self._item(message, is_done=True)
+
+    def _item(self, message: Json, is_done: bool) -> Iterator[Event]:
+        """Yield what an item of the output says: a call's name, and what was never streamed."""
+        item = message.get("item") or {}
+        index = message.get("output_index")
+        if is_done:
+            self._open.discard(index)
+        elif item.get("type") in ITEMS_OF_ANSWERS:
+            self._open.add(index)
+        call_type = CALL_OF_ITEM.get(str(item.get("type")))
+        if call_type is not None:
+            head = {"id": item.get("call_id") or item.get("id"), "name": item["name"]}
+            text = item.get(CALL_TEXT[call_type]) if is_done else ""
+            yield from self._rest_of_call(index, call_type, head, text)
+        if call_type is not None and is_done:
+            yield from self._call_events(self._calls.finish_at((index,)))
+        elif is_done:
+            yield from self._parts(index, item)
+
+    def _parts(self, index: Any, item: Json) -> Iterator[Event]:
+        """Yield what was never streamed of the texts of an item."""
+        for number, part in enumerate(item.get("summary") or ()):
+            yield from self._part((index, "summary", number), part)
+        for number, part in enumerate(item.get("content") or ()):
+            yield from self._part((index, "content", number), part)
+
+    def _part(self, part: Any, theirs: Json) -> Iterator[Event]:
+        """Yield what was never streamed of a part of a message or of a reasoning."""
+        group = GROUP_OF_PART.get(str(theirs.get("type")))
+        if group is None:
+            return
+        text = theirs.get("refusal" if group == "refusal" else "text")
+        yield from self._rest(group, part, text, theirs.get("logprobs"))
+        if part not in self._cited:
+            for annotation in theirs.get("annotations") or ():
+                yield from self._annotation(part, annotation)
+
+    def _rest(self, group: str, part: Any, text: Any, logprobs: Any) -> Iterator[Event]:
+        """Yield a part's text where no piece of it was streamed."""
+        if part not in self._streamed:
+            yield from self._say(group, part, text_or_nothing(text), logprobs)
+
+    def _say(self, group: str, part: Any, text: str, logprobs: Any) -> Iterator[Event]:
+        """Yield a piece of the text of a part."""
+        entries = self._logprobs(logprobs)
+        if text:
+            self._streamed.add(part)
+        if not text and entries is None:
+            return
+        field = TEXT_FIELDS[group]
+        self._fields.add(field)
+        if field == "content":
+            yield self._content(part, text, entries)
+        elif field == "reasoning_content":
+            yield self._reasoning(part, text)
+        else:
+            yield Event({field: text})
+
+    def _rest_of_call(self, index: Any, call_type: str, head: Json, text: Any) -> Iterator[Event]:
+        """Yield a call's name, where it was not known, and its text, where none was streamed."""
+        call_id = text_or_nothing(head.get("id"))
+        place = self._calls.place_of(call_id, default=(index,))
+        if self._calls.text_at(place):
+            text = None
+        inner = {"name": head.get("name"), CALL_TEXT[call_type]: text_or_nothing(text)}
+        yield from self._call(place, {"id": call_id, call_type: inner})
+
+    def _annotation(self, part: Any, theirs: Any) -> Iterator[Event]:
+        """Yield a citation; where its part and its item are whole they repeat it."""
+        self._cited.add(part)
+        yield Event({"annotations": [annotation_of(theirs, self._contents.start)]})
+
+    def _logprobs(self, theirs: Any) -> Json | None:
+        """Return log probabilities in chat completions' shape, None without any."""
+        if not self.request.body.get("logprobs") or not theirs:
+            return None
+        entries = []
+        for entry in theirs:
+            others = [{"bytes": None, **other} for other in entry.get("top_logprobs") or ()]
+            entries.append({"bytes": None, **entry, "top_logprobs": others})
+        return {"content": entries, "refusal": None}
+
+    def _note_response(self, response: Json) -> None:
+        self._note_frame("service_tier", response.get("service_tier"))
+
+    def _completed(self, response: Json, status: str) -> Iterator[Event]:
+        """Yield the end of the answer, and before it all of an answer of which nothing came."""
+        self._note_response(response)
+        self._count(response.get("usage") or {})
+        has_reasoned = "reasoning_content" in self._fields
+        has_spoken = "content" in self._fields or "refusal" in self._fields
+        is_known = {"reasoning": has_reasoned, "message": has_spoken}
+        for index, item in enumerate(response.get("output") or ()):
+            if not is_known.get(item.get("type")):
+                yield from self._item({"item": item, "output_index": index}, is_done=True)
+        details = response.get("incomplete_details") or {}
+        self._finish(details.get("reason") or response.get("status") or status)
+        yield from self.end(is_proven=True)
+
+    def _count(self, usage: Json) -> None:
+        if usage:
+            self.usage = token_usage(
+                count_in(usage, "input_tokens"),
+                count_in(usage, "output_tokens"),
+                count_in(usage.get("input_tokens_details") or {}, "cached_tokens"),
+                count_in(usage.get("output_tokens_details") or {}, "reasoning_tokens"),
             )
-        if delta and kind in CALL_DELTA and key in self._calls:
-            yield self._call(key, {CALL_DELTA[kind]: {CALL_TEXT[CALL_DELTA[kind]]: delta}})
-        for name in [name for name in CALL_ITEMS if CALL_ITEMS[name] == item.get("type")]:
-            if key not in self._calls:
-                yield self._call(key, {"id": item["call_id"], name: {"name": item["name"]}})
-            if kind == "output_item.done" and key not in self._told:
-                yield self._call(key, {name: {CALL_TEXT[name]: item[CALL_TEXT[name]] or "{}"}})
-        if kind in ("completed", "incomplete"):
-            response = message["response"]
-            self._count(response.get("usage"))
-            reason = (response.get("incomplete_details") or {}).get("reason")
-            self._finish(reason or ("tool_calls" if self._calls else "stop"))
-            yield self.end()
 
 
 def turns_of(request: ChatRequest) -> tuple[list[Json], list[Json]]:
@@ -1547,6 +2143,14 @@ class Messages(WireFormat):
 
     ending = "/messages"
 
+    def __init__(self, request: ChatRequest, target: Target) -> None:
+        super().__init__(request, target)
+        self._blocks: dict[Any, Json] = {}  # as they began
+        self._citations: dict[Any, list[Json]] = {}  # of the blocks that have not ended
+        self._starts: dict[Any, int] = {}  # where in the whole text that of a block begins
+        self._run = 0  # the texts that follow each other without anything between them
+        self._tokens: Json = {}  # by the provider's names
+
     def _encode(self, theirs: Json) -> Json:
         turns, system = turns_of(self.request)
         if system:
@@ -1615,22 +2219,98 @@ class Messages(WireFormat):
         return choice
 
     def _decode(self, message: Json) -> Iterator[Event]:
-        kind, key = message.get("type"), message.get("index")
-        self._count(message.get("usage") or (message.get("message") or {}).get("usage"))
-        piece = message.get("content_block") or message.get("delta") or {}
-        for name, field in (("thinking", "reasoning_content"), ("text", "content")):
-            if piece.get(name):
-                yield Event({field: piece[name]})
-        if piece.get("type") == "tool_use":
-            yield self._call(key, {"id": piece["id"], "function": {"name": piece["name"]}})
-        text = compact_json(piece["input"]) if piece.get("input") else piece.get("partial_json")
-        if kind == "content_block_stop" and key not in self._told:
-            text = "{}"
-        if text and key in self._calls:
-            yield self._call(key, {"function": {"arguments": text}})
-        self._finish(piece.get("stop_reason"))
-        if kind == "message_stop":
-            yield self.end()
+        kind = message.get("type")
+        index = message.get("index")
+        if kind == "message_start":
+            self._count((message.get("message") or {}).get("usage"))
+        elif kind == "content_block_start":
+            yield from self._begin_block(index, message.get("content_block") or {})
+        elif kind == "content_block_delta":
+            yield from self._delta(index, message.get("delta") or {})
+        elif kind == "content_block_stop":
+            yield from self._end_block(index)
+        elif kind == "message_delta":
+            self._count(message.get("usage"))
+            self._finish((message.get("delta") or {}).get("stop_reason"))
+        elif kind == "message_stop":
+            yield from self.end(is_proven=True)
+        elif kind == "message":  # a whole one, not streamed
+            yield from self._whole(message)
+
+    def _whole(self, message: Json) -> Iterator[Event]:
+        self._count(message.get("usage"))
+        for index, block in enumerate(message.get("content") or ()):
+            yield from self._begin_block(index, block)
+            yield from self._end_block(index)
+        self._finish(message.get("stop_reason"))
+        yield from self.end(is_proven=True)
+
+    def _begin_block(self, index: Any, block: Json) -> Iterator[Event]:
+        """Yield what is in a block from its beginning."""
+        kind = block.get("type")
+        self._open.add(index)
+        self._blocks[index] = block
+        self._citations[index] = [*(block.get("citations") or ())]
+        if kind == "tool_use":
+            piece = {"id": block["id"], "function": {"name": block["name"]}}
+            yield from self._call(index, piece)
+        elif kind in ("text", "thinking"):
+            yield from self._say(index, block)
+        if kind != "text":
+            self._run += 1
+
+    def _delta(self, index: Any, delta: Json) -> Iterator[Event]:
+        """Yield a piece of a block."""
+        if delta.get("citation"):
+            self._citations.setdefault(index, []).append(delta["citation"])
+        text = text_or_nothing(delta.get("partial_json"))
+        block = self._blocks.get(index) or {}
+        if text and block.get("type") == "tool_use":
+            yield from self._call(index, {"function": {"arguments": text}})
+        yield from self._say(index, delta)
+
+    def _say(self, index: Any, piece: Json) -> Iterator[Event]:
+        """Yield a piece of text or thought.
+
+        A sentence that cites is several blocks of text, so a blank line stands only between texts
+        with something else between them.
+        """
+        text = text_or_nothing(piece.get("text"))
+        thought = text_or_nothing(piece.get("thinking"))
+        if text:
+            yield self._content(self._run, text)
+            self._starts.setdefault(index, self._contents.end - len(text))
+        if thought:
+            yield self._reasoning(index, thought)
+
+    def _end_block(self, index: Any) -> Iterator[Event]:
+        """Yield what is known of a block at its end: the input of a call, and what a text cites."""
+        self._open.discard(index)
+        block = self._blocks.get(index) or {}
+        if block.get("type") == "tool_use":
+            if block.get("input") and not self._calls.text_at(index):
+                yield from self._call(index, {"function": {"arguments": block["input"]}})
+            yield from self._call_events(self._calls.finish_at(index))
+        annotations = []
+        for citation in self._citations.pop(index, ()):
+            start = self._starts.get(index, self._contents.end)
+            annotations.append(claude_annotation(citation, start, self._contents.end))
+        if annotations:
+            yield Event({"annotations": annotations})
+
+    def _count(self, usage: Json | None) -> None:
+        """Take counts of tokens; a later one has only those that have changed."""
+        for name, value in (usage or {}).items():
+            if isinstance(value, int):
+                self._tokens[name] = value
+        if not usage:
+            return
+        tier = usage.get("service_tier")
+        self._note_frame("service_tier", "default" if tier == "standard" else tier)
+        cached = count_in(self._tokens, "cache_read_input_tokens")
+        written = count_in(self._tokens, "cache_creation_input_tokens")
+        prompt = count_in(self._tokens, "input_tokens") + cached + written
+        self.usage = token_usage(prompt, count_in(self._tokens, "output_tokens"), cached)
 
 
 WIRE_FORMATS = (ChatCompletions, Responses, Messages)
@@ -1666,6 +2346,8 @@ class OpencodeFormat:
     The conversation was handed to opencode as text; see `foreign_conversation`.
     """
 
+    is_between_parts = True
+
     def __init__(self) -> None:
         self.finish_reason: str | None = None
         self.usage: Json | None = None
@@ -1677,33 +2359,25 @@ class OpencodeFormat:
             yield Event({name: params.get("text") or ""})
             return
         self._count(params.get("tokens"))
-        reason = params["finish"]
-        if reason and reason not in ("unknown", "error"):
-            self.finish_reason = FINISH_REASONS.get(reason.replace("-", "_"), "stop")
-        yield self.end()
+        self.finish_reason = finish_reason_of(params["finish"])
+        yield from self.end()
 
-    def end(self) -> Event:
-        """Return the last event; raise APIError when the answer is not complete."""
+    def end(self, is_proven: bool = False) -> Iterator[Event]:
+        """Yield the last event; raise APIError where the answer is not complete."""
         if self.finish_reason is None:
             raise APIError(502, "The provider did not finish its answer", code="incomplete_answer")
-        return Event({}, None, self.finish_reason, self.usage)
+        yield Event({}, None, self.finish_reason, self.usage)
 
     def _count(self, tokens: Json | None) -> None:
         """Take opencode's counts, in which neither cached nor reasoning tokens are in another."""
         if not tokens:
             return
         cache = tokens.get("cache") or {}
-        cached = cache.get("read", 0)
-        reasoning = tokens.get("reasoning", 0)
-        prompt = tokens.get("input", 0) + cached + cache.get("write", 0)
-        completion = tokens.get("output", 0) + reasoning
-        self.usage = {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
-            "completion_tokens_details": {"reasoning_tokens": reasoning},
-        }
+        cached = count_in(cache, "read")
+        reasoning = count_in(tokens, "reasoning")
+        prompt = count_in(tokens, "input") + cached + count_in(cache, "write")
+        completion = count_in(tokens, "output") + reasoning
+        self.usage = token_usage(prompt, completion, cached, reasoning)
 
 
 def foreign_conversation(request: ChatRequest) -> Json:
@@ -2010,17 +2684,128 @@ def strip_end_of_prefill(body: Json, target: Target) -> None:
 # ChatExchange in the wire format that opencode uses, a NativeExchange in the client's own.
 
 
-class ChatExchange:
-    """A chat completion, in the wire format that opencode uses for the model."""
+BLANKS = "\ufeff \t\r\n"  # before a JSON text: gateways send some while they wait for it
+SSE_FIELD = re.compile("(data|event|id|retry|):")
 
-    headers: Json = {}  # to send besides opencode's
+
+class BodyReader:
+    """Finds the data in the body of an answer: the events of a stream, or one JSON text.
+
+    Which of the two it is, its first character tells. What is neither, a page or a sentence of a
+    gateway, `rubbish` returns.
+    """
+
+    def __init__(self) -> None:
+        self._sse = SSEReader()
+        self._first = ""  # character that is no blank
+        self._pieces: list[str] = []  # of the JSON text, or of what has no data yet
+        self._size = 0  # of these
+        self._has_data = False
+        self.is_cut = False  # it has ended in the middle of an event
+
+    def feed(self, text: str) -> list[str]:
+        """Return the data that `text` completes; raise APIError where it is too large."""
+        if not self._first:
+            self._first = text.lstrip(BLANKS)[:1]
+        if self._is_json:
+            self._keep(text)
+            if self._size > MAX_EVENT_BYTES:
+                raise APIError(502, TOO_LARGE, code="incomplete_answer")
+            return []
+        if not self._has_data and self._size < MAX_ERROR_CHARACTERS:
+            self._keep(text)
+        if self._first == "<":  # a page
+            return []
+        return self._note(self._sse.feed(text))
+
+    def end(self) -> list[str]:
+        """Return what the end of the body completes."""
+        if self._is_json:
+            return ["".join(self._pieces).lstrip(BLANKS)]
+        is_half_way = not self._sse.is_between_events
+        data = self._note(self._sse.end())
+        self.is_cut = is_half_way and not data
+        return data
+
+    @property
+    def rubbish(self) -> str:
+        """What a body says that has no data at all."""
+        if self._has_data or self._is_json:
+            return ""
+        lines = "".join(self._pieces).splitlines()
+        return "\n".join(line for line in lines if not SSE_FIELD.match(line)).strip(BLANKS)
+
+    @property
+    def _is_json(self) -> bool:
+        return self._first in ("{", "[")
+
+    def _keep(self, text: str) -> None:
+        self._size += len(text)
+        self._pieces.append(text)
+
+    def _note(self, data: list[str]) -> list[str]:
+        if data and not self._has_data:
+            self._has_data = True
+            self._pieces.clear()
+        return data
+
+
+class StopSequences:
+    """Cuts a text that comes in pieces at a stop sequence, and holds back what may be one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self.held = ""  # what may be the beginning of one
+        self.is_cut = False
+
+    def before(self, text: str) -> str:
+        """Return what of the text held back and of `text` is before any of the sequences."""
+        if not self._stops:
+            return text
+        text = self.held + text
+        ends = []
+        for stop in self._stops:
+            start = text.find(stop)
+            if start >= 0:
+                ends.append((start + len(stop), start))
+        if ends:
+            self.is_cut = True
+            self.held = ""
+            _, start = min(ends)  # the first that is whole
+            return text[:start]
+
+        held_size = max(self._size_of_beginning(stop, text) for stop in self._stops)
+        shown_size = len(text) - held_size
+        self.held = text[shown_size:]
+        return text[:shown_size]
+
+    @staticmethod
+    def _size_of_beginning(stop: str, text: str) -> int:
+        """Return how much of `stop` the text ends with."""
+        for size in range(min(len(stop) - 1, len(text)), 0, -1):
+            if text.endswith(stop[:size]):
+                return size
+        return 0
+
+
+class ChatExchange:
+    """A chat completion, in the wire format that opencode uses for the model.
+
+    Not every format cuts at stop sequences, so this does. An answer without a reason to finish is
+    complete where the provider says so in another way: by `[DONE]`, or by the proper end of a body
+    in which nothing is half-way. The end of a body without a length or chunks proves nothing: a
+    connection that drops looks the same.
+    """
 
     def __init__(self, request: ChatRequest, model: Model) -> None:
-        self._request, self._model = request, model
+        self.headers: dict[str, str] = {}  # to send besides opencode's
+        self._request = request
+        self._model = model
         self._format: Any = OpencodeFormat()
-        self._sse, self._beginning = SSEReader(), ""  # of the answer: it may be no stream
-        self._held = ""  # what may be the beginning of a stop sequence
-        self._cut = False  # at one: not every wire format does it itself
+        self._body = BodyReader()
+        self._stops = StopSequences(request.stop)
+        self._is_framed = True  # the end of the body is told from a dropped connection
+        self._is_over = False
 
     def conversation(self, is_foreign: bool) -> Json:
         """Return what the plugin tells opencode of the conversation; raise APIError 400."""
@@ -2039,26 +2824,28 @@ class ChatExchange:
 
     def begin(self, status: int, headers: Json) -> Iterator[Event]:
         """Yield what the head of the provider's answer means: nothing yet."""
+        self._is_framed = "content-length" in headers or "transfer-encoding" in headers
         return iter(())
 
     def feed(self, text: str) -> Iterator[Event]:
         """Yield the events in a piece of the answer."""
-        if len(self._beginning) < MAX_ERROR_CHARACTERS:
-            self._beginning += text
-        return self._shown(map(self._format.events, self._sse.feed(text)))
+        for data in self._body.feed(text):
+            yield from self._shown(self._format.events(data))
 
     def report(self, params: Json) -> Iterator[Event]:
         """Yield the events in a report of the plugin on an answer that opencode reads."""
-        return self._shown([self._format.report(params)])
+        yield from self._shown(self._format.report(params))
 
     def end(self) -> Iterator[Event]:
         """Yield the last events, at the end of the provider's answer or of the patience with it."""
-        is_stream = not self._beginning.lstrip().startswith("{")  # but an error, or a whole answer
-        data = self._sse.end() if is_stream else [self._beginning]
-        yield from self._shown(map(self._format.events, data))
-        if self._cut:
+        for data in self._body.end():
+            yield from self._shown(self._format.events(data))
+        if self._body.rubbish:
+            raise upstream_error(200, {}, self._body.rubbish)
+        if self._stops.is_cut:
             self._format.finish_reason = "stop"  # the provider may not have come to say it
-        yield from self._shown([iter([self._format.end()])])
+        is_proven = self._is_framed and self._format.is_between_parts and not self._body.is_cut
+        yield from self._shown(self._format.end(is_proven))
 
     def refused(self, status: int, headers: Json, body: str) -> Iterator[Event]:
         """Raise APIError for what the provider refuses."""
@@ -2067,33 +2854,34 @@ class ChatExchange:
     @property
     def patience(self) -> float | None:
         """The seconds that the rest of a finished answer is worth, None before it is finished."""
-        if self._cut:
-            return CUT_SECONDS if self._request.include_usage or not self._request.stream else 0.0
+        if self._stops.is_cut:
+            wants_usage = self._request.include_usage or not self._request.stream
+            return CUT_SECONDS if wants_usage else 0.0
         return FINISH_SECONDS if self._format.finish_reason else None
 
-    def _shown(self, steps: Iterable[Iterator[Event]]) -> Iterator[Event]:
-        for event in itertools.chain.from_iterable(steps):
-            text = event.delta.get("content")
+    def _shown(self, events: Iterator[Event]) -> Iterator[Event]:
+        """Yield the events less what is behind a stop sequence; nothing once the last has come."""
+        for event in events:
+            if self._is_over:
+                return
             if event.finish_reason is not None:
-                if self._held:
-                    yield Event({"content": self._held})
-                yield event._replace(finish_reason="stop") if self._cut else event
-            elif not self._cut:
-                if self._request.stop and isinstance(text, str):
-                    event = event._replace(delta={**event.delta, "content": self._before(text)})
-                yield event
+                self._is_over = True
+                yield from self._last(event)
+            elif not self._stops.is_cut:
+                yield self._before_stop(event)
 
-    def _before(self, text: str) -> str:
-        """Return what of `text`, and of text held back, is before any of the stop sequences."""
-        text, stops = self._held + text, self._request.stop
-        found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
-        sizes = [
-            size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])
-        ]
-        self._cut = bool(found)
-        shown = min(found)[1] if found else len(text) - max(sizes, default=0)
-        self._held = "" if found else text[shown:]
-        return text[:shown]
+    def _before_stop(self, event: Event) -> Event:
+        text = event.delta.get("content")
+        if not text:
+            return event
+        return event._replace(delta={**event.delta, "content": self._stops.before(text)})
+
+    def _last(self, event: Event) -> Iterator[Event]:
+        if self._stops.held:
+            yield Event({"content": self._stops.held})
+        if self._stops.is_cut:
+            event = event._replace(finish_reason="stop")
+        yield event
 
 
 class NativeRequest(NamedTuple):
@@ -2316,107 +3104,311 @@ def sse_data(value: Json) -> bytes:
     return b"data: " + SSE_JSON(value).encode() + b"\n\n"
 
 
+# How the pieces of a message's fields add up. What the names below say of them is text that goes
+# on from piece to piece; any other field of an object is said once or repeated, as an id, a type
+# and a signature are, and the last counts.
+CALL_TEXTS = frozenset(("arguments", "input"))
+AUDIO_TEXTS = frozenset(("data", "transcript"))
+DETAIL_TEXTS = frozenset(("text", "summary", "data"))
+
+
+def joined_object(pieces: Iterable[Json], texts: frozenset[str] = frozenset()) -> Json:
+    """Return the object that pieces add up to: the fields named in `texts` go on, else the last."""
+    whole: Json = {}
+    parts: dict[str, list[str]] = {}
+    for piece in pieces:
+        for name, value in piece.items():
+            if value is None:
+                continue
+            whole[name] = value
+            if name in texts and isinstance(value, str):
+                parts.setdefault(name, []).append(value)
+    for name, values in parts.items():
+        whole[name] = "".join(values)
+    return whole
+
+
+def joined_calls(pieces: Iterable[Json]) -> list[Json]:
+    """Return the calls that entries of `tool_calls` add up to, by their indexes."""
+    by_index: dict[int, list[Json]] = {}
+    for piece in pieces:
+        by_index.setdefault(piece["index"], []).append(piece)
+    calls = []
+    for same in by_index.values():
+        call = joined_object(same)
+        del call["index"]
+        for call_type in CALL_TEXT:
+            inner = [piece[call_type] for piece in same if call_type in piece]
+            if inner:
+                call[call_type] = joined_object(inner, CALL_TEXTS)
+        calls.append(call)
+    return calls
+
+
+def joined_details(pieces: Iterable[Any]) -> list[Any]:
+    """Return what entries of OpenRouter's `reasoning_details` add up to.
+
+    Pieces of one detail have its index and its type; without an index they follow each other.
+    """
+    details: list[tuple[Any, list[Json]]] = []
+    places: dict[Any, list[Json]] = {}
+    for piece in pieces:
+        key = (str(piece.get("index")), str(piece.get("type")))
+        same = places.get(key)
+        if same is not None and piece.get("index") is None and details[-1][0] != key:
+            same = None
+        if same is not None and is_other(same, piece):
+            same = None
+        if same is None:
+            same = places[key] = []
+            details.append((key, same))
+        same.append(piece)
+    return [joined_object(same, DETAIL_TEXTS) for _, same in details]
+
+
+def is_other(same: list[Json], piece: Json) -> bool:
+    """Tell whether the id of a detail's piece is another than that of the pieces before."""
+    detail_id = piece.get("id")
+    return bool(detail_id) and any(other.get("id") not in (None, "", detail_id) for other in same)
+
+
+class Message:
+    """The message that the deltas of a choice add up to, each field by what it means."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Any]] = {}  # of the fields, in the order in which they came
+
+    def add(self, delta: Json) -> None:
+        """Take a delta."""
+        for name, value in delta.items():
+            if value is not None:
+                self._values.setdefault(name, []).append(value)
+
+    def whole(self) -> Json:
+        """Return the message."""
+        message: Json = {"role": "assistant", "content": None, "refusal": None}
+        for name, values in self._values.items():
+            message[name] = self._joined(name, values)
+        if not self._values:
+            message["content"] = ""
+        return message
+
+    def _joined(self, name: str, values: list[Any]) -> Any:
+        if name == "function_call":
+            return joined_object(values, CALL_TEXTS)
+        if name == "audio":
+            return joined_object(values, AUDIO_TEXTS)
+        if name == "tool_calls":
+            return joined_calls(itertools.chain.from_iterable(values))
+        if name == "reasoning_details":
+            return joined_details(itertools.chain.from_iterable(values))
+        return self._joined_unknown(values)
+
+    @staticmethod
+    def _joined_unknown(values: list[Any]) -> Any:
+        """Return what values add up to: text and lists go on, of anything else the last counts."""
+        if all(isinstance(value, str) for value in values):
+            return "".join(values)
+        if all(isinstance(value, list) for value in values):
+            return list(itertools.chain.from_iterable(values))
+        if all(isinstance(value, dict) for value in values):
+            return joined_object(values)
+        return values[-1]
+
+
+class Logprobs:
+    """The log probabilities of a choice, whose pieces each have those of their tokens."""
+
+    def __init__(self) -> None:
+        self._lists: dict[str, list[Any]] = {}
+        self._has_come = False
+
+    def add(self, logprobs: Any) -> None:
+        """Take a piece's."""
+        if not isinstance(logprobs, dict):
+            return
+        self._has_come = True
+        for name, entries in logprobs.items():
+            if isinstance(entries, list):
+                self._lists.setdefault(name, []).extend(entries)
+
+    def whole(self) -> Json | None:
+        """Return all of them, None where a provider gave none."""
+        if not self._has_come:
+            return None
+        return {"content": None, "refusal": None, **self._lists}
+
+
+class UsageSum:
+    """The tokens of a request: those of its prompt once, those of its choices together."""
+
+    def __init__(self) -> None:
+        self._prompt: Json = {}  # what begins with prompt_
+        self._is_prompt_counted = False  # by a provider
+        self._answers: Json = {}  # all else, added up
+        self._answer_tokens = 0
+
+    def add(self, usage: Json, is_prompt_counted: bool) -> None:
+        """Take the usage of a choice that has ended.
+
+        Arguments:
+            usage: with prompt_tokens, completion_tokens and total_tokens at least.
+            is_prompt_counted: by the provider; otherwise it is an estimate.
+        """
+        prompt = {}
+        for name, value in usage.items():
+            if name.startswith("prompt_"):
+                prompt[name] = value
+            elif name != "total_tokens":
+                self._answers[name] = added(self._answers.get(name), value)
+        self._answer_tokens += usage["total_tokens"] - usage["prompt_tokens"]
+        if not self._prompt or (is_prompt_counted and not self._is_prompt_counted):
+            self._prompt = prompt
+            self._is_prompt_counted = is_prompt_counted
+
+    def whole(self) -> Json:
+        """Return the usage of the request, {} before a choice has ended."""
+        if not self._prompt:
+            return {}
+        prompt_tokens = self._prompt["prompt_tokens"]
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": self._answers["completion_tokens"],
+            "total_tokens": prompt_tokens + self._answer_tokens,
+            **self._prompt,
+            **self._answers,
+        }
+
+
+def added(total: Any, value: Any) -> Any:
+    """Return the sum of two counts, or of the counts in two objects; of anything else the last."""
+    if isinstance(total, dict) and isinstance(value, dict):
+        return {**total, **{name: added(total.get(name), value[name]) for name in value}}
+    if type(total) in (int, float) and type(value) in (int, float):
+        return total + value
+    return value
+
+
 class Answer:
     """One answer: what its chunks, or the whole of it, have in common, and what it adds up to."""
 
     def __init__(self, request: ChatRequest, model: Model) -> None:
         self._request = request
         is_known = request.model in (model.name, model.name.partition("/")[2])
-        name = request.model if is_known else model.name
         self._frame: Json = {
             "id": "chatcmpl-" + uuid.uuid4().hex,
             "object": "chat.completion.chunk",
             "created": int(time.time()),
-            "model": name,
+            "model": request.model if is_known else model.name,
             "system_fingerprint": "fp_opencode",
-            "choices": [],
         }
-        self._pieces: list[list[Json]] = [[] for _ in range(request.choices)]  # of the whole
-        self._characters = [0] * request.choices
-        self.usage: Json = {}  # of the choices that have ended
-        self._chunk_head = "data: " + SSE_JSON(self._frame)[:-2]  # what is the same in all chunks
+        self._chunk_head = ""  # what is the same in all chunks
         self._chunk_tail = '],"usage":null}\n\n' if request.include_usage else "]}\n\n"
+        self._messages = [Message() for _ in range(request.choices)]
+        self._logprobs = [Logprobs() for _ in range(request.choices)]
+        self._finish_reasons: list[str | None] = [None] * request.choices
+        self._characters = [0] * request.choices
+        self._usage = UsageSum()
+        self._set_chunk_head()
+
+    @property
+    def usage(self) -> Json:
+        """The tokens of the choices that have ended."""
+        return self._usage.whole()
 
     def take(self, index: int, event: Event) -> bytes:
         """Return the chunks that an event of a choice means; nothing where the whole is wanted."""
-        delta, finish_reason = event.delta, event.finish_reason
+        delta = event.delta
+        finish_reason = event.finish_reason
+        if event.frame:
+            self._frame.update(event.frame)
+            self._set_chunk_head()
         if self._request.legacy_functions:
-            first = next(
-                (call["function"] for call in delta.get("tool_calls", ()) if call["index"] == 0),
-                None,
-            )  # there is room for no other
-            delta = drop_empty({**delta, "tool_calls": None, "function_call": first})
-            finish_reason = "function_call" if finish_reason == "tool_calls" else finish_reason
-        self._characters[index] += sum(len(str(value)) for value in delta.values())
+            delta = legacy_delta(delta)
+            if finish_reason == "tool_calls":
+                finish_reason = "function_call"
+        for value in delta.values():
+            self._characters[index] += len(str(value))
         if finish_reason is not None:
-            self.usage = merge([self.usage, self._count(event.usage or {}, index)])
+            self._finish_reasons[index] = finish_reason
+            self._count(index, event.usage or {})
+
         if not self._request.stream:
-            piece = {"message": delta, "logprobs": event.logprobs, "finish_reason": finish_reason}
-            self._pieces[index].append(piece)
+            self._messages[index].add(delta)
+            self._logprobs[index].add(event.logprobs)
             return b""
-        chunk = self._chunk(index, delta, event.logprobs, None) if delta else b""
-        return chunk + (self._chunk(index, {}, None, finish_reason) if finish_reason else b"")
-
-    def _count(self, told: Json, index: int) -> Json:
-        asked = sum(len(text_of(message.get("content"))) for message in self._request.messages)
-        usage = {
-            "prompt_tokens": 1 + asked // CHARACTERS_PER_TOKEN,
-            "completion_tokens": 1 + self._characters[index] // CHARACTERS_PER_TOKEN,
-            **{name: count for name, count in told.items() if count is not None},
-        }
-        total = usage["prompt_tokens"] + usage["completion_tokens"]
-        return {**usage, "total_tokens": usage.get("total_tokens") or total}
-
-    def _chunk(self, index: int, delta: Json, logprobs: Any, finish: str | None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return (self._chunk_head + SSE_JSON(choice) + self._chunk_tail).encode()
+        chunks = b""
+        if delta or event.logprobs:
+            chunks += self._chunk(index, delta, event.logprobs, None)
+        if finish_reason is not None:
+            chunks += self._chunk(index, {}, None, finish_reason)
+        return chunks
 
     def head(self) -> bytes:
         """Return the chunks that name the role, the first ones of a stream."""
         role = {"role": "assistant", "content": ""}
-        return b"".join(self._chunk(index, role, None, None) for index in range(len(self._pieces)))
+        indexes = range(self._request.choices)
+        return b"".join(self._chunk(index, role, None, None) for index in indexes)
 
     def tail(self) -> bytes:
         """Return the last events of a stream: the usage where it was asked for, and the end."""
-        usage = sse_data({**self._frame, "usage": self.usage})
-        return usage + SSE_DONE if self._request.include_usage else SSE_DONE
+        if not self._request.include_usage:
+            return SSE_DONE
+        return sse_data({**self._frame, "choices": [], "usage": self.usage}) + SSE_DONE
 
     def whole(self) -> Json:
         """Return the chat.completion."""
-        choices: list[Json] = [
-            {"index": index, "message": {}, "logprobs": None, **merge(pieces)}
-            for index, pieces in enumerate(self._pieces)
-        ]
-        for choice in choices:
-            said = choice["message"] or {"content": ""}
-            choice["message"] = {"role": "assistant", "content": None, "refusal": None, **said}
-        return {**self._frame, "object": "chat.completion", "choices": choices, "usage": self.usage}
+        choices = []
+        for index, message in enumerate(self._messages):
+            choice = {
+                "index": index,
+                "message": message.whole(),
+                "logprobs": self._logprobs[index].whole(),
+                "finish_reason": self._finish_reasons[index],
+            }
+            choices.append(choice)
+        frame = {**self._frame, "object": "chat.completion"}
+        return {**frame, "choices": choices, "usage": self.usage}
+
+    def _set_chunk_head(self) -> None:
+        frame = SSE_JSON({**self._frame, "choices": []})
+        self._chunk_head = "data: " + frame[: -len("]}")]
+
+    def _chunk(self, index: int, delta: Json, logprobs: Any, finish_reason: str | None) -> bytes:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
+        return (self._chunk_head + SSE_JSON(choice) + self._chunk_tail).encode()
+
+    def _count(self, index: int, counted: Json) -> None:
+        """Count the tokens of a choice that has ended; what the provider did not is estimated."""
+        characters = 0
+        for message in self._request.messages:
+            characters += len(text_of(message.get("content")))
+        usage = {
+            "prompt_tokens": 1 + characters // CHARACTERS_PER_TOKEN,
+            "completion_tokens": 1 + self._characters[index] // CHARACTERS_PER_TOKEN,
+        }
+        for name, value in counted.items():
+            if value is not None:
+                usage[name] = value
+        if not usage.get("total_tokens"):
+            usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+        self._usage.add(usage, counted.get("prompt_tokens") is not None)
 
 
-def merge(deltas: list[Json]) -> Json:
-    """Return what deltas or usages add up to, without what is null."""
-    keys = dict.fromkeys(key for delta in deltas for key in delta)  # in this order
-    pieces = {key: [delta[key] for delta in deltas if delta.get(key) is not None] for key in keys}
-    return {key: join(key, values) for key, values in pieces.items() if values}
-
-
-def join(key: str, values: list[Any]) -> Any:
-    """Return what the pieces of one field add up to: text is joined, numbers and lists added."""
-    if all(isinstance(value, str) for value in values):
-        return values[-1] if key in ("id", "type", "name") else "".join(values)
-    if all(isinstance(value, dict) for value in values):
-        return merge(values)
-    if all(type(value) in (int, float) for value in values):
-        return sum(values)
-    if not all(isinstance(value, list) for value in values):
-        return values[-1]
-    items = [item for value in values for item in value]
-    if not all(isinstance(item, dict) and "index" in item for item in items):
-        return items
-    by_index: dict[Any, list[Json]] = {}
-    for item in items:
-        by_index.setdefault(item["index"], []).append({**item, "index": None})
-    return [merge(same) for same in by_index.values()]
+def legacy_delta(delta: Json) -> Json:
+    """Return a delta in the words of those who call tools functions: there is room for one."""
+    if "tool_calls" not in delta:
+        return delta
+    others = {name: value for name, value in delta.items() if name != "tool_calls"}
+    for call in delta["tool_calls"]:
+        if call["index"] == 0 and "function" in call:
+            others["function_call"] = call["function"]
+    return others
 
 
 # ----------------------------------------------------------------------------------------- opencode

@@ -2582,8 +2582,9 @@ class NativeTest(unittest.TestCase):
         self.assertIn(error(exchange.body, AT_RESPONSES, {})[2], "The body is too deeply nested")
 
 
-def call_delta(index, arguments, call_id=None, kind="function", **more):
-    inner = {"name": "f"} if call_id else {}
+def call_delta(index, arguments, call_id=None, kind="function", name="f", **more):
+    """Return a delta with a piece of a call: the first one, which names it, where it has an id."""
+    inner = {"name": name} if call_id else {}
     inner[{"function": "arguments", "custom": "input"}[kind]] = arguments
     head = {"id": call_id, "type": kind} if call_id else {}
     return {"tool_calls": [{"index": index, **head, kind: inner, **more}]}
@@ -2600,7 +2601,8 @@ def event(kind, index=0, item="message", **fields):
 
 
 def block(kind, index, piece=None):
-    return {"type": "content_block_" + kind, "index": index, "delta": piece}
+    name = "content_block" if kind == "start" else "delta"
+    return {"type": "content_block_" + kind, "index": index, name: piece}
 
 
 ENTRY = {"token": "a", "logprob": -0.5}
@@ -2687,117 +2689,726 @@ MESSAGES_STREAM = (
 )
 
 
-class EventTest(unittest.TestCase):
-    def test_streams_that_have_everything(self):
-        entry = {"bytes": None, **ENTRY, "top_logprobs": [{"bytes": None, **ENTRY}]}
-        self.assertEqual(
-            events(AT_CHAT, *CHAT_STREAM),
-            (
-                [
-                    {"reasoning_content": "r", "reasoning_opaque": "o"},
-                    {"reasoning_content": "r"},
-                    ({"content": "a"}, {"content": [ENTRY]}),
-                    {"content": "b"},
-                    {"refusal": "no", "annotations": [1], "audio": {"id": "a"}},
-                    call_delta(0, "", "c1", more=1),
-                    call_delta(0, "{}"),
-                    call_delta(1, "1", "c2"),
-                    call_delta(2, "", "c3", "custom"),
-                    call_delta(2, "x", kind="custom"),
-                ],
-                ({}, None, "tool_calls", {**usage_of(3, 4, 2), "x": 1}),
-            ),
-        )
-        self.assertEqual(
-            events(AT_RESPONSES, *RESPONSES_STREAM, logprobs=True),
-            (
-                [
-                    {"reasoning_content": "p"},
-                    ({"content": "a"}, {"content": [entry], "refusal": None}),
-                    {"refusal": "no"},
-                    call_delta(0, "", "c1"),
-                    call_delta(0, "{}"),
-                    call_delta(1, "", "c2"),
-                    call_delta(1, '{"late":1}'),
-                    call_delta(2, "", "c3"),
-                    call_delta(2, "{}"),
-                    call_delta(3, "", "c4", "custom"),
-                    call_delta(3, "x", kind="custom"),
-                ],
-                ({}, None, "tool_calls", usage_of(11, 20, 4, 7)),
-            ),
-        )
-        self.assertEqual(events(AT_RESPONSES, *RESPONSES_STREAM)[0][1], {"content": "a"})
-        self.assertEqual(
-            events(AT_MESSAGES, *MESSAGES_STREAM),
-            (
-                [
-                    {"reasoning_content": "r"},
-                    {"content": "a"},
-                    {"content": "b"},
-                    call_delta(0, "", "c1"),
-                    call_delta(0, '{"x":1.0}'),
-                    call_delta(1, "", "c2"),
-                    call_delta(1, "{}"),
-                ],
-                ({}, None, "tool_calls", usage_of(11, 20, 4)),
-            ),
-        )
+# ------------------------------------------------------------------------- what providers really send
+def function_call(arguments, name="weather", **more):
+    """Return a piece of a call as providers send it."""
+    return {"type": "function", "function": {"name": name, "arguments": arguments}, **more}
 
-    def test_whole_answer_and_calls_without_ids(self):
-        calls = [asks("", arguments)["tool_calls"][0] for arguments in "12"]
-        (delta,), last = events(
-            AT_CHAT,
+
+def sent_calls(*pieces, finish="stop"):
+    """Return a stream of chat completions with a chunk for each piece of a call."""
+    return (*(chunk(call=piece) for piece in pieces), chunk(finish), "[DONE]")
+
+
+def got_calls(*calls, call_type="function"):
+    """Return the message of calls: (id, name, text) each; an id that is ours is "ours"."""
+    text_name = {"function": "arguments", "custom": "input"}[call_type]
+    tool_calls = []
+    for call_id, name, words in calls:
+        inner = {"name": name, text_name: words}
+        tool_calls.append({"id": call_id, "type": call_type, call_type: inner})
+    return {"tool_calls": tool_calls}
+
+
+def whole_chat(finish="stop", *others, **message):
+    """Return a chat completion that was not streamed."""
+    choices = [{"index": 0, "message": message, "finish_reason": finish}, *others]
+    return {"object": "chat.completion", "choices": choices}
+
+
+def cited(url, title, start, end):
+    fields = {"start_index": start, "end_index": end, "title": title, "url": url}
+    return {"type": "url_citation", "url_citation": fields}
+
+
+def details(*pieces, **more):
+    """Return a chunk with OpenRouter's reasoning."""
+    return chunk(reasoning=more.get("text"), reasoning_details=list(pieces))
+
+
+OSLO, ROME = '{"town":"Oslo"}', '{"town":"Rome"}'
+OSLO_AND_ROME = got_calls(("ours", "weather", OSLO), ("ours", "weather", ROME))
+A_AND_B = got_calls(("a", "weather", OSLO), ("b", "weather", ROME))
+STREAMED_CALLS = {
+    "Gemini's, without ids, all with index 0": (
+        sent_calls(function_call(OSLO, index=0), function_call(ROME, index=0)),
+        OSLO_AND_ROME,
+    ),
+    "with empty ids": (
+        sent_calls(function_call(OSLO, index=0, id=""), function_call(ROME, index=0, id="")),
+        OSLO_AND_ROME,
+    ),
+    "without indexes": (sent_calls(function_call(OSLO), function_call(ROME)), OSLO_AND_ROME),
+    "in one chunk, with one index": (
+        (chunk(tool_calls=[function_call(OSLO, index=0), function_call(ROME, index=0)]), "[DONE]"),
+        OSLO_AND_ROME,
+    ),
+    "in one chunk, without indexes": (
+        (chunk("stop", tool_calls=[function_call(OSLO), function_call(ROME)]),),
+        OSLO_AND_ROME,
+    ),
+    "with ids, all with index 0": (
+        sent_calls(
+            function_call("", index=0, id="a"),
+            {"index": 0, "id": "", "function": {"name": None, "arguments": OSLO}},
+            function_call("", index=0, id="b"),
+            {"index": 0, "id": "", "function": {"name": None, "arguments": ROME}},
+        ),
+        A_AND_B,
+    ),
+    "with the id and the name in every piece": (
+        sent_calls(
+            function_call('{"town":', index=0, id="a"),
+            function_call('"Oslo"}', index=0, id="a"),
+            function_call('{"town":', index=1, id="b"),
+            function_call('"Rome"}', index=1, id="b"),
+        ),
+        A_AND_B,
+    ),
+    "with another id in every piece": (
+        sent_calls(
+            function_call("", index=0, id="a"),
+            {"index": 0, "id": "x", "function": {"arguments": '{"town":'}},
+            {"index": 0, "id": "y", "function": {"arguments": '"Oslo"}'}},
+        ),
+        got_calls(("a", "weather", OSLO)),
+    ),
+    "with the name in every piece, and no id": (
+        sent_calls(function_call('{"town":', index=0), function_call('"Oslo"}', index=0)),
+        got_calls(("ours", "weather", OSLO)),
+    ),
+    "with a name that comes after the id": (
+        sent_calls(
+            {"index": 0, "id": "a", "type": "function"},
+            {"index": 0, "function": {"name": "weather"}},
+            {"index": 0, "function": {"arguments": OSLO}},
+        ),
+        got_calls(("a", "weather", OSLO)),
+    ),
+    "with a name that comes after the arguments": (
+        sent_calls(
+            {"index": 0, "id": "a", "function": {"arguments": OSLO}},
+            {"index": 0, "function": {"name": "weather"}},
+        ),
+        got_calls(("a", "weather", OSLO)),
+    ),
+    "another name after the arguments have begun": (
+        sent_calls(function_call("{}", "f", index=0), function_call("{}", "g", index=0)),
+        got_calls(("ours", "f", "{}"), ("ours", "g", "{}")),
+    ),
+    "two of one name without arguments": (
+        sent_calls(function_call("{}", "f", index=0), function_call("{}", "f", index=0)),
+        got_calls(("ours", "f", "{}"), ("ours", "f", "{}")),
+    ),
+    "of several names whose arguments never come": (
+        sent_calls(function_call("", "f", index=0), function_call(None, "g", index=0)),
+        got_calls(("ours", "f", "{}"), ("ours", "g", "{}")),
+    ),
+    "with one id for two": (
+        sent_calls(function_call(OSLO, index=0, id="a"), function_call(ROME, index=1, id="a")),
+        got_calls(("a", "weather", OSLO), ("ours", "weather", ROME)),
+    ),
+    "with pieces that alternate": (
+        sent_calls(
+            function_call("", index=0, id="a"),
+            function_call("", index=1, id="b"),
+            {"index": 0, "function": {"arguments": OSLO}},
+            {"index": 1, "function": {"arguments": ROME}},
+        ),
+        A_AND_B,
+    ),
+    "with arguments that are an object": (
+        sent_calls(function_call({"town": "Oslo"}, index=0)),
+        got_calls(("ours", "weather", OSLO)),
+    ),
+    "in the deprecated words": (
+        (
+            chunk(function_call={"name": "weather", "arguments": ""}),
+            chunk(function_call={"arguments": OSLO}),
+            chunk("function_call"),
+        ),
+        got_calls(("ours", "weather", OSLO)),
+    ),
+    "without a finish_reason": (
+        (chunk(call=function_call(OSLO, index=0, id="a")), "[DONE]"),
+        got_calls(("a", "weather", OSLO)),
+    ),
+}
+CLAUDE_DETAIL = {"type": "reasoning.text", "format": "anthropic-claude-v1", "index": 0}
+SECRET_DETAIL = {"type": "reasoning.encrypted", "format": "openai-responses-v1", "index": 0}
+THINKING_PART = {"type": "thinking", "thinking": [text("h"), text("m")]}
+PAGES = {"citations": ["https://a", "https://b"]}
+SEARCHED = {"search_results": [{"title": "A", "url": "https://a", "date": None}]}
+FLAT_CITATION = {"type": "url_citation", "url": "https://a", "title": "A"}
+NESTED_CITATION = {"type": "url_citation", "url_citation": {"url": "https://a", "title": "A"}}
+CHAT_ANSWERS = {
+    "no finish_reason, but [DONE]": (
+        (chunk(content="Hel"), chunk(content="lo"), "[DONE]"),
+        {"content": "Hello"},
+    ),
+    "no finish_reason, but the end": ((chunk(content="Hello"),), {"content": "Hello"}),
+    "what is no data between the data": (
+        (
+            ": keepalive",
+            "null",
+            chunk(content="a"),
+            "[]",
+            "{}",
+            "ping",
+            '"ping"',
+            ": OPENROUTER PROCESSING",
+            chunk("stop", content="b"),
+            "[DONE]",
+        ),
+        {"content": "ab"},
+    ),
+    "a finish_reason in every chunk": (
+        (chunk("stop", content="a"), chunk("stop", content="b"), "[DONE]"),
+        {"content": "ab"},
+    ),
+    "Mistral's thoughts": (
+        (
+            chunk(content=[{"type": "thinking", "thinking": [text("h")]}]),
+            chunk(content=[{"type": "thinking", "thinking": [text("m")]}]),
+            chunk("stop", content=[text("a"), {"type": "reference", "reference_ids": [1]}]),
+        ),
+        {"reasoning_content": "hm", "content": "a"},
+    ),
+    "Mistral's thoughts, whole": (
+        whole_chat(content=[THINKING_PART, THINKING_PART, text("a")]),
+        {"reasoning_content": "hm\n\nhm", "content": "a"},
+    ),
+    "reasoning under two names": (
+        (chunk(reasoning="hm", reasoning_content="hm"), chunk("stop", content="a")),
+        {"reasoning_content": "hm", "content": "a"},
+    ),
+    "OpenRouter's reasoning of Claude": (
+        (
+            details({**CLAUDE_DETAIL, "text": "Let"}, text="Let"),
+            details({**CLAUDE_DETAIL, "text": " me"}, text=" me"),
+            details({**CLAUDE_DETAIL, "signature": "sig"}),
+            chunk("stop", content="a"),
+        ),
+        {
+            "reasoning_content": "Let me",
+            "reasoning_details": [{**CLAUDE_DETAIL, "text": "Let me", "signature": "sig"}],
+            "content": "a",
+        },
+    ),
+    "OpenRouter's reasoning of GPT": (
+        (
+            details({"type": "reasoning.summary", "summary": "pl", "index": 0}, text="pl"),
+            details({"type": "reasoning.summary", "summary": "an", "index": 0}, text="an"),
+            details({**SECRET_DETAIL, "data": "x", "id": "rs_1"}),
+            details({**SECRET_DETAIL, "data": "y", "id": "rs_2"}),
+            chunk("stop", content="a"),
+        ),
+        {
+            "reasoning_content": "plan",
+            "reasoning_details": [
+                {"type": "reasoning.summary", "summary": "plan", "index": 0},
+                {**SECRET_DETAIL, "data": "x", "id": "rs_1"},
+                {**SECRET_DETAIL, "data": "y", "id": "rs_2"},
+            ],
+            "content": "a",
+        },
+    ),
+    "OpenRouter's details alone, without indexes": (
+        (
+            details({"type": "reasoning.text", "text": "h", "id": None}),
+            details({"type": "reasoning.text", "text": "m"}),
+            chunk("stop", content="a"),
+        ),
+        {
+            "reasoning_content": "hm",
+            "reasoning_details": [{"type": "reasoning.text", "text": "hm"}],
+            "content": "a",
+        },
+    ),
+    "Perplexity's pages, in every chunk": (
+        (
+            {**PAGES, **SEARCHED, **chunk(content="a")},
+            {**PAGES, **SEARCHED, **chunk("stop", content="b")},
+        ),
+        {
+            "content": "ab",
+            "annotations": [cited("https://a", "A", 0, 0), cited("https://b", "", 0, 0)],
+        },
+    ),
+    "Perplexity's chunks, which hold all so far": (
+        (
+            {
+                "object": "chat.completion",
+                "choices": [{"delta": {"content": "a"}, "message": {"content": "a"}}],
+            },
             {
                 "object": "chat.completion",
                 "choices": [
-                    {"message": {"content": "a", "tool_calls": calls}, "finish_reason": "eos"}
+                    {
+                        "delta": {"content": "b"},
+                        "message": {"content": "ab"},
+                        "finish_reason": "stop",
+                    }
                 ],
             },
-        )
-        for index, told in enumerate(delta["tool_calls"]):
-            self.assertRegex(told["id"], "^call_[0-9a-f]{32}$")
-            self.assertEqual([told], call_delta(index, "12"[index], told["id"])["tool_calls"])
-        self.assertEqual((delta["content"], last), ("a", ({}, None, "stop", None)))
+        ),
+        {"content": "ab"},
+    ),
+    "xAI's pages, behind the answer": (
+        (chunk("stop", content="a"), {"choices": [], "citations": ["https://a"]}, "[DONE]"),
+        {"content": "a", "annotations": [cited("https://a", "", 0, 0)]},
+    ),
+    "a flat citation": (
+        (chunk("stop", content="a", annotations=[FLAT_CITATION]),),
+        {"content": "a", "annotations": [NESTED_CITATION]},
+    ),
+    "Copilot's Claude, whole: its text and its calls apart": (
+        whole_chat(
+            "tool_calls",
+            {"message": {"tool_calls": [function_call(OSLO, id="a")]}, "finish_reason": "stop"},
+            content="I look",
+        ),
+        {"content": "I look", **got_calls(("a", "weather", OSLO))},
+    ),
+    "whole, with calls and without ids and indexes": (
+        whole_chat("eos", content="a", tool_calls=[function_call(OSLO), function_call(ROME)]),
+        {"content": "a", **OSLO_AND_ROME},
+    ),
+    "whole, with one id for two calls": (
+        whole_chat(tool_calls=[function_call(OSLO, id="a"), function_call(ROME, id="a")]),
+        got_calls(("a", "weather", OSLO), ("ours", "weather", ROME)),
+    ),
+    "whole, without a finish_reason": (whole_chat(None, content="a"), {"content": "a"}),
+    "whole, in an array": ([whole_chat(content="a")], {"content": "a"}),
+    "audio": (
+        (
+            chunk(audio={"id": "au", "data": "QU", "transcript": "h"}),
+            chunk(audio={"data": "JD", "transcript": "i", "expires_at": 1}),
+            chunk("stop"),
+        ),
+        {"audio": {"id": "au", "data": "QUJD", "transcript": "hi", "expires_at": 1}},
+    ),
+    "Gemini's signature of a call": (
+        sent_calls(function_call(OSLO, index=0, id="a", extra_content={"google": {"s": "x"}})),
+        {
+            "tool_calls": [
+                function_call(OSLO, id="a", extra_content={"google": {"s": "x"}}),
+            ]
+        },
+    ),
+}
 
-    def test_endings(self):
-        cut = event("incomplete", response={"incomplete_details": {"reason": "max_output_tokens"}})
-        refused = {"type": "message_stop", "delta": {"stop_reason": "refusal"}}
-        self.assertEqual(events(AT_RESPONSES, cut)[1].finish_reason, "length")
-        self.assertEqual(events(AT_MESSAGES, refused)[1].finish_reason, "content_filter")
 
-    def test_failures(self):
-        for url, data, status, words in (
-            *(
-                (AT_CHAT, data, 502, "The provider sent bad data")
-                for data in ("{no", "[" * 100000, "[]", '{"a":NaN}', {"choices": [1]})
+def item(item_type="message", *parts, **fields):
+    """Return an item of an output of /responses."""
+    name = "summary" if item_type == "reasoning" else "content"
+    return {"type": item_type, name: list(parts), **fields}
+
+
+def output(*items, status="completed", **more):
+    """Return an answer of /responses that was not streamed."""
+    return {"object": "response", "status": status, "output": list(items), **more}
+
+
+def wrote(words, index=0, part=0, group="output_text", **more):
+    """Return an event with a piece of a text."""
+    place = "summary_index" if "summary" in group else "content_index"
+    return event(f"{group}.delta", index, delta=words, **{place: part}, **more)
+
+
+COMPLETED = event("completed", response={})
+SAID_A, SAID_B = text("a", "output_text"), text("b", "output_text")
+CALL_ITEM = {"type": "function_call", "call_id": "a", "name": "weather"}
+FULL_CALL_ITEM = {**CALL_ITEM, "arguments": OSLO}
+ONE_CALL = got_calls(("a", "weather", OSLO))
+SOURCE = {
+    "type": "url_citation",
+    "start_index": 0,
+    "end_index": 1,
+    "title": "A",
+    "url": "https://a",
+}
+SOURCED_B = {**SAID_B, "annotations": [SOURCE]}
+RESPONSES_ANSWERS = {
+    "text only in output_text.done": (
+        (event("output_text.done", text="a"), COMPLETED),
+        {"content": "a"},
+    ),
+    "text only in content_part.done": (
+        (event("content_part.done", part=SAID_A), COMPLETED),
+        {"content": "a"},
+    ),
+    "text only in output_item.done": (
+        (event("output_item.done", content=[SAID_A]), COMPLETED),
+        {"content": "a"},
+    ),
+    "text only in completed": (
+        (event("completed", response=output(item("message", SAID_A))),),
+        {"content": "a"},
+    ),
+    "text in all of them": (
+        (
+            wrote("a"),
+            event("output_text.done", text="a"),
+            event("content_part.done", part=SAID_A),
+            event("output_item.done", content=[SAID_A]),
+            event("completed", response=output(item("message", SAID_A))),
+        ),
+        {"content": "a"},
+    ),
+    "a refusal only in refusal.done": (
+        (event("refusal.done", refusal="no"), COMPLETED),
+        {"refusal": "no"},
+    ),
+    "two message items": (
+        (wrote("a", 0), wrote("a", 0), wrote("b", 1), COMPLETED),
+        {"content": "aa\n\nb"},
+    ),
+    "two text items of a message": (
+        (wrote("a", 0, 0), wrote("b", 0, 1), COMPLETED),
+        {"content": "a\n\nb"},
+    ),
+    "parts and items of reasoning": (
+        (
+            wrote("**First**", 0, 0, "reasoning_summary_text"),
+            wrote("**Sec", 0, 1, "reasoning_summary_text"),
+            wrote("ond**", 0, 1, "reasoning_summary_text"),
+            wrote("raw", 1, 0, "reasoning_text"),
+            wrote("a", 2),
+            COMPLETED,
+        ),
+        {"reasoning_content": "**First**\n\n**Second**\n\nraw", "content": "a"},
+    ),
+    "reasoning only in its item": (
+        (
+            event("output_item.done", 0, "reasoning", summary=[text("hm", "summary_text")]),
+            wrote("a", 1),
+            COMPLETED,
+        ),
+        {"reasoning_content": "hm", "content": "a"},
+    ),
+    "a citation in the second item": (
+        (
+            wrote("aaaa", 0),
+            wrote("b", 1),
+            event("output_text.annotation.added", 1, annotation=SOURCE),
+            event("content_part.done", 1, part=SOURCED_B),
+            event("output_item.done", 1, content=[SOURCED_B]),
+            COMPLETED,
+        ),
+        {"content": "aaaa\n\nb", "annotations": [cited("https://a", "A", 6, 7)]},
+    ),
+    "a citation only in completed": (
+        (event("completed", response=output(item("message", SAID_A), item("message", SOURCED_B))),),
+        {"content": "a\n\nb", "annotations": [cited("https://a", "A", 3, 4)]},
+    ),
+    "a citation of a file": (
+        (
+            wrote("a"),
+            event(
+                "output_text.annotation.added",
+                annotation={"type": "file_citation", "file_id": "f", "index": 1},
             ),
-            (AT_CHAT, "[DONE]", 502, "The provider did not finish its answer"),
-            (AT_CHAT, {"error": {"message": "busy", "code": 429}}, 429, "busy"),
-            (AT_RESPONSES, event("failed", response={"error": {"message": "m"}}), 502, "m"),
-            (AT_MESSAGES, {"type": "error", "error": {"message": "m"}}, 502, "m"),
-        ):
-            self.assertEqual(error(events, url, data), (status, None, words))
+            COMPLETED,
+        ),
+        {
+            "content": "a",
+            "annotations": [
+                {"type": "file_citation", "file_citation": {"file_id": "f", "index": 1}}
+            ],
+        },
+    ),
+    "arguments only in arguments.done": (
+        (
+            event("output_item.added", 0, "function_call", call_id="a", name="weather"),
+            event("function_call_arguments.done", arguments=OSLO),
+            COMPLETED,
+        ),
+        ONE_CALL,
+    ),
+    "a call only in completed": (
+        (event("completed", response=output(FULL_CALL_ITEM)),),
+        ONE_CALL,
+    ),
+    "calls in all events, without an index": (
+        (
+            {"type": "response.output_item.added", "item": CALL_ITEM},
+            {"type": "response.function_call_arguments.delta", "delta": OSLO},
+            {"type": "response.output_item.done", "item": FULL_CALL_ITEM},
+            {"type": "response.output_item.added", "item": {**CALL_ITEM, "call_id": "b"}},
+            {"type": "response.function_call_arguments.delta", "delta": ROME},
+            {"type": "response.completed", "response": output(FULL_CALL_ITEM)},
+        ),
+        A_AND_B,
+    ),
+    "[DONE] instead of completed": ((wrote("a"), "[DONE]"), {"content": "a"}),
+    "[DONE] behind completed": ((wrote("a"), COMPLETED, "[DONE]"), {"content": "a"}),
+    "the end behind items that are whole": (
+        (
+            event("output_item.added"),
+            wrote("a"),
+            event("output_item.done", content=[SAID_A]),
+        ),
+        {"content": "a"},
+    ),
+    "whole": (
+        output(
+            item("reasoning", text("h", "summary_text"), text("m", "summary_text")),
+            item("message", SAID_A, {"type": "refusal", "refusal": "no"}),
+            FULL_CALL_ITEM,
+            {"type": "web_search_call", "status": "completed"},
+        ),
+        {"reasoning_content": "h\n\nm", "content": "a", "refusal": "no", **ONE_CALL},
+    ),
+}
 
-    def test_fuzz(self):
+
+def claude(*blocks, stop_reason="end_turn", **more):
+    """Return an answer of /messages that was not streamed."""
+    return {"type": "message", "content": list(blocks), "stop_reason": stop_reason, **more}
+
+
+def blocks(*pieces, stop_reason="end_turn"):
+    """Return a stream of /messages: for each block how it begins, and its deltas."""
+    stream = []
+    for index, (start, *deltas) in enumerate(pieces):
+        stream.append(block("start", index, start))
+        stream += [block("delta", index, delta) for delta in deltas]
+        stream.append(block("stop", index))
+    stream.append({"type": "message_delta", "delta": {"stop_reason": stop_reason}})
+    return (*stream, {"type": "message_stop"})
+
+
+def thinks(words):
+    return {"type": "thinking_delta", "thinking": words}
+
+
+def cites(**citation):
+    return {"type": "citations_delta", "citation": citation}
+
+
+THINKING_BLOCK = {"type": "thinking", "thinking": ""}
+TOOL_BLOCK = {"type": "tool_use", "id": "a", "name": "weather", "input": {}}
+OSLO_BLOCK = {**TOOL_BLOCK, "input": {"town": "Oslo"}}
+OSLO_DELTA = {"type": "input_json_delta", "partial_json": OSLO}
+SEARCH_BLOCK = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}}
+CITED_BLOCK = {**text("b"), "citations": [{"url": "https://a", "title": "A", "cited_text": "x"}]}
+MESSAGES_ANSWERS = {
+    "two blocks of thought": (
+        blocks(
+            (THINKING_BLOCK, thinks("h"), thinks("m")),
+            (THINKING_BLOCK, thinks("x")),
+            (text("a"),),
+        ),
+        {"reasoning_content": "hm\n\nx", "content": "a"},
+    ),
+    "texts around a search": (
+        blocks((text("a"),), (SEARCH_BLOCK, OSLO_DELTA), (text("b"), text("c", "text_delta"))),
+        {"content": "a\n\nbc"},
+    ),
+    "a sentence that cites": (
+        blocks(
+            (text("On "),),
+            (text("b"), cites(url="https://a", title="A"), text("c", "text_delta")),
+            (text("."),),
+        ),
+        {"content": "On bc.", "annotations": [cited("https://a", "A", 3, 5)]},
+    ),
+    "a citation of a document": (
+        blocks((text("b"), cites(document_title="T", cited_text="x"))),
+        {
+            "content": "b",
+            "annotations": [
+                {
+                    "type": "file_citation",
+                    "file_citation": {
+                        "start_index": 0,
+                        "end_index": 1,
+                        "filename": "T",
+                        "quote": "x",
+                    },
+                }
+            ],
+        },
+    ),
+    "input where the block begins": (blocks((OSLO_BLOCK,), stop_reason="tool_use"), ONE_CALL),
+    "input in both places": (
+        blocks((OSLO_BLOCK, OSLO_DELTA), stop_reason="tool_use"),
+        ONE_CALL,
+    ),
+    "no stop_reason": (blocks((text("a"),), stop_reason=None), {"content": "a"}),
+    "no stop_reason for a call": (blocks((OSLO_BLOCK,), stop_reason=None), ONE_CALL),
+    "the end behind blocks that are whole": (
+        blocks((text("a"),))[:-2],
+        {"content": "a"},
+    ),
+    "whole": (
+        claude({"type": "thinking", "thinking": "hm"}, text("a"), CITED_BLOCK, OSLO_BLOCK),
+        {
+            "reasoning_content": "hm",
+            "content": "ab",
+            "annotations": [cited("https://a", "A", 1, 2)],
+            **ONE_CALL,
+        },
+    ),
+}
+ANSWERS = [
+    (name, url, data, message)
+    for url, rows in (
+        (AT_CHAT, STREAMED_CALLS),
+        (AT_CHAT, CHAT_ANSWERS),
+        (AT_RESPONSES, RESPONSES_ANSWERS),
+        (AT_MESSAGES, MESSAGES_ANSWERS),
+    )
+    for name, (data, message) in rows.items()
+]
+
+
+CHAT_DELTAS = [
+    {"reasoning_content": "r", "reasoning_opaque": "o"},
+    {"reasoning_content": "r"},
+    ({"content": "a"}, {"content": [ENTRY]}),
+    {"content": "b"},
+    {"refusal": "no", "annotations": [1], "audio": {"id": "a"}},
+    call_delta(0, "", "c1", more=1),
+    call_delta(0, "{}"),
+    call_delta(1, "1", "c2"),
+    call_delta(2, "", "c3", "custom"),
+    call_delta(2, "x", kind="custom"),
+]
+FULL_ENTRY = {"bytes": None, **ENTRY, "top_logprobs": [{"bytes": None, **ENTRY}]}
+RESPONSES_DELTAS = [
+    {"reasoning_content": "p"},
+    ({"content": "a"}, {"content": [FULL_ENTRY], "refusal": None}),
+    {"refusal": "no"},
+    call_delta(0, "", "c1"),
+    call_delta(0, "{}"),
+    call_delta(1, "", "c2"),
+    call_delta(1, '{"late":1}'),
+    call_delta(2, "", "c3"),
+    call_delta(2, "{}"),
+    call_delta(3, "", "c4", "custom"),
+    call_delta(3, "x", kind="custom"),
+]
+MESSAGES_DELTAS = [
+    {"reasoning_content": "r"},
+    {"content": "a"},
+    {"content": "b"},
+    call_delta(0, "", "c1"),
+    call_delta(0, '{"x":1.0}'),
+    call_delta(1, "", "c2"),
+    call_delta(1, "{}"),
+]
+STREAMS_WITH_EVERYTHING = {
+    "chat completions": (AT_CHAT, CHAT_STREAM, CHAT_DELTAS, {**usage_of(3, 4, 2), "x": 1}),
+    "responses": (AT_RESPONSES, RESPONSES_STREAM, RESPONSES_DELTAS, usage_of(11, 20, 4, 7)),
+    "messages": (AT_MESSAGES, MESSAGES_STREAM, MESSAGES_DELTAS, usage_of(11, 20, 4)),
+}
+# Reasons to finish by what they are called, in chat completions.
+FINISH_REASONS = {
+    "stop": ("stop", "STOP", "end_turn", "stop_sequence", "eos", "COMPLETE", "other"),
+    "length": (
+        "length",
+        "MAX_TOKENS",
+        "max_tokens",
+        "max-tokens",
+        "max_output_tokens",
+        "max_length",
+        "model_length",
+        "token_limit",
+        "model_context_window_exceeded",
+        "pause_turn",
+    ),
+    "content_filter": (
+        "content_filter",
+        "content-filter",
+        "contentFilter",
+        "content_filter: RECITATION",
+        "SAFETY",
+        "RECITATION",
+        "PROHIBITED_CONTENT",
+        "IMAGE_SAFETY",
+        "SPII",
+        "refusal",
+        "sensitive",
+    ),
+    "tool_calls": ("tool_calls", "tool-calls", "TOOL_USE", "function_call", "toolUse"),
+}
+FAILED_REASONS = (
+    "error",
+    "ERROR",
+    "insufficient_system_resource",
+    "network_error",
+    "MALFORMED_FUNCTION_CALL",
+    "UNEXPECTED_TOOL_CALL",
+    "abort",
+    "cancelled",
+)
+NO_ANSWERS = {
+    "JSON that is cut off": ("{no", "The provider sent bad data: {no"),
+    "a gateway's sentence": ("upstream gone", "The provider sent bad data: upstream gone"),
+    "a page": ("<p>Unicorn!</p>", "The provider sent bad data: Unicorn!"),
+    "JSON that is too deep": ("[" * 100000, "The provider sent bad data"),
+    "a number that is none": ('{"a":NaN}', 'The provider sent bad data: {"a":NaN}'),
+    "a text": ('"x"', "The provider sent bad data"),
+    "choices that are none": ('{"choices":[1]}', "The provider sent bad data"),
+    "content that is no text": (json.dumps(chunk(content=5)), "The provider sent bad data"),
+    "an end before an answer": ("[DONE]", "The provider did not finish its answer"),
+}
+
+
+class EventTest(unittest.TestCase):
+    def test_streams_that_have_everything(self):
+        for name, (url, stream, deltas, usage) in STREAMS_WITH_EVERYTHING.items():
+            with self.subTest(name):
+                found, last = events(url, *stream, logprobs=True)
+                self.assertEqual(found, deltas)
+                self.assertEqual(last, proxy.Event({}, None, "tool_calls", usage))
+
+    def test_logprobs_that_were_not_asked_for_do_not_come(self):
+        self.assertEqual(events(AT_RESPONSES, *RESPONSES_STREAM)[0][1], {"content": "a"})
+
+    def test_finish_reasons_are_openais(self):
+        for expected, reasons in FINISH_REASONS.items():
+            for reason in reasons:
+                with self.subTest(reason):
+                    last = events(AT_CHAT, chunk(content="x"), chunk(reason), "[DONE]")[1]
+                    self.assertEqual(last.finish_reason, expected)
+
+    def test_a_failure_as_finish_reason_is_an_error(self):
+        for reason in FAILED_REASONS:
+            with self.subTest(reason):
+                status, _, message = error(events, AT_CHAT, chunk(content="x"), chunk(reason))
+                self.assertIn(status, (502, 503))
+                self.assertEqual(message, f"The provider ended its answer with an error: {reason}")
+
+    def test_what_is_no_answer_says_what_it_is(self):
+        for name, (data, message) in NO_ANSWERS.items():
+            with self.subTest(name):
+                self.assertEqual(error(events, AT_CHAT, data), (502, None, message))
+
+    def test_damaged_streams_are_events_or_an_error(self):
         """Whatever a provider sends, it is events that can be sent on, or an APIError."""
         seeded = random.Random(4141)
+        streams = [row[:2] for row in STREAMS_WITH_EVERYTHING.values()]
+        streams += [(url, data) for _, url, data, *_ in ANSWERS if isinstance(data, tuple)]
+        streams += [(url, (data,)) for _, url, data, *_ in ANSWERS if isinstance(data, dict)]
         for _ in range(6000):
-            url, stream = seeded.choice(
-                (
-                    (AT_CHAT, CHAT_STREAM),
-                    (AT_RESPONSES, RESPONSES_STREAM),
-                    (AT_MESSAGES, MESSAGES_STREAM),
-                )
-            )
-            target = messages = json.loads(json.dumps(stream))
-            while target and isinstance(target, (dict, list)):
-                holder, keys = target, range(len(target)) if isinstance(target, list) else target
-                key = seeded.choice(list(keys))
-                target = holder[key] if seeded.random() < 0.8 else None
-            holder[key] = seeded.choice((None, True, -1, "x", [], {}, [None], {"a": None}, 1.5))
+            url, stream = seeded.choice(streams)
+            messages = json.loads(json.dumps(stream))
+            damage(seeded, messages)
             with contextlib.suppress(proxy.APIError):
-                json.dumps(events(url, *messages, logprobs=True), allow_nan=False)
+                self.answer(url, messages)
+
+    def answer(self, url, messages):
+        """Write an answer to what may be anything, whole and streamed."""
+        for stream in (False, True):
+            made = wire(url, logprobs=True, stream=stream)
+            answer = proxy.Answer(made.request, WARM)
+            for datum in messages:
+                for found in made.events(datum if isinstance(datum, str) else json.dumps(datum)):
+                    answer.take(0, found)
+            json.dumps(answer.whole(), allow_nan=False)
 
     def test_events_in_every_split(self):
         stream = (
@@ -2836,94 +3447,391 @@ class EventTest(unittest.TestCase):
         many = min(seconds(3000) for _ in range(3))  # 8 times as much; quadratic: 64 times as long
         self.assertLess(many, 24 * few + 0.05)
 
+    def test_damaged_bytes_of_a_stream_are_events_or_an_error(self):
+        seeded = random.Random(4141)
+        for name, (url, stream, *_) in STREAMS_WITH_EVERYTHING.items():
+            whole = body_text(stream).encode()
+            for _ in range(300):
+                data = bytearray(whole)
+                for _ in range(seeded.randint(0, 8)):
+                    data[seeded.randrange(len(data))] = seeded.choice(b'\n\r:{}[]"\\,dx\0\xff')
+                words = data.decode("utf-8", "replace")
+                cut = seeded.randrange(len(words))
+                with self.subTest(name, words=words), contextlib.suppress(proxy.APIError):
+                    tell(exchange_at(url), words[:cut], words[cut:])
+
 
 # --------------------------------------------------------------------------------- exchange, answer
 def tell(exchange, *pieces):
-    events = [event for piece in pieces for event in exchange.feed(piece)]
-    return events if events and events[-1].finish_reason else events + list(exchange.end())
+    """Return the events of an answer whose body comes in pieces."""
+    found = []
+    for piece in pieces:
+        found += exchange.feed(piece)
+    if found and found[-1].finish_reason is not None:
+        return found
+    return found + list(exchange.end())
+
+
+def body_text(data):
+    """Return the body of an answer: a stream of what is in a tuple, or JSON."""
+    if not isinstance(data, tuple):
+        return json.dumps(data)
+    texts = [datum if isinstance(datum, str) else json.dumps(datum) for datum in data]
+    return "".join(f"data: {words}\n\n" for words in texts)
+
+
+def exchange_at(url, **fields):
+    exchange = proxy.ChatExchange(proxy.parse_chat_request(chat_body(**fields)), WARM)
+    exchange.body(url, {"model": "m"})
+    return exchange
+
+
+def answered(url, *pieces, **fields):
+    """Return the choice that a client gets whole, or that its chunks add up to."""
+    request = proxy.parse_chat_request(chat_body(**fields))
+    answer = proxy.Answer(request, WARM)
+    data = b"".join(answer.take(0, found) for found in tell(exchange_at(url, **fields), *pieces))
+    if not request.stream:
+        return answer.whole()["choices"][0]
+
+    message = proxy.Message()
+    for datum in data.decode().split("\n\n")[:-1]:
+        choice = json.loads(datum[6:])["choices"][0]
+        message.add(choice["delta"])
+    return {**choice, "message": message.whole()}
+
+
+def without_ids(message):
+    """Return a message in which the ids that are ours are "ours"."""
+    words = re.sub('"call_[0-9a-f]{32}"', '"ours"', json.dumps(message))
+    return json.loads(words)
+
+
+HALF = '{"town":'
+HALF_WAY = {
+    "in the middle of an event": (AT_CHAT, (chunk(content="a"),), 'data: {"choi'),
+    "in the middle of a field": (AT_CHAT, (chunk(content="a"),), "dat"),
+    "in the middle of a call, with [DONE]": (
+        AT_CHAT,
+        (chunk(call=function_call(HALF, index=0)), "[DONE]"),
+        "",
+    ),
+    "in the middle of a call": (AT_CHAT, (chunk(call=function_call(HALF, index=0)),), ""),
+    "before an answer": (AT_CHAT, (chunk(role="assistant"),), ""),
+    "among thoughts": (AT_CHAT, (chunk(reasoning="hm"),), ""),
+    "in the middle of an item": (
+        AT_RESPONSES,
+        (event("output_item.added"), wrote("a")),
+        "",
+    ),
+    "in the middle of a block": (AT_MESSAGES, blocks((text("a"),))[:1], ""),
+}
+# Bodies of status 200 that are no answer; the status, the code and words of the error.
+ERROR_BODIES = {
+    "an error": ({"error": {"message": "no", "code": 429}}, 429, "rate_limit_exceeded", "no"),
+    "an error with a status of its own": ({"code": 400, "message": "bad"}, 400, None, "bad"),
+    "a list of errors": ({"errors": [{"message": "a"}]}, 502, None, "a"),
+    "MiniMax's": (
+        {"base_resp": {"status_code": 1004, "status_msg": "login"}, "choices": None},
+        502,
+        None,
+        "login",
+    ),
+    "an error in a stream": (({"error": {"message": "no"}},), 502, None, "no"),
+    "OpenAI's in a stream": (
+        (chunk(content="a"), {"error": {"message": "m", "code": "insufficient_quota"}}),
+        429,
+        "insufficient_quota",
+        "m",
+    ),
+    "an error in a choice": (
+        (chunk(content="a"), {"choices": [{"error": {"code": 502, "message": "gone"}}]}),
+        502,
+        None,
+        "gone",
+    ),
+    "an error in a whole choice": (
+        {"choices": [{"error": {"code": 429, "message": "slow"}, "message": {}}]},
+        429,
+        "rate_limit_exceeded",
+        "slow",
+    ),
+    "Groq's": (({"x_groq": {"error": "over"}, "choices": []},), 502, None, "over"),
+    "OpenRouter's in a stream": (
+        ({"error": RAW, **chunk("error")},),
+        502,
+        None,
+        "Provider returned error: inner words",
+    ),
+    "a message without an answer": (({"message": "gone", "code": "x"},), 502, "x", "gone"),
+    "JSON that is cut off": ('{"half": ', 502, "incomplete_answer", "bad data"),
+    "a page": ("<html>\n\n<b>Unicorn!</b></html>", 502, None, "200 OK: Unicorn!"),
+    "a sentence": ("upstream connect error: reset", 502, None, "200 OK: upstream connect"),
+    "nothing": ("", 502, "incomplete_answer", "did not finish"),
+    "nothing but comments": (": ping\n\n: ping\n\n", 502, "incomplete_answer", "did not"),
+    "an error that a gateway wrote into the stream": (
+        body_text((chunk(content="a"),)) + '{\n"error": {"message": "lost"}\n}\n',
+        502,
+        None,
+        "lost",
+    ),
+}
+FAILED = {"code": "rate_limit_exceeded", "message": "Please try again in 11.054s."}
+ERRORS_OF_FORMATS = {
+    "a failed response": (AT_RESPONSES, event("failed", response={"error": FAILED}), 429),
+    "a failed response, whole": (AT_RESPONSES, {**output(status="failed"), "error": FAILED}, 429),
+    "a response whose context is too long": (
+        AT_RESPONSES,
+        event("failed", response={"error": {"code": "context_length_exceeded", "message": "m"}}),
+        400,
+    ),
+    "an error event": (AT_RESPONSES, {"type": "error", **FAILED}, 429),
+    "an error event with an error": (AT_RESPONSES, {"type": "error", "error": FAILED}, 429),
+    "a failed response without a reason": (AT_RESPONSES, event("failed", response={}), 502),
+    "Claude's overload": (
+        AT_MESSAGES,
+        {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}},
+        503,
+    ),
+    "Claude's rate limit": (
+        AT_MESSAGES,
+        {"type": "error", "error": {"type": "rate_limit_error", "message": "m"}},
+        429,
+    ),
+}
+HELLO_CHUNK = chunk("stop", content="hi")
+HELLO_USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+HELLO_STREAM = body_text(({**HELLO_CHUNK, "usage": HELLO_USAGE},))
+HELLO_WHOLE = json.dumps({**whole_chat(content="hi"), "usage": HELLO_USAGE})
+HELLO_BODIES = {
+    "a stream": HELLO_STREAM + "data: [DONE]\n\n",
+    "a stream without [DONE]": HELLO_STREAM,
+    "a stream without a last blank line": HELLO_STREAM.rstrip(),
+    "a stream behind a byte order mark": "\ufeff" + HELLO_STREAM,
+    "a whole answer": HELLO_WHOLE,
+    "a whole answer behind blanks": "\n \n\n" + HELLO_WHOLE,
+}
+TIER = {"service_tier": "flex"}
+CHAT_FRAME = {"system_fingerprint": "fp_1", "service_tier": "flex"}
+CLAUDE_USAGE = {"input_tokens": 3, "output_tokens": 4, "service_tier": "standard"}
+# Where providers tell of tokens and of themselves.
+FACTS = {
+    "OpenAI": (
+        ({**HELLO_CHUNK, **CHAT_FRAME}, {"choices": [], **CHAT_FRAME, "usage": HELLO_USAGE}),
+        AT_CHAT,
+        HELLO_USAGE,
+        CHAT_FRAME,
+    ),
+    "Groq": (({**HELLO_CHUNK, "x_groq": {"usage": HELLO_USAGE}},), AT_CHAT, HELLO_USAGE, {}),
+    "Moonshot": (
+        ({"choices": [{**HELLO_CHUNK["choices"][0], "usage": HELLO_USAGE}]},),
+        AT_CHAT,
+        HELLO_USAGE,
+        {},
+    ),
+    "DeepSeek": (
+        ({**HELLO_CHUNK, "usage": {**HELLO_USAGE, "prompt_cache_hit_tokens": 1}},),
+        AT_CHAT,
+        {**HELLO_USAGE, "prompt_tokens_details": {"cached_tokens": 1}},
+        {},
+    ),
+    "counts that are none": (
+        ({**HELLO_CHUNK, "usage": {"prompt_tokens": "x", "completion_tokens": 2}},),
+        AT_CHAT,
+        usage_of(0, 2),
+        {},
+    ),
+    "/responses": (
+        (
+            event("created", response={"service_tier": "auto"}),
+            wrote("hi"),
+            event("completed", response={**TIER, "usage": {"input_tokens": 5}}),
+        ),
+        AT_RESPONSES,
+        usage_of(5, 0),
+        TIER,
+    ),
+    "/responses, whole": (
+        output(item("message", SAID_A), **TIER, usage={"input_tokens": 5, "output_tokens": 2}),
+        AT_RESPONSES,
+        usage_of(5, 2),
+        TIER,
+    ),
+    "/messages, whole": (
+        claude(text("a"), usage=CLAUDE_USAGE),
+        AT_MESSAGES,
+        usage_of(3, 4),
+        {"service_tier": "default"},
+    ),
+}
+STOPS = {
+    "in the middle": (["END"], "some ENEND more", "some EN"),
+    "the one that is whole first": (["b", "abc"], "xabcx", "xa"),
+    "the longest that ends there": (["abcd", "bc", "c"], "xabcd", "xa"),
+    "one that begins again": (["aab"], "aaaab", "aa"),
+    "of line ends": (["\n\n"], "a\nb\n\nc", "a\nb"),
+    "none": ([], "abc", "abc"),
+    "one that does not come": (["zz"], "abz", "abz"),
+}
 
 
 class ExchangeTest(unittest.TestCase):
-    CHAT = "https://x/v1/chat/completions"
-
-    def exchange(self, **fields):
-        request = proxy.parse_chat_request(chat_body(**fields))
-        exchange = proxy.ChatExchange(request, proxy.Model("p/m"))
-        exchange.body(self.CHAT, {"model": "m"})
-        return exchange
-
-    def content(self, text, finish=None, **more):
-        return f"data: {json.dumps(chat_chunk({'content': text}, finish, **more))}\n\n"
-
-    def assert_fails(self, status, text, call, *arguments, **fields):
-        with self.assertRaisesRegex(proxy.APIError, text) as caught:
-            call(*arguments, **fields)
+    def assert_fails(self, status, words, call, *arguments):
+        with self.assertRaisesRegex(proxy.APIError, re.escape(words)) as caught:
+            call(*arguments)
         self.assertEqual(caught.exception.status, status)
+        return caught.exception
+
+    def test_what_providers_send_is_understood_whole_and_streamed(self):
+        for name, url, data, expected in ANSWERS:
+            message = {"role": "assistant", "content": None, "refusal": None, **expected}
+            finish_reason = "tool_calls" if "tool_calls" in expected else "stop"
+            for stream in (False, True):
+                with self.subTest(name, url=url, stream=stream):
+                    choice = without_ids(answered(url, body_text(data), stream=stream))
+                    self.assertEqual(choice["message"], message)
+                    self.assertEqual(choice["finish_reason"], finish_reason)
+
+    def test_what_was_cut_off_is_an_error(self):
+        for name, (url, data, rest) in HALF_WAY.items():
+            with self.subTest(name):
+                text = body_text(data) + rest
+                error = self.assert_fails(502, "The provider", tell, exchange_at(url), text)
+                self.assertEqual(error.code, "incomplete_answer")
+
+    def test_the_end_of_a_body_counts_where_it_is_told_from_a_dropped_connection(self):
+        stream = body_text((chunk(content="a"),))
+        for headers in ({"content-length": "9"}, {"transfer-encoding": "chunked"}):
+            exchange = exchange_at(AT_CHAT)
+            list(exchange.begin(200, headers))
+            self.assertEqual(tell(exchange, stream)[-1].finish_reason, "stop")
+        exchange = exchange_at(AT_CHAT)
+        list(exchange.begin(200, {"connection": "close"}))
+        self.assert_fails(502, "did not finish", tell, exchange, stream)
+
+    def test_an_answer_that_is_an_error_passes_its_reason(self):
+        for name, (body, status, code, words) in ERROR_BODIES.items():
+            with self.subTest(name):
+                body = body if isinstance(body, str) else body_text(body)
+                error = self.assert_fails(status, words, tell, exchange_at(AT_CHAT), body)
+                self.assertEqual(error.code, code)
+
+    def test_errors_of_each_format_have_the_status_that_they_mean(self):
+        for name, (url, message, status) in ERRORS_OF_FORMATS.items():
+            with self.subTest(name):
+                is_whole = message.get("object") == "response"
+                body = body_text(message if is_whole else (message,))
+                error = self.assert_fails(status, "", tell, exchange_at(url), body)
+                is_timed = "again" in error.message
+                self.assertEqual(error.headers, {"Retry-After": "12"} if is_timed else {})
+
+    def test_a_refusal_is_an_error(self):
+        refused = exchange_at(AT_CHAT).refused
+        self.assert_fails(403, "no", refused, 403, {}, '{"error": "no"}')
+
+    def test_bodies_in_pieces(self):
+        for name, body in HELLO_BODIES.items():
+            for pieces in ([body], body, [body[:9], body[9:]]):
+                with self.subTest(name, pieces=len(pieces)):
+                    first, last = tell(exchange_at(AT_CHAT), *pieces)
+                    self.assertEqual(first, proxy.Event({"content": "hi"}))
+                    self.assertEqual(last.finish_reason, "stop")
+                    self.assertEqual({**last.usage, **HELLO_USAGE}, last.usage)
+
+    def test_large_whole_answers(self):
+        words = "x" * (1 << 20)
+        body = json.dumps(whole_chat(content=words))
+        choice = answered(AT_CHAT, body[:5], body[5:])
+        self.assertEqual(choice["message"]["content"], words)
+        exchange = exchange_at(AT_CHAT)
+        huge = ['{"x": "', *["x" * (1 << 20)] * 17]
+        self.assert_fails(502, "too large", tell, exchange, *huge)
+
+    def test_answers_of_formats_that_only_opencode_knows(self):
+        exchange = exchange_at("https://x.example/v1/generate")
+        found = []
+        for params in (
+            {"type": "reasoning", "text": "hm"},
+            {"type": "text", "text": "a"},
+            {
+                "finish": "length",
+                "tokens": {
+                    "input": 5,
+                    "output": 2,
+                    "reasoning": 3,
+                    "cache": {"read": 4, "write": 2},
+                },
+            },
+        ):
+            found += exchange.report(params)
+        deltas = [{"reasoning_content": "hm"}, {"content": "a"}, {}]
+        self.assertEqual([event.delta for event in found], deltas)
+        self.assertEqual(found[-1].finish_reason, "length")
+        self.assertEqual(found[-1].usage, usage_of(11, 5, 4, 3))
+
+    def test_usage_and_frame_of_each_provider(self):
+        for name, (data, url, usage, frame) in FACTS.items():
+            with self.subTest(name):
+                found = tell(exchange_at(url), body_text(data))
+                self.assertEqual({**found[-1].usage, **usage}, found[-1].usage)
+                frames = {}
+                for event in found:
+                    frames.update(event.frame or {})
+                self.assertEqual(frames, frame)
 
     def test_stop_at_every_split(self):
-        for stops, text, shown in (
-            (["END"], "some ENEND more", "some EN"),
-            (["b", "abc"], "xabcx", "xa"),
-            (["abcd", "bc", "c"], "xabcd", "xa"),
-            (["aab"], "aaaab", "aa"),
-            (["\n\n"], "a\nb\n\nc", "a\nb"),
-            ([], "abc", "abc"),
-            (["zz"], "abz", "abz"),
-        ):
-            for pieces in [(text[:at], text[at:]) for at in range(len(text) + 1)] + [tuple(text)]:
-                *events, last = tell(
-                    self.exchange(stop=stops),
-                    *map(self.content, pieces),
-                    self.content("", "length"),
-                )
-                self.assertEqual("".join(event.delta.get("content", "") for event in events), shown)
-                self.assertEqual(last.finish_reason, "length" if shown == text else "stop")
+        for name, (stops, text, shown) in STOPS.items():
+            splits = [(text[:at], text[at:]) for at in range(len(text) + 1)]
+            for pieces in [*splits, tuple(text)]:
+                with self.subTest(name, pieces=pieces):
+                    exchange = exchange_at(AT_CHAT, stop=stops)
+                    data = (*(chunk(content=piece) for piece in pieces), chunk("length"))
+                    *found, last = tell(exchange, body_text(data))
+                    texts = [event.delta.get("content", "") for event in found]
+                    self.assertEqual("".join(texts), shown)
+                    self.assertEqual(last.finish_reason, "length" if shown == text else "stop")
 
-    def test_answers(self):
-        usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
-        answer = self.content("hi", "stop", usage=usage)
-        choice = {"message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"}
-        whole = json.dumps({"object": "chat.completion", "choices": [choice], "usage": usage})
-        for text in (answer + "data: [DONE]\n\n", answer, answer.rstrip(), whole, "\n" + whole):
-            for pieces in ([text], text, [text[:9], text[9:]]):
-                first, last, *_ = tell(self.exchange(), *pieces)
-                self.assertEqual(first, proxy.Event({"content": "hi"}))
-                self.assertEqual(last.finish_reason, "stop")
-                self.assertEqual({**last.usage, **usage}, last.usage)
-        for text, status, message in (
-            ('{"error": {"message": "no", "code": 429}}', 429, "no"),
-            ('data: {"error": {"message": "no"}}', 502, "no"),
-            ("", 502, "did not finish"),
-            (self.content("cut off"), 502, "did not finish"),
-            ('{"half": ', 502, "bad data"),
-        ):
-            self.assert_fails(status, message, tell, self.exchange(), text)
-        self.assert_fails(403, "no", self.exchange().refused, 403, {}, '{"error": "no"}')
+    CUT = body_text((chunk(content="a EN"), chunk(content="D b"), chunk(content="c")))
 
-    def test_cut_at_a_stop_sequence(self):
-        cut = self.content("a EN") + self.content("D b") + self.content("c")
-        usage = 'data: {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}\n\n'
-        for more, counted in (("", None), (usage, 2)):
-            *events, last = tell(self.exchange(stop="END"), cut + more)
-            self.assertEqual([event.delta["content"] for event in events], ["a ", ""])
-            self.assertEqual(
-                (last.finish_reason, (last.usage or {}).get("completion_tokens")), ("stop", counted)
-            )
-        for text, fields, patience in (
-            ("", {}, None),
-            (cut, {}, proxy.CUT_SECONDS),
-            (cut, {"stream": True}, 0.0),
-            (self.content("EN", "length"), {"stream": True}, proxy.FINISH_SECONDS),
+    def test_what_comes_behind_a_stop_sequence_is_its_usage(self):
+        usage = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
+        for data, counted in (((), None), ((usage,), 2)):
+            *found, last = tell(exchange_at(AT_CHAT, stop="END"), self.CUT + body_text(data))
+            self.assertEqual([event.delta["content"] for event in found], ["a ", ""])
+            self.assertEqual(last.finish_reason, "stop")
+            self.assertEqual((last.usage or {}).get("completion_tokens"), counted)
+
+    def test_logprobs_of_text_that_is_held_back_come(self):
+        choice = {"delta": {"content": "EN"}, "logprobs": {"content": [ENTRY]}}
+        silent = {"delta": {"content": ""}, "logprobs": {"content": [ENTRY]}}
+        stream = body_text(({"choices": [choice]}, {"choices": [silent]}, chunk("stop")))
+        for stops in ("END", []):
+            found = tell(exchange_at(AT_CHAT, stop=stops), stream)
+            self.assertEqual([bool(event.logprobs) for event in found[:2]], [True, True])
+
+    def test_patience_with_a_finished_answer(self):
+        finished = body_text((chunk("length", content="EN"),))
+        for name, text, fields, patience in (
+            ("not finished", "", {}, None),
+            ("cut, and its usage is wanted", self.CUT, {}, proxy.CUT_SECONDS),
+            ("cut", self.CUT, {"stream": True}, 0.0),
+            ("finished", finished, {"stream": True}, proxy.FINISH_SECONDS),
         ):
-            exchange = self.exchange(stop="END", **fields)
-            list(exchange.feed(text))
-            self.assertEqual(exchange.patience, patience)
-        held, last = list(exchange.end())
+            with self.subTest(name):
+                exchange = exchange_at(AT_CHAT, stop="END", **fields)
+                list(exchange.feed(text))
+                self.assertEqual(exchange.patience, patience)
+
+    def test_what_was_held_back_comes_with_the_end(self):
+        exchange = exchange_at(AT_CHAT, stop="END")
+        list(exchange.feed(body_text((chunk("length", content="EN"),))))
+        held, last = exchange.end()
         self.assertEqual((held.delta, last.finish_reason), ({"content": "EN"}, "length"))
 
 
 class AnswerTest(unittest.TestCase):
     def answer(self, *events, **fields):
+        """Return an answer that has taken events, with the index of a choice each, and its bytes."""
         request = proxy.parse_chat_request(chat_body("x" * 40, **fields))
         answer = proxy.Answer(request, proxy.Model("p/m"))
         return answer, b"".join(answer.take(index, proxy.Event(*event)) for index, *event in events)
@@ -2959,67 +3867,106 @@ class AnswerTest(unittest.TestCase):
         )
         self.assertEqual(self.answer(stream=True)[0].tail(), b"data: [DONE]\n\n")
 
-    def test_whole(self):
-        calls = [
-            {"id": "c", "type": "function", "function": {"name": name, "arguments": text}}
-            for name, text in (("f", "{}"), ("g", "1"))
-        ]
-        deltas = [
-            {"reasoning_content": "th"},
-            {"reasoning_content": "ink"},
-            {"content": "a"},
-            {"tool_calls": [{**calls[0], "index": 0, "function": {"name": "f"}}]},
-            {"tool_calls": [{"index": 0, "function": {"arguments": "{"}}]},
-            {"tool_calls": [{"index": 0, "function": {"arguments": "}"}}]},
-            {"tool_calls": [{**calls[1], "index": 1}]},
-            {"annotations": [{"at": 1}]},
-        ]
-        events = [*((0, delta, {"content": [1]}) for delta in deltas), (0, {}, None, "tool_calls")]
-        answer, said = self.answer(*events, model="other")
+    CALLS = [
+        {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+        {"id": "c", "type": "function", "function": {"name": "g", "arguments": "1"}},
+    ]
+    DELTAS = [
+        {"reasoning_content": "th"},
+        {"reasoning_content": "ink"},
+        {"content": "a"},
+        {"tool_calls": [{**CALLS[0], "index": 0, "function": {"name": "f"}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "{"}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "}"}}]},
+        {"tool_calls": [{**CALLS[1], "index": 1}]},
+        {"annotations": [{"at": 1}]},
+        {"annotations": [{"at": 2}]},
+        {"unknown": {"id": "i", "type": "t"}, "words": "x", "flag": True},
+        {"unknown": {"id": "i", "type": "t", "more": 1}, "words": "y", "flag": False},
+    ]
+    EVENTS = (*((0, delta) for delta in DELTAS), (0, {}, None, "tool_calls"))
+
+    def test_a_whole_answer_is_what_its_deltas_add_up_to(self):
+        answer, said = self.answer(*self.EVENTS, model="other")
         whole = answer.whole()
         self.assertEqual((said, whole["object"], whole["model"]), (b"", "chat.completion", "p/m"))
         message = {
             "role": "assistant",
             "content": "a",
             "refusal": None,
-            "tool_calls": calls,
             "reasoning_content": "think",
-            "annotations": [{"at": 1}],
+            "tool_calls": self.CALLS,
+            "annotations": [{"at": 1}, {"at": 2}],
+            "unknown": {"id": "i", "type": "t", "more": 1},
+            "words": "xy",
+            "flag": False,
         }
-        logprobs = {"content": [1] * len(deltas)}
-        self.assertEqual(
-            whole["choices"],
-            [{"index": 0, "finish_reason": "tool_calls", "logprobs": logprobs, "message": message}],
-        )
-        empty = self.answer((0, {}, None, "stop"))[0].whole()["choices"][0]["message"]
-        self.assertEqual(empty, {"role": "assistant", "content": "", "refusal": None})
-        old = self.answer(*events, functions=[])[0].whole()["choices"][0]  # has room for one
-        self.assertEqual(old["message"].pop("function_call"), calls[0]["function"])
-        self.assertEqual(old["finish_reason"], "function_call")
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "tool_calls"}
+        self.assertEqual(whole["choices"], [choice])
 
-    def test_usage(self):
-        told = {
-            "prompt_tokens": 5,
-            "completion_tokens": 7,
-            "total_tokens": 12,
-            "cost": 0.5,
-            "prompt_tokens_details": {"cached_tokens": 2},
-            "is_byok": True,
-        }
-        for second, *counts, cached in (
-            (told, 10, 14, 24, 1.0, 4),
-            (None, 16, 10, 26, 0.5, 2),
-            ({"prompt_tokens": 1}, 6, 10, 16, 0.5, 2),
+    def test_an_empty_answer_has_an_empty_text(self):
+        message = self.answer((0, {}, None, "stop"))[0].whole()["choices"][0]["message"]
+        self.assertEqual(message, {"role": "assistant", "content": "", "refusal": None})
+
+    def test_who_calls_tools_functions_gets_one_call(self):
+        choice = self.answer(*self.EVENTS, functions=[])[0].whole()["choices"][0]
+        self.assertEqual(choice["message"]["function_call"], self.CALLS[0]["function"])
+        self.assertNotIn("tool_calls", choice["message"])
+        self.assertEqual(choice["finish_reason"], "function_call")
+
+    def test_logprobs_add_up(self):
+        pieces = ({"content": [1], "refusal": None}, None, {"content": [2]}, {"refusal": [3]})
+        events = [(0, {"content": "x"}, logprobs) for logprobs in pieces]
+        choice = self.answer(*events, (0, {}, None, "stop"))[0].whole()["choices"][0]
+        self.assertEqual(choice["logprobs"], {"content": [1, 2], "refusal": [3]})
+
+    def test_logprobs_without_text_are_streamed(self):
+        _, said = self.answer((0, {}, {"content": [1]}), stream=True)
+        choice = json.loads(said[6:])["choices"][0]
+        self.assertEqual((choice["delta"], choice["logprobs"]), ({}, {"content": [1]}))
+
+    def test_the_providers_fingerprint_and_tier_are_in_the_frame(self):
+        frame = {"system_fingerprint": "fp_1", "service_tier": "default"}
+        event = (0, {"content": "x"}, None, None, None, frame)
+        for chunk in (
+            json.loads(self.answer(event, stream=True)[1][6:]),
+            self.answer(event)[0].whole(),
         ):
-            answer = self.answer(
-                (0, {"content": "x"}),
-                (1, {"content": "x" * 8}),
-                (1, {}, None, "stop", second),
-                (0, {}, None, "stop", told),
-                n=2,
-            )[0]
-            expected = dict(zip(told, (*counts, {"cached_tokens": cached}, True)))
-            self.assertEqual(answer.usage, expected)
+            self.assertEqual({**chunk, **frame}, chunk)
+
+    TOLD = {
+        "prompt_tokens": 5,
+        "completion_tokens": 7,
+        "total_tokens": 12,
+        "prompt_tokens_details": {"cached_tokens": 2},
+        "completion_tokens_details": {"reasoning_tokens": 3},
+        "cost": 0.5,
+        "is_byok": True,
+    }
+
+    def test_tokens_of_a_prompt_count_once_and_those_of_choices_add_up(self):
+        for name, second, prompt, completion, total, reasoning, cost in (
+            ("counted", self.TOLD, 5, 14, 19, 6, 1.0),
+            ("not counted", None, 5, 10, 15, 3, 0.5),
+            ("without the prompt", {"completion_tokens": 4}, 5, 11, 16, 3, 0.5),
+        ):
+            with self.subTest(name):
+                answer = self.answer(
+                    (0, {"content": "x"}),
+                    (1, {"content": "x" * 8}),
+                    (1, {}, None, "stop", second),
+                    (0, {}, None, "stop", self.TOLD),
+                    n=2,
+                )[0]
+                expected = {
+                    **self.TOLD,
+                    "prompt_tokens": prompt,
+                    "completion_tokens": completion,
+                    "total_tokens": total,
+                    "completion_tokens_details": {"reasoning_tokens": reasoning},
+                    "cost": cost,
+                }
+                self.assertEqual(answer.usage, expected)
 
 
 # ------------------------------------------------------------------------------------- the catalog
