@@ -212,7 +212,7 @@ MAX_RETRY_AFTER_SECONDS = 7 * 86400.0  # longer is no time, or no number of seco
 ANTHROPIC_OVERLOADED = 529  # no status of HTTP's; OpenAI says 503
 # What an answer that is an error has, and what an answer has that is none.
 ERROR_FIELDS = ("error", "errors")
-ANSWER_FIELDS = ("choices", "usage", "output", "content")
+ANSWER_FIELDS = frozenset(("choices", "usage", "output", "content"))
 ANSWER_KINDS = ("response.", "message", "content_block", "ping", "chat.completion")
 # Where an error says to a person what it is, best first.
 MESSAGE_FIELDS = (
@@ -383,13 +383,13 @@ def stream_error(value: Json) -> APIError:
 def is_error(message: Json) -> bool:
     """Tell whether a provider's JSON, which should be a part of an answer, is an error."""
     kind = str(message.get("type") or message.get("object"))
-    if kind in ("error", "response.failed") or any(message.get(name) for name in ERROR_FIELDS):
+    if kind in ("error", "response.failed") or message.get("error") or message.get("errors"):
         return True
-    for name in ("x_groq", "base_resp"):  # Groq's, MiniMax's
-        inner = message.get(name)
-        if isinstance(inner, dict) and (inner.get("error") or inner.get("status_code")):
-            return True
-    if kind.startswith(ANSWER_KINDS) or any(name in message for name in ANSWER_FIELDS):
+    if (message.get("x_groq") or {}).get("error"):
+        return True
+    if (message.get("base_resp") or {}).get("status_code"):  # MiniMax's
+        return True
+    if kind.startswith(ANSWER_KINDS) or not ANSWER_FIELDS.isdisjoint(message):
         return False
     return any(isinstance(message.get(name), str) for name in ("message", "detail", "msg"))
 
@@ -1029,7 +1029,9 @@ NO_REASONS = (
 KEEP_ALIVES = ("", "null", "[]", "{}", "ping", "pong", "keepalive", "keep-alive", "heartbeat")
 # What providers call reasoning in a chat completion: DeepSeek, Copilot, OpenRouter and Groq.
 REASONING_FIELDS = ("reasoning_content", "reasoning_text", "reasoning")
-SILENT_FIELDS = frozenset(("reasoning_content", "reasoning_details", "reasoning_opaque"))
+SILENT_FIELDS = frozenset(
+    ("annotations", "reasoning_content", "reasoning_details", "reasoning_opaque")
+)
 BAD_DATA = "The provider sent bad data"
 TOO_LARGE = "The provider sent too large an event"
 MAX_EXCERPT_CHARACTERS = 200  # of bad data, which may be a gateway's words
@@ -1633,7 +1635,8 @@ class WireFormat(abc.ABC):
         self._contents = TextParts()
         self._thoughts = TextParts()
         self._open: set[Any] = set()  # parts of the answer that have begun and not ended
-        self._has_answered = False  # more than thoughts has come
+        self._has_answered = False  # more than thoughts and sources has come
+        self._goes_on = False  # behind a finish_reason, which some gateways put into every chunk
         self._frame: Json = {}  # what the client's chunks have in common, in the provider's words
         self._is_frame_new = False
 
@@ -1655,10 +1658,12 @@ class WireFormat(abc.ABC):
         Raises:
             APIError: where it is a failure or rubbish.
         """
+        is_late = self.finish_reason is not None
         try:
             for event in self._events(data.strip()):
-                if event.delta.keys() - SILENT_FIELDS:
+                if not event.delta.keys() <= SILENT_FIELDS:
                     self._has_answered = True
+                    self._goes_on = is_late
                 if self._is_frame_new:
                     event = event._replace(frame=self._take_frame())
                 yield event
@@ -1685,6 +1690,11 @@ class WireFormat(abc.ABC):
         yield Event({}, None, self.finish_reason, self.usage, self._take_frame())
 
     @property
+    def is_finished(self) -> bool:
+        """Whether only the rest of the answer, its usage, is still to come."""
+        return self.finish_reason is not None and not self._goes_on
+
+    @property
     def is_between_parts(self) -> bool:
         """Whether all parts of the answer that have begun have ended."""
         return not self._open
@@ -1707,9 +1717,8 @@ class WireFormat(abc.ABC):
         yield from self._decode(message)
 
     def _finish(self, reason: Any) -> None:
-        finish_reason = finish_reason_of(reason)
-        if finish_reason is not None:
-            self.finish_reason = finish_reason
+        if reason:
+            self.finish_reason = finish_reason_of(reason) or self.finish_reason
 
     def _note_frame(self, name: str, value: Any) -> None:
         """Note a field that belongs into the frame of all that the client gets."""
@@ -1772,13 +1781,22 @@ class ChatCompletions(WireFormat):
             yield from self._said(said or {}, choice.get("logprobs"), is_streamed)
             self._count(choice.get("usage"))  # Moonshot's
             self._finish(choice.get("finish_reason"))
-        yield from self._sources(message)
+        if "citations" in message or "search_results" in message:
+            yield from self._sources(message)
         if is_whole:
             yield from self.end(is_proven=True)
 
     def _said(self, theirs: Json, logprobs: Any, is_streamed: bool) -> Iterator[Event]:
         """Yield a delta or a message in OpenAI's words."""
         said = drop_empty({**theirs, "role": None})
+        is_plain = said.keys() <= {"content"} and isinstance(said.get("content", ""), str)
+        if not is_plain:
+            said = self._translated(said, is_streamed)
+        if said or logprobs:
+            yield Event(said, logprobs)
+
+    def _translated(self, said: Json, is_streamed: bool) -> Json:
+        """Return a delta or a message of more than a text in OpenAI's words."""
         content = said.pop("content", None)
         calls = said.pop("tool_calls", [])
         legacy_call = said.pop("function_call", None)
@@ -1799,9 +1817,7 @@ class ChatCompletions(WireFormat):
             delta["tool_calls"] += self._calls.add(place if is_streamed else None, call)
         if legacy_call:
             delta["tool_calls"] += self._calls.add("function_call", {"function": legacy_call})
-        delta = drop_empty(delta)
-        if delta or logprobs:
-            yield Event(delta, logprobs)
+        return drop_empty(delta)
 
     def _count(self, usage: Json | None) -> None:
         """Take a usage, which is OpenAI's, and more: every field passes."""
@@ -2347,6 +2363,7 @@ class OpencodeFormat:
     """
 
     is_between_parts = True
+    is_finished = False  # all comes at once with the finish_reason
 
     def __init__(self) -> None:
         self.finish_reason: str | None = None
@@ -2760,8 +2777,6 @@ class StopSequences:
 
     def before(self, text: str) -> str:
         """Return what of the text held back and of `text` is before any of the sequences."""
-        if not self._stops:
-            return text
         text = self.held + text
         ends = []
         for stop in self._stops:
@@ -2857,7 +2872,7 @@ class ChatExchange:
         if self._stops.is_cut:
             wants_usage = self._request.include_usage or not self._request.stream
             return CUT_SECONDS if wants_usage else 0.0
-        return FINISH_SECONDS if self._format.finish_reason else None
+        return FINISH_SECONDS if self._format.is_finished else None
 
     def _shown(self, events: Iterator[Event]) -> Iterator[Event]:
         """Yield the events less what is behind a stop sequence; nothing once the last has come."""
@@ -2872,7 +2887,7 @@ class ChatExchange:
 
     def _before_stop(self, event: Event) -> Event:
         text = event.delta.get("content")
-        if not text:
+        if not text or not self._request.stop:
             return event
         return event._replace(delta={**event.delta, "content": self._stops.before(text)})
 

@@ -3822,6 +3822,12 @@ class ExchangeTest(unittest.TestCase):
                 list(exchange.feed(text))
                 self.assertEqual(exchange.patience, patience)
 
+    def test_a_finish_reason_in_every_chunk_cuts_nothing_off(self):
+        exchange = exchange_at(AT_CHAT)
+        for patience in (proxy.FINISH_SECONDS, None, None):
+            list(exchange.feed(body_text((chunk("stop", content="a"),))))
+            self.assertEqual(exchange.patience, patience)
+
     def test_what_was_held_back_comes_with_the_end(self):
         exchange = exchange_at(AT_CHAT, stop="END")
         list(exchange.feed(body_text((chunk("length", content="EN"),))))
