@@ -159,6 +159,11 @@ MAX_IMAGE_BYTES = 20 << 20  # memory
 MAX_REDIRECTS = 3  # servers that send the proxy around
 IMAGE_SECONDS = 10.0  # for all images of a request
 
+# What is remembered of answers for the requests that follow them.
+MAX_THOUGHTS_BYTES = 64 << 20  # memory: of all; an answer's are some kilobytes
+MAX_THOUGHT_BYTES = 4 << 20  # memory: of one call
+THOUGHT_SECONDS = 3600.0  # a conversation that rests for longer goes on without
+
 # Connections: threads and open files.
 MAX_CONNECTIONS = 2000  # each has a thread
 ACCEPT_PAUSE_SECONDS = 0.1  # after a connection for which no file may be opened
@@ -1029,6 +1034,8 @@ NO_REASONS = (
 KEEP_ALIVES = ("", "null", "[]", "{}", "ping", "pong", "keepalive", "keep-alive", "heartbeat")
 # What providers call reasoning in a chat completion: DeepSeek, Copilot, OpenRouter and Groq.
 REASONING_FIELDS = ("reasoning_content", "reasoning_text", "reasoning")
+# Of a message that has calls: what its provider may want to see again.
+THOUGHT_FIELDS = ("reasoning_content", "reasoning_text", "reasoning_opaque", "reasoning_details")
 SILENT_FIELDS = frozenset(
     ("annotations", "reasoning_content", "reasoning_details", "reasoning_opaque")
 )
@@ -1197,6 +1204,11 @@ class ToolCalls:
         call.name = name
         call.fields.update(fields)
         return [self._begin(call)] if name else []
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the calls that the client knows."""
+        return [call.id for call in self._calls if call.index is not None]
 
     def place_of(self, call_id: str, default: Any) -> Any:
         """Return where the call with an id is, `default` where it is not known."""
@@ -1626,14 +1638,18 @@ class WireFormat(abc.ABC):
 
     ending = ""  # of the URL's path
 
-    def __init__(self, request: ChatRequest, target: Target) -> None:
+    def __init__(
+        self, request: ChatRequest, target: Target, thoughts: Thoughts | None = None
+    ) -> None:
         self.request = request
         self.target = target
+        self.thoughts = thoughts or Thoughts()
         self.finish_reason: str | None = None
         self.usage: Json | None = None
         self._calls = ToolCalls()
         self._contents = TextParts()
         self._thoughts = TextParts()
+        self._before_call: list[Json] = []  # thoughts as the provider wants them back
         self._open: set[Any] = set()  # parts of the answer that have begun and not ended
         self._has_answered = False  # more than thoughts and sources has come
         self._goes_on = False  # behind a finish_reason, which some gateways put into every chunk
@@ -1688,6 +1704,13 @@ class WireFormat(abc.ABC):
         if self.finish_reason == "tool_calls":
             yield from self._call_events(self._calls.finish())
         yield Event({}, None, self.finish_reason, self.usage, self._take_frame())
+
+    def _store_before_call(self, call_id: Any) -> None:
+        """Store the thoughts that stand before a call, each with the first call behind it."""
+        if self._before_call and isinstance(call_id, str):
+            stored = {"before": self._before_call}
+            self.thoughts.store(self.target.model.name, call_id, stored)
+            self._before_call = []
 
     @property
     def is_finished(self) -> bool:
@@ -1753,9 +1776,13 @@ class ChatCompletions(WireFormat):
 
     ending = "/chat/completions"
 
-    def __init__(self, request: ChatRequest, target: Target) -> None:
-        super().__init__(request, target)
+    def __init__(
+        self, request: ChatRequest, target: Target, thoughts: Thoughts | None = None
+    ) -> None:
+        super().__init__(request, target, thoughts)
         self._sources_sent: set[str] = set()
+        self._thought = Message()  # what came along with calls, in the provider's words
+        self._call_fields: dict[str, Json] = {}  # the same of single calls, by id
 
     def _encode(self, theirs: Json) -> Json:
         body = without_agent_fields(theirs)
@@ -1797,6 +1824,7 @@ class ChatCompletions(WireFormat):
 
     def _translated(self, said: Json, is_streamed: bool) -> Json:
         """Return a delta or a message of more than a text in OpenAI's words."""
+        self._note_thought(said)
         content = said.pop("content", None)
         calls = said.pop("tool_calls", [])
         legacy_call = said.pop("function_call", None)
@@ -1814,10 +1842,40 @@ class ChatCompletions(WireFormat):
         delta["tool_calls"] = []
         for position, call in enumerate(calls):
             place = position if call.get("index") is None else call["index"]
-            delta["tool_calls"] += self._calls.add(place if is_streamed else None, call)
+            entries = self._calls.add(place if is_streamed else None, call)
+            self._note_call_fields(call, entries)
+            delta["tool_calls"] += entries
         if legacy_call:
             delta["tool_calls"] += self._calls.add("function_call", {"function": legacy_call})
         return drop_empty(delta)
+
+    def _note_thought(self, said: Json) -> None:
+        """Keep what of a delta the provider wants to see again."""
+        for name in THOUGHT_FIELDS:
+            if name in said:
+                self._thought.add({name: said[name]})
+
+    def _note_call_fields(self, piece: Json, entries: list[Json]) -> None:
+        """Keep what of a call the provider wants to see again (Gemini's signature)."""
+        if not isinstance(piece.get("extra_content"), dict):
+            return
+        for entry in entries:
+            if entry.get("id"):
+                self._call_fields[entry["id"]] = {"extra_content": piece["extra_content"]}
+
+    def end(self, is_proven: bool = False) -> Iterator[Event]:
+        """Yield what remains; remember what came along with the calls."""
+        self._remember()
+        yield from super().end(is_proven)
+
+    def _remember(self) -> None:
+        message = self._thought.whole()
+        thought = {name: message[name] for name in THOUGHT_FIELDS if name in message}
+        for call_id in self._calls.ids:
+            fields = self._call_fields.get(call_id, {})
+            if thought or fields:
+                stored = {"message": thought, "call": fields}
+                self.thoughts.store(self.target.model.name, call_id, stored)
 
     def _count(self, usage: Json | None) -> None:
         """Take a usage, which is OpenAI's, and more: every field passes."""
@@ -1858,8 +1916,10 @@ class Responses(WireFormat):
 
     ending = "/responses"
 
-    def __init__(self, request: ChatRequest, target: Target) -> None:
-        super().__init__(request, target)
+    def __init__(
+        self, request: ChatRequest, target: Target, thoughts: Thoughts | None = None
+    ) -> None:
+        super().__init__(request, target, thoughts)
         self._streamed: set[Any] = set()  # parts of which a piece has come
         self._fields: set[str] = set()  # of a message, of which a piece has come
         self._cited: set[Any] = set()  # parts of which a citation has come
@@ -1962,6 +2022,10 @@ class Responses(WireFormat):
         elif item.get("type") in ITEMS_OF_ANSWERS:
             self._open.add(index)
         call_type = CALL_OF_ITEM.get(str(item.get("type")))
+        if is_done and item.get("type") == "reasoning":
+            self._note_reasoning(item)
+        if is_done and call_type is not None:
+            self._store_before_call(item.get("call_id"))
         if call_type is not None:
             head = {"id": item.get("call_id") or item.get("id"), "name": item["name"]}
             text = item.get(CALL_TEXT[call_type]) if is_done else ""
@@ -1970,6 +2034,13 @@ class Responses(WireFormat):
             yield from self._call_events(self._calls.finish_at((index,)))
         elif is_done:
             yield from self._parts(index, item)
+
+    def _note_reasoning(self, item: Json) -> None:
+        """Keep a reasoning that can be shown again: without an id, which nobody stores."""
+        if item.get("encrypted_content"):
+            kept = {"type": "reasoning", "summary": item.get("summary") or []}
+            kept["encrypted_content"] = item["encrypted_content"]
+            self._before_call.append(kept)
 
     def _parts(self, index: Any, item: Json) -> Iterator[Event]:
         """Yield what was never streamed of the texts of an item."""
@@ -2159,8 +2230,10 @@ class Messages(WireFormat):
 
     ending = "/messages"
 
-    def __init__(self, request: ChatRequest, target: Target) -> None:
-        super().__init__(request, target)
+    def __init__(
+        self, request: ChatRequest, target: Target, thoughts: Thoughts | None = None
+    ) -> None:
+        super().__init__(request, target, thoughts)
         self._blocks: dict[Any, Json] = {}  # as they began
         self._citations: dict[Any, list[Json]] = {}  # of the blocks that have not ended
         self._starts: dict[Any, int] = {}  # where in the whole text that of a block begins
@@ -2266,8 +2339,12 @@ class Messages(WireFormat):
         kind = block.get("type")
         self._open.add(index)
         self._blocks[index] = block
+        if kind in ("thinking", "redacted_thinking"):
+            self._before_call.append(dict(block))
         self._citations[index] = [*(block.get("citations") or ())]
         if kind == "tool_use":
+            self._before_call = [block for block in self._before_call if is_signed(block)]
+            self._store_before_call(block["id"])
             piece = {"id": block["id"], "function": {"name": block["name"]}}
             yield from self._call(index, piece)
         elif kind in ("text", "thinking"):
@@ -2281,9 +2358,19 @@ class Messages(WireFormat):
             self._citations.setdefault(index, []).append(delta["citation"])
         text = text_or_nothing(delta.get("partial_json"))
         block = self._blocks.get(index) or {}
+        if block.get("type") == "thinking" and self._before_call:
+            self._add_to_thought(self._before_call[-1], delta)
         if text and block.get("type") == "tool_use":
             yield from self._call(index, {"function": {"arguments": text}})
         yield from self._say(index, delta)
+
+    @staticmethod
+    def _add_to_thought(thought: Json, delta: Json) -> None:
+        """Complete a block of thoughts, which goes back exactly as it came."""
+        for name in ("thinking", "signature"):
+            piece = text_or_nothing(delta.get(name))
+            if piece:
+                thought[name] = text_or_nothing(thought.get(name)) + piece
 
     def _say(self, index: Any, piece: Json) -> Iterator[Event]:
         """Yield a piece of text or thought.
@@ -2327,6 +2414,11 @@ class Messages(WireFormat):
         written = count_in(self._tokens, "cache_creation_input_tokens")
         prompt = count_in(self._tokens, "input_tokens") + cached + written
         self.usage = token_usage(prompt, count_in(self._tokens, "output_tokens"), cached)
+
+
+def is_signed(block: Json) -> bool:
+    """Tell whether Anthropic would take a block of thoughts for its own."""
+    return bool(block.get("signature") or block.get("data"))
 
 
 WIRE_FORMATS = (ChatCompletions, Responses, Messages)
@@ -2696,6 +2788,66 @@ def strip_end_of_prefill(body: Json, target: Target) -> None:
         block["text"] = str(block.get("text", "")).rstrip()
 
 
+# ---------------------------------------------------------------------------------------- thoughts
+# What a provider gives along with a call, and wants to see again when the call's result comes:
+# thinking blocks with signatures, encrypted reasoning, thought signatures. Clients of chat
+# completions have no place for it, so the proxy remembers. A decoder stores, an encoder of the same
+# model puts back; where nothing is known, all is as if there were no thoughts.
+
+
+class Thoughts:
+    """Remembers what stood before a call, by the model and the id of the call.
+
+    In memory only, bounded by bytes and age; the oldest go first. Ids of calls are the providers'
+    random ones, so nobody reaches another's. `_lock` protects everything: turns of all threads
+    store and recall.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: dict[tuple[str, str], tuple[float, str]] = {}  # when, as JSON; oldest first
+        self._size = 0  # characters of all
+
+    def store(self, model: str, call_id: str, thought: Json) -> None:
+        """Remember `thought`, what belongs to the call `call_id` of `model`."""
+        text = json.dumps(thought)
+        if not thought or not call_id or len(text) > MAX_THOUGHT_BYTES:
+            return
+        key = (model, call_id)
+        with self._lock:
+            self._forget(key)
+            self._entries[key] = (time.monotonic(), text)
+            self._size += len(text)
+            self._trim()
+
+    def recall(self, model: str, call_id: str) -> Json:
+        """Return what belongs to a call, {} where nothing is known."""
+        with self._lock:
+            self._trim()
+            _, text = self._entries.get((model, call_id), (0.0, "{}"))
+        thought: Json = json.loads(text)
+        return thought
+
+    def clear(self) -> None:
+        """Forget everything: another login may not see it."""
+        with self._lock:
+            self._entries.clear()
+            self._size = 0
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        _, text = self._entries.pop(key, (0.0, ""))
+        self._size -= len(text)
+
+    def _trim(self) -> None:
+        """Forget what is too old, or too much, the oldest first."""
+        too_old = time.monotonic() - THOUGHT_SECONDS
+        while self._entries:
+            key, (stored_at, _) = next(iter(self._entries.items()))
+            if stored_at > too_old and self._size <= MAX_THOUGHTS_BYTES:
+                return
+            self._forget(key)
+
+
 # ----------------------------------------------------------------------------------------- exchange
 # What one choice says to the provider and understands of its answer, as the plugin reports it: a
 # ChatExchange in the wire format that opencode uses, a NativeExchange in the client's own.
@@ -2812,10 +2964,13 @@ class ChatExchange:
     connection that drops looks the same.
     """
 
-    def __init__(self, request: ChatRequest, model: Model) -> None:
+    def __init__(
+        self, request: ChatRequest, model: Model, thoughts: Thoughts | None = None
+    ) -> None:
         self.headers: dict[str, str] = {}  # to send besides opencode's
         self._request = request
         self._model = model
+        self._thoughts = thoughts
         self._format: Any = OpencodeFormat()
         self._body = BodyReader()
         self._stops = StopSequences(request.stop)
@@ -2833,7 +2988,7 @@ class ChatExchange:
         target = target_of(url, self._model)
         if target is None:
             return None
-        self._format = target.wire_format(self._request, target)
+        self._format = target.wire_format(self._request, target, self._thoughts)
         body: bytes = self._format.body(theirs)
         return body
 
@@ -3045,7 +3200,9 @@ class NativeExchange:
 
     patience = None
 
-    def __init__(self, request: NativeRequest, model: Model) -> None:
+    def __init__(
+        self, request: NativeRequest, model: Model, thoughts: Thoughts | None = None
+    ) -> None:
         self.headers = request.headers
         self._request = request
         self._model = model
@@ -5135,6 +5292,7 @@ class Pool:
         self.closing = threading.Event()
         self.last_error = ""  # "": all is well
         self._error_at = 0.0  # by the clock on the wall
+        self.thoughts = Thoughts()
         self.watch = CatalogWatch(opencode, self)
         self._settings = settings
         self._trace = trace
@@ -5163,7 +5321,7 @@ class Pool:
         request: Any,
         model: Model,
         look: Look,
-        exchange: Callable[[Any, Model], Any] = ChatExchange,
+        exchange: Callable[[Any, Model, Thoughts], Any] = ChatExchange,
     ) -> Generator[tuple[int, Any], None, None]:
         """Yield each event of the answer behind the index of its choice.
 
@@ -5172,7 +5330,7 @@ class Pool:
         """
 
         def new_exchange() -> Any:
-            return exchange(request, model)
+            return exchange(request, model, self.thoughts)
 
         turns = []
         for index in range(request.choices):
@@ -5646,6 +5804,7 @@ class CatalogWatch:
         self._opencode.trim = True
         if catalog != self._opencode.catalog or signature != self._signature:
             self._opencode.use_catalog(catalog)  # processes with another one end
+            self._pool.thoughts.clear()  # they may be another login's
         self._renew_at = time.monotonic() + CATALOG_SECONDS
         self._signature = signature
 
