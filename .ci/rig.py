@@ -4,6 +4,8 @@ The provider, on loopback, does what a question asks for: so many tokens, one ev
 seconds (one second in all where nothing else is said). Each token carries the question's own
 mark, so that an answer to somebody else is noticed, and says when it was sent, so that its delay
 is known. The program runs as a user runs it, with the real opencode, in a HOME of its own.
+
+What the tests have too is theirs: see the import of test_opencode_proxy.
 """
 
 from __future__ import annotations
@@ -28,11 +30,16 @@ import typing
 import urllib.parse
 import urllib.request
 
-PROGRAM = pathlib.Path(__file__).resolve().parent.parent / "opencode_proxy.py"
+TOP = pathlib.Path(__file__).resolve().parent.parent
+PROGRAM = TOP / "opencode_proxy.py"
+sys.path.insert(0, str(TOP))
+
+import test_opencode_proxy as tests  # noqa: E402
+
 QUESTION = re.compile(rb"(mark[0-9a-f]{12}) tokens=(\d+) interval=([0-9.]+)")
-NO_QUESTION = re.fullmatch(rb"()(1)(0)", b"10")  # one of opencode's own
 PATIENCE_SECONDS = 120.0  # of every single wait; what takes longer has failed
-QUIET_SECONDS, QUIET_SHARE = 0.3, 0.1  # what uses less of a processor for so long is quiet
+QUIET_SECONDS = 0.3  # what uses less than QUIET_SHARE of a processor for so long is quiet
+QUIET_SHARE = 0.1
 
 
 # ---------------------------------------------------------------------------------- the provider
@@ -55,13 +62,15 @@ class Provider(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        mark, tokens, interval = (QUESTION.search(body) or NO_QUESTION).groups()
-        self.posts.append((mark.decode(), len(body)))
+        mark, tokens, interval = read_question(body)
+        self.posts.append((mark, len(body)))
+
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        self.answer(body, mark.decode(), int(tokens), float(interval))
+
+        self.answer(body, mark, tokens, interval)
         self.write("data: [DONE]\n\n")
         self.write("")
 
@@ -95,6 +104,15 @@ class ProviderServer(http.server.ThreadingHTTPServer):
         pass  # clients hang up
 
 
+def read_question(body):
+    """Return the mark, the tokens and the interval that a body asks for."""
+    question = QUESTION.search(body)
+    if question is None:  # one of opencode's own
+        return "", 1, 0.0
+    mark, tokens, interval = question.groups()
+    return mark.decode(), int(tokens), float(interval)
+
+
 def serve(handler):
     """Serve on loopback with a handler, in a thread; return the base URL."""
     server = ProviderServer(("127.0.0.1", 0), handler)
@@ -108,17 +126,22 @@ def serve(handler):
 class Question:
     """A request whose answer is known; `parts` are more parts of its message."""
 
-    def __init__(self, tokens=20, interval=0.05, parts=(), **fields):
-        self.mark, self.tokens = f"mark{secrets.token_hex(6)}", tokens
+    def __init__(self, tokens=20, interval=0.05, parts=(), stream=True, **fields):
+        self.mark = f"mark{secrets.token_hex(6)}"
+        self.tokens = tokens
+        self.stream = stream
         self.text = f"{self.mark} tokens={tokens} interval={interval}"
-        content = [{"type": "text", "text": self.text}, *parts] if parts else self.text
-        body = {"messages": [{"role": "user", "content": content}], "stream": True, **fields}
-        self.stream, self.body = body["stream"], json.dumps(body).encode()
+
+        content = self.text
+        if parts:
+            content = [{"type": "text", "text": self.text}, *parts]
+        messages = [{"role": "user", "content": content}]
+        self.body = json.dumps({"messages": messages, "stream": stream, **fields}).encode()
 
     def is_answered_by(self, text):
         """Tell whether `text` is the whole answer, and the answer to this question."""
-        told = [token.rpartition(":")[0] for token in text.split()]
-        return told == [f"{self.mark}:{number}" for number in range(self.tokens)]
+        numbered = [token.rpartition(":")[0] for token in text.split()]
+        return numbered == [f"{self.mark}:{number}" for number in range(self.tokens)]
 
 
 class Refused(Exception):
@@ -135,8 +158,11 @@ def exchange(url, body, timeout=PATIENCE_SECONDS):
         response = connection.getresponse()
         if response.status != 200:
             raise Refused(response.status, response.read())
-        while piece := response.read1(1 << 16):
+
+        piece = response.read1(1 << 16)
+        while piece:
             yield time.monotonic(), piece
+            piece = response.read1(1 << 16)
 
 
 def events(pieces):
@@ -150,6 +176,7 @@ def events(pieces):
 
 
 # --------------------------------------------------------------------------------- the processes
+# Read from /proc and not from `ps`, as the tests do: it is read while something is measured.
 
 
 def stat(pid):
@@ -163,97 +190,87 @@ def tree(pid):
     """Return the ids of a process and its descendants."""
     children = {}
     for path in pathlib.Path("/proc").glob("[0-9]*"):
-        for parent in stat(path.name)[1:2]:
-            children.setdefault(int(parent), []).append(int(path.name))
-    found = [pid]
-    for member in found:
-        found += children.get(member, ())
-    return found
+        fields = stat(path.name)
+        if fields:
+            children.setdefault(int(fields[1]), []).append(int(path.name))
+
+    family = [pid]
+    for member in family:  # grows meanwhile
+        family.extend(children.get(member, []))
+    return family
 
 
 def cpu_seconds(pid):
     """Return the processor time of a process tree so far, ended children included."""
-    ticks = sum(int(field) for member in tree(pid) for field in stat(member)[11:15])
+    ticks = 0
+    for member in tree(pid):
+        for field in stat(member)[11:15]:
+            ticks += int(field)
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def pss(pids):
     """Return the memory of processes in MB, shared pages divided among those that share them."""
-    total = 0
+    kilobytes = 0
     for pid in pids:
         with contextlib.suppress(OSError):
             text = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
-            total += sum(map(int, re.findall(r"^Pss:\s+(\d+)", text, re.M)))
-    return total / 1024
+            for size in re.findall(r"^Pss:\s+(\d+)", text, re.M):
+                kilobytes += int(size)
+    return kilobytes / 1024
 
 
 def ports_of(pid):
     """Return the local ports of a process's TCP connections."""
     sockets = {os.readlink(path) for path in pathlib.Path(f"/proc/{pid}/fd").iterdir()}
-    _, *rows = pathlib.Path(f"/proc/{pid}/net/tcp").read_text().splitlines()
-    connections = [row.split() for row in rows]  # its own and those of everybody else
-    return {
-        int(connection[1].rpartition(":")[2], 16)
-        for connection in connections
-        if f"socket:[{connection[9]}]" in sockets
-    }
+    rows = pathlib.Path(f"/proc/{pid}/net/tcp").read_text().splitlines()
+    ports = set()
+    for row in rows[1:]:  # connections, its own and those of everybody else
+        fields = row.split()
+        if f"socket:[{fields[9]}]" in sockets:
+            ports.add(int(fields[1].rpartition(":")[2], 16))
+    return ports
 
 
-def wait_until(condition, seconds=PATIENCE_SECONDS):
-    """Wait for a condition; return whether it came true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
+class Login:
+    """What leads opencode to the provider at a URL, as the tests' upstreams tell it."""
+
+    def __init__(self, url):
+        self.url = url
+
+    def login(self):
+        """Return the contents of auth.json and opencode.json, and environment variables."""
+        login = {"type": "oauth", "refresh": "x", "access": "x", "expires": 0}
+        provider = {"github-copilot": {"options": {"baseURL": self.url}}}
+        return {"github-copilot": login}, {"provider": provider}, {}
 
 
 def make_home(folder, url):
     """Make a HOME whose opencode is logged in to GitHub Copilot at `url`; return an environment."""
-    login = {"type": "oauth", "refresh": "x", "access": "x", "expires": 0}
-    config = {"provider": {"github-copilot": {"options": {"baseURL": url}}}}
     (folder / "tmp").mkdir()
-    for name, content in (
-        (".local/share/opencode/auth.json", {"github-copilot": login}),
-        (".config/opencode/opencode.json", config),
-    ):
-        (folder / name).parent.mkdir(parents=True)
-        (folder / name).write_text(json.dumps(content))
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("XDG_", "OPENCODE"))
-    }
-    return {**environment, "HOME": str(folder), "TMPDIR": str(folder / "tmp")}
+    variables = tests.make_home(folder, Login(url))
+    return {**tests.clean_environment(), **variables, "TMPDIR": str(folder / "tmp")}
 
 
 class Proxy:
     """The program as a user runs it; a context that ends with it."""
 
     def __init__(self, program, opencode, environment, *arguments):
-        self.spares = 0 if arguments[:2] == ("--spares", "0") else 1
+        self.has_spares = arguments[:2] != ("--spares", "0")
         with socket.create_server(("127.0.0.1", 0)) as free:
-            self.address = f"http://127.0.0.1:{free.getsockname()[1]}"
+            port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
         self.url = self.address + "/v1"
-        command = [
-            sys.executable,
-            program,
-            "--host",
-            "127.0.0.1",
-            "--opencode",
-            opencode,
-            "--port",
-            self.address.rpartition(":")[2],
-            *arguments,
-        ]
+
+        command = [sys.executable, program, "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--opencode", opencode, *arguments]
         self.log = pathlib.Path(environment["HOME"], "proxy.log")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, env=environment, stderr=log)
         self.pid = self.process.pid
 
     def __enter__(self):
-        wait_until(lambda: self.health() or self.process.poll() is not None)
+        tests.eventually(self._has_begun, PATIENCE_SECONDS)
         if not self.health():
             self.stop()
             raise SystemExit(f"the proxy did not start:\n{self.log.read_text()}")
@@ -261,6 +278,9 @@ class Proxy:
 
     def __exit__(self, *_):
         self.stop()
+
+    def _has_begun(self):
+        return self.health() or self.process.poll() is not None
 
     def stop(self):
         """Ask the program to end, as a service manager does, and wait for that."""
@@ -276,13 +296,16 @@ class Proxy:
 
     def settle(self):
         """Wait until what is started ahead is ready and nothing goes on any more."""
-        if not wait_until(self._is_settled):
+        if not tests.eventually(self._is_settled, PATIENCE_SECONDS):
             print("the proxy does not settle", file=sys.stderr)
 
     def _is_settled(self):
-        ready = self.health().get("spares") if self.spares else not self.opencodes()
-        if not ready:
-            return False
+        if not self.has_spares:
+            return not self.opencodes() and self.is_quiet()
+        return self.health().get("spares") and self.is_quiet()
+
+    def is_quiet(self):
+        """Watch the program and its processes for a moment; tell whether they did nothing."""
         before = cpu_seconds(self.pid)
         time.sleep(QUIET_SECONDS)
         return cpu_seconds(self.pid) - before < QUIET_SECONDS * QUIET_SHARE
@@ -293,21 +316,23 @@ class Proxy:
 
     def open_files(self):
         """Return how many files the proxy has open and how many threads it has."""
-        return sum(len(os.listdir(f"/proc/{self.pid}/{kind}")) for kind in ("fd", "task"))
+        files = os.listdir(f"/proc/{self.pid}/fd")
+        threads = os.listdir(f"/proc/{self.pid}/task")
+        return len(files) + len(threads)
 
 
 def add_options(parser):
     """Add what says which program runs with which opencode."""
     parser.add_argument("--program", default=str(PROGRAM), metavar="PATH", help="the proxy")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what was started, too
     parser.add_argument("--opencode", type=find_opencode, default="opencode", metavar="PATH")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what was started, too
 
 
 def find_opencode(path):
-    found = shutil.which(path)
-    if not found:
+    program = shutil.which(path)
+    if not program:
         raise argparse.ArgumentTypeError("opencode was not found: say where it is")
-    return os.path.abspath(found)
+    return os.path.abspath(program)
 
 
 if __name__ == "__main__":  # the provider as a process, until stdin closes
