@@ -37,6 +37,7 @@ SOON_SECONDS = 2.0  # after a kill its victims' clients have been told
 LEAVE_SECONDS = 1.5  # within which a client hangs up
 SPARES = 1  # the default
 MORE_FILES = 4  # and threads than at first may be there at the end
+MARK = re.compile(rb"mark[0-9a-f]{12}")
 KINDS = (
     "whole",
     "stream",
@@ -61,19 +62,49 @@ class Provider(rig.Provider):
 
     def answer(self, body, mark, tokens, interval):
         self.ports.setdefault(mark, []).append(self.client_address[1])
-        if b'"tools":[' not in body:
-            return super().answer(body, mark, tokens, interval)
-        call = {"index": 0, "id": "call_1", "type": "function"}
-        self.event({"tool_calls": [{**call, "function": {"name": "tell", "arguments": ""}}]})
+        if b'"tools":[' in body:
+            self.call_tool(mark, interval)
+        else:
+            super().answer(body, mark, tokens, interval)
+
+    def call_tool(self, mark, interval):
+        """Write the events of a call with the mark as its argument."""
+        function = {"name": "tell", "arguments": ""}
+        call = {"index": 0, "id": "call_1", "type": "function", "function": function}
+        self.event({"tool_calls": [call]})
         for piece in ('{"text": ', f'"{mark}"', "}"):
             self.event({"tool_calls": [{"index": 0, "function": {"arguments": piece}}]})
             self.wfile.flush()
             time.sleep(interval)
-        return self.event({}, "tool_calls")
+        self.event({}, "tool_calls")
+
+
+class Reply:
+    """What a client has read of a whole answer, or of a streamed one."""
+
+    def __init__(self, data, choices, is_stream):
+        self.error = ""
+        self.texts = [""] * choices
+        self.arguments = ""
+        self.finished = set()
+        key = "delta" if is_stream else "message"
+        for _, event in rig.events([(0, data)]):
+            if "error" in event:
+                self.error = json.dumps(event["error"])
+            for choice in event.get("choices", []):
+                self._add(choice, choice[key])
+
+    def _add(self, choice, delta):
+        if delta.get("content"):
+            self.texts[choice["index"]] += delta["content"]
+        for call in delta.get("tool_calls") or []:
+            self.arguments += call["function"]["arguments"]
+        if choice["finish_reason"]:
+            self.finished.add(choice["index"])
 
 
 class Client:
-    """A request, and what became of it: `lost` says what it was told, `wrong` what may not be."""
+    """A request, and what became of it: `lost` says what it heard, `wrong` what may not be."""
 
     def __init__(self, chance):
         self.kind = chance.choice(KINDS)
@@ -84,45 +115,52 @@ class Client:
             stream="stream" in self.kind,
             **FIELDS.get(self.kind.split()[-1], {}),
         )
-        self.leaves = "hang-up" in self.kind and chance.uniform(0.001, LEAVE_SECONDS)
-        self.lost, self.wrong, self.ended = "", "", 0.0
+        self.leaves = "hang-up" in self.kind
+        self.patience = rig.PATIENCE_SECONDS
+        if self.leaves:
+            self.patience = chance.uniform(0.001, LEAVE_SECONDS)
+        self.lost = ""
+        self.wrong = ""
+        self.ended = 0.0
 
     def ask(self, url):
-        data, leave_at = b"", time.monotonic() + (self.leaves or rig.PATIENCE_SECONDS)
+        data = b""
         try:
-            response = rig.exchange(url, self.question.body, self.leaves or rig.PATIENCE_SECONDS)
-            with contextlib.closing(response):
-                for arrival, piece in response:
-                    data += piece
-                    if arrival > leave_at:
-                        break
+            for piece in self._pieces(url):
+                data += piece
         except rig.Refused as error:
             self.lost = str(error)
         except (OSError, http.client.HTTPException) as error:
-            self.wrong = "" if self.leaves else repr(error)
+            if not self.leaves:
+                self.wrong = repr(error)
         self.ended = time.monotonic()
-        if set(re.findall(rb"mark[0-9a-f]{12}", data)) - {self.question.mark.encode()}:
+
+        marks = {mark.decode() for mark in MARK.findall(data)}
+        if marks - {self.question.mark}:
             self.wrong = "an answer to somebody else"
         elif not (self.leaves or self.lost or self.wrong):
             self._judge(data)
 
+    def _pieces(self, url):
+        """Yield what arrives until the client hangs up."""
+        leave_at = time.monotonic() + self.patience
+        response = rig.exchange(url, self.question.body, self.patience)
+        with contextlib.closing(response):
+            for arrival, piece in response:
+                yield piece
+                if arrival > leave_at:
+                    return
+
     def _judge(self, data):
         """Find out whether an answer that has ended is whole."""
-        texts, arguments, finished = [""] * self.choices, "", set()
-        for _, event in rig.events([(0, data)]):
-            self.lost = self.lost or json.dumps(event.get("error", ""))[2:-2]
-            for choice in event.get("choices", ()):
-                delta = choice["delta" if self.question.stream else "message"]
-                texts[choice["index"]] += delta.get("content") or ""
-                for call in delta.get("tool_calls") or ():
-                    arguments += call["function"]["arguments"]
-                if choice["finish_reason"]:
-                    finished.add(choice["index"])
+        reply = Reply(data, self.choices, self.question.stream)
+        self.lost = reply.error
         if "tools" in self.kind:
-            right = arguments == f'{{"text": "{self.question.mark}"}}'
+            is_right = reply.arguments == f'{{"text": "{self.question.mark}"}}'
         else:
-            right = all(self.question.is_answered_by(text) for text in texts)
-        if not self.lost and not (right and len(finished) == self.choices):
+            is_right = all(self.question.is_answered_by(text) for text in reply.texts)
+        is_whole = is_right and len(reply.finished) == self.choices
+        if not self.lost and not is_whole:
             self.wrong = "cut, and nothing says so"
         if self.question.stream and not data.endswith(b"data: [DONE]\n\n"):
             self.wrong = "a stream without an end"
@@ -133,18 +171,28 @@ class Killer(threading.Thread):
 
     def __init__(self, chance, proxy, seconds):
         super().__init__(daemon=True)
-        self.chance, self.proxy, self.seconds, self.end = chance, proxy, seconds, threading.Event()
-        self.times, self.ports = [], set()
+        self.chance = chance
+        self.proxy = proxy
+        self.seconds = seconds
+        self.end = threading.Event()
+        self.times = []
+        self.ports = set()
 
     def run(self):
         while not self.end.wait(self.chance.uniform(0.5, 1.5) * self.seconds):
             pids = self.proxy.opencodes()
             with contextlib.suppress(OSError, IndexError):  # there is none, or not any more
-                pid = self.chance.choice(pids)
-                os.kill(pid, signal.SIGSTOP)  # or it could connect while its ports are read
-                self.ports |= rig.ports_of(pid)
-                os.kill(pid, signal.SIGKILL)
-                self.times.append(time.monotonic())
+                self.kill(self.chance.choice(pids))
+
+    def kill(self, pid):
+        os.kill(pid, signal.SIGSTOP)  # or it could connect while its ports are read
+        self.ports |= rig.ports_of(pid)
+        os.kill(pid, signal.SIGKILL)
+        self.times.append(time.monotonic())
+
+    def has_just_killed(self, moment):
+        """Tell whether a process was killed shortly before a moment."""
+        return any(0 <= moment - kill < SOON_SECONDS for kill in self.times)
 
 
 def faults_of(clients, killer, unseen):
@@ -156,9 +204,10 @@ def faults_of(clients, killer, unseen):
             yield f"{name}: {client.wrong} {client.lost}"
         if len(ports) > client.choices:
             yield f"{name}: POSTed again"
+
         if client.lost and not killer.ports.intersection(ports):
-            killed = any(0 <= client.ended - moment < SOON_SECONDS for moment in killer.times)
-            if len(ports) == client.choices or not killed:
+            was_posted = len(ports) == client.choices
+            if was_posted or not killer.has_just_killed(client.ended):
                 yield f"{name}: lost, and not killed: {client.lost}"
             else:
                 unseen.append(client)
@@ -166,13 +215,21 @@ def faults_of(clients, killer, unseen):
 
 def leftovers(proxy, folder, files):
     """Yield what is there when all is quiet, and when the proxy has ended, but should not be."""
+
+    def has_few_processes():
+        return len(rig.tree(proxy.pid)) <= 1 + SPARES
+
+    def has_few_files():
+        return proxy.open_files() <= files + MORE_FILES
+
     proxy.settle()
-    if not rig.wait_until(lambda: len(rig.tree(proxy.pid)) <= 1 + SPARES, 60):
+    if not rig.tests.eventually(has_few_processes, 60):
         yield f"left over: {len(rig.tree(proxy.pid)) - 1} processes, {proxy.health()}"
-    if not rig.wait_until(lambda: proxy.open_files() <= files + MORE_FILES, 10):
+    if not rig.tests.eventually(has_few_files, 10):
         yield f"left over: the proxy had {files} open files and threads, now {proxy.open_files()}"
     if proxy.health().get("running") != 0:
         yield f"left over: {proxy.health()}"
+
     proxy.stop()
     for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -182,43 +239,68 @@ def leftovers(proxy, folder, files):
         yield f"left over: {path}"
 
 
-def main():
+def ask_all(clients, url, seconds):
+    """Let clients ask, so many at once, for so many seconds; return those that have asked."""
+    ask_until = time.monotonic() + seconds
+
+    def ask(client):
+        if time.monotonic() < ask_until:
+            client.ask(url)
+
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as threads:
+        for _ in threads.map(ask, clients):
+            pass
+    return [client for client in clients if client.ended]
+
+
+def soak(options, folder):
+    """Run it all; return the clients that have asked, the kills, what is wrong, the unseen."""
+    chance = random.Random(options.seed)
+    clients = [Client(chance) for _ in range(options.requests)]
+    unseen = []
+    environment = rig.make_home(folder, rig.serve(Provider))
+    with rig.Proxy(options.program, options.opencode, environment) as proxy:
+        proxy.settle()
+        files = proxy.open_files()
+        killer = Killer(chance, proxy, options.kill)
+        killer.start()
+        asked = ask_all(clients, proxy.url, options.seconds)
+        killer.end.set()
+        killer.join()
+        faults = [*faults_of(asked, killer, unseen), *leftovers(proxy, folder, files)]
+
+    kills = len(killer.times)
+    if faults:
+        print(proxy.log.read_text()[-4000:], file=sys.stderr)
+    if len(unseen) > UNSEEN_PER_KILL * kills:
+        for client in unseen:
+            faults.append(f"{client.kind} was lost without a POST: {client.lost}")
+    return asked, kills, faults, unseen
+
+
+def read_options():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     rig.add_options(parser)
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=300, help="ask nothing more after these")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kill", type=float, default=4, help="one process every so many seconds")
-    options = parser.parse_args()
-    start, chance, unseen = time.monotonic(), random.Random(options.seed), []
-    clients = [Client(chance) for _ in range(options.requests)]
+    return parser.parse_args()
+
+
+def main():
+    options = read_options()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        environment = rig.make_home(folder, rig.serve(Provider))
-        with rig.Proxy(options.program, options.opencode, environment) as proxy:
-            proxy.settle()
-            files, killer = proxy.open_files(), Killer(chance, proxy, options.kill)
-            killer.start()
+        asked, kills, faults, unseen = soak(options, pathlib.Path(name))
 
-            def ask(client):
-                if time.monotonic() - start < options.seconds:
-                    client.ask(proxy.url)
-
-            with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as threads:
-                list(threads.map(ask, clients))
-            killer.end.set()
-            killer.join()
-            asked = [client for client in clients if client.ended]
-            faults = [*faults_of(asked, killer, unseen), *leftovers(proxy, folder, files)]
-        if faults:
-            print(proxy.log.read_text()[-4000:], file=sys.stderr)
-    if len(unseen) > UNSEEN_PER_KILL * len(killer.times):
-        faults += [f"{client.kind} was lost without a POST: {client.lost}" for client in unseen]
-    print(*faults, sep="\n", end="\n" if faults else "")
-    lost, left = sum(bool(client.lost) for client in asked), sum(bool(c.leaves) for c in asked)
+    for fault in faults:
+        print(fault)
+    lost = sum(bool(client.lost) for client in asked)
+    left = sum(client.leaves for client in asked)
     print(
         f"{len(asked)} requests in {time.monotonic() - start:.0f} s, {left} hung up, {lost} lost "
-        f"to {len(killer.times)} kills ({len(unseen)} before the POST): {len(faults)} faults "
+        f"to {kills} kills ({len(unseen)} before the POST): {len(faults)} faults "
         f"(seed {options.seed})"
     )
     return 1 if faults else 0
