@@ -236,8 +236,7 @@ class Results:
     def add(self, row, label, figures):
         by_label = self._rounds.setdefault(row, {})
         by_label.setdefault(label, []).append(figures)
-        first = figures.get("first", math.nan)
-        print(f"  {row} ({label}): first content {first:.3f}", file=sys.stderr)
+        print(f"  {row} ({label})", file=sys.stderr)
 
     def figure(self, row, label, name):
         """Return one figure, not-a-number where it was not measured."""
