@@ -3978,6 +3978,22 @@ class PrivateDirectory:
             os.close(descriptor)
 
 
+# Of the proxy's environment: opencode's own settings, but for logins and the user's configuration;
+# and what would make opencode speak to a collector of traces, or to systemd.
+NOT_INHERITED = re.compile(
+    r"OPENCODE(?!_(API_KEY|AUTH_CONTENT)$)|OTEL_|NOTIFY_SOCKET|BUN_INSPECT_PRELOAD"
+)
+DISABLED_FEATURES = (
+    "AUTOUPDATE",
+    "CLAUDE_CODE",
+    "EXTERNAL_SKILLS",
+    "FFF",  # it leaves a library of 5.6 MB in the temp folder for every process
+    "MODELS_FETCH",
+    "PROJECT_CONFIG",
+)
+NEVER_MILLISECONDS = 10**9  # opencode gives an answer up after 5 minutes; 1.17.0 refuses `false`
+
+
 class Opencode:
     """The installed opencode, and what every process of it is started with.
 
@@ -4010,9 +4026,9 @@ class Opencode:
         self._lock = threading.Lock()
         try:
             self._directory = PrivateDirectory()
+            self.asks = Asks(self._directory.path / "ask")
         except OSError as error:
             raise StartError(f"no folder can be made for temporary files: {error}") from None
-        self.asks = Asks(self._directory.path / "ask")
         self._models = self._directory.path / "models.json"
         self._plugin = self._directory.path / "plugin.js"
         self._preload = self._directory.path / "preload.js"
@@ -4137,8 +4153,9 @@ class Opencode:
 
         for feature in DISABLED_FEATURES:
             variables["OPENCODE_DISABLE_" + feature] = "1"
-        for name in ("NO_PROXY", "no_proxy"):
-            variables[name] = with_loopback(os.environ.get(name, ""))
+        around_proxy = with_loopback(os.environ.get("NO_PROXY", ""), os.environ.get("no_proxy", ""))
+        variables["NO_PROXY"] = around_proxy
+        variables["no_proxy"] = around_proxy
         variables["OPENCODE_DB"] = ":memory:"
         variables["OPENCODE_LOG_LEVEL"] = "ERROR"
         variables["OPENCODE_SERVER_PASSWORD"] = secrets.token_hex(16)
@@ -4217,22 +4234,6 @@ class Opencode:
         }
 
 
-# Of the proxy's environment: opencode's own settings, but for logins and the user's configuration;
-# and what would make opencode speak to a collector of traces, or to systemd.
-NOT_INHERITED = re.compile(
-    r"OPENCODE(?!_(API_KEY|AUTH_CONTENT)$)|OTEL_|NOTIFY_SOCKET|BUN_INSPECT_PRELOAD"
-)
-DISABLED_FEATURES = (
-    "AUTOUPDATE",
-    "CLAUDE_CODE",
-    "EXTERNAL_SKILLS",
-    "FFF",  # it leaves a library of 5.6 MB in the temp folder for every process
-    "MODELS_FETCH",
-    "PROJECT_CONFIG",
-)
-NEVER_MILLISECONDS = 10**9  # opencode gives an answer up after 5 minutes; 1.17.0 refuses `false`
-
-
 def path_in(variable: str) -> pathlib.Path | None:
     """Return the path in an environment variable, made absolute: processes work elsewhere."""
     value = os.environ.get(variable)
@@ -4301,14 +4302,15 @@ def merge_configuration(users: Json, ours: Json) -> Json:
     return merged
 
 
-def with_loopback(hosts: str) -> str:
-    """Return the value of NO_PROXY completed, so that opencode's own requests reach itself.
+def with_loopback(*hosts: str) -> str:
+    """Return the values of NO_PROXY in one, completed, so that opencode's requests reach itself.
 
     Bun sends even requests to 127.0.0.1, and over Unix sockets, to the proxy in HTTP_PROXY.
     """
-    names = [name.strip() for name in hosts.split(",") if name.strip()]
-    for name in ("127.0.0.1", "localhost", "::1"):
-        if name not in names:
+    names: list[str] = []
+    for name in (",".join(hosts) + ",127.0.0.1,localhost,::1").split(","):
+        name = name.strip()
+        if name and name not in names:
             names.append(name)
     return ",".join(names)
 
