@@ -18,6 +18,7 @@ import gzip
 import http.client
 import http.server
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -4646,6 +4647,7 @@ class LoadTest(FakeCase):
     def test_a_choice_that_fails_fails_its_request(self):
         running = self.start(spares=1)
         self.assert_error(running.chat(DIE, n=3), 502, "opencode_failed")
+        self.assertTrue(running.becomes(running=0, waiting=0))  # no choice tries another process
         self.assertEqual(running.content("well"), "well")
 
     # -- replacing
@@ -7985,6 +7987,293 @@ class RealAISDKTest(RealCase):
                     "object": {"name": "Paris"},
                 },
             )
+
+
+# ------------------------------------------------------------- clients of /responses and /messages
+def changing_ids(events):
+    """Return events of /responses as Copilot sends them: another id for an item in each."""
+    numbers = itertools.count()
+    changed = []
+    for event in json.loads(json.dumps(events)):
+        for holder in (event, event.get("item"), *(event.get("response") or {}).get("output", ())):
+            if not isinstance(holder, dict):
+                continue
+            for name in ("id", "item_id"):
+                if name in holder and not str(holder[name]).startswith("resp_"):
+                    holder[name] = f"{holder[name]}{next(numbers):060}"
+        changed.append(event)
+    return changed
+
+
+def copilot_responses(*items):
+    """Return the events of an answer of /responses, of ("text", text) and ("call", name, text)."""
+    head = {"id": "resp_1", "object": "response", "created_at": 1, "model": "gpt-5.4-mini"}
+    head.update({"parallel_tool_calls": True, "tool_choice": "auto", "tools": []})
+    steps = [("created", {"response": {**head, "status": "in_progress", "output": []}})]
+    output = []
+    for index, (kind, *words) in enumerate(items):
+        make = message_steps if kind == "text" else call_steps
+        item, more = make(f"item{index}_", *words)
+        place = {"output_index": index}
+        added = {**item, "status": "in_progress"}
+        added.update({"content": []} if kind == "text" else {"arguments": ""})
+        steps.append(("output_item.added", {**place, "item": added}))
+        for name, fields in more:
+            steps.append((name, {**place, "item_id": item["id"], **fields}))
+        steps.append(("output_item.done", {**place, "item": item}))
+        output.append(item)
+    usage = {
+        "input_tokens": 11,
+        "input_tokens_details": {"cached_tokens": 4},
+        "output_tokens": 20,
+        "output_tokens_details": {"reasoning_tokens": 7},
+        "total_tokens": 31,
+    }
+    whole = {**head, "status": "completed", "output": output, "usage": usage}
+    steps.append(("completed", {"response": whole}))
+    events = []
+    for number, (name, fields) in enumerate(steps):
+        events.append({"type": f"response.{name}", "sequence_number": number, **fields})
+    return changing_ids(events)
+
+
+def message_steps(item_id, text):
+    """Return a message of /responses and the events that stream it."""
+    part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    item = {"id": item_id, "type": "message", "role": "assistant", "status": "completed"}
+    place = {"content_index": 0}
+    return {**item, "content": [part]}, [
+        ("content_part.added", {**place, "part": {**part, "text": ""}}),
+        ("output_text.delta", {**place, "delta": text[:3], "logprobs": []}),
+        ("output_text.delta", {**place, "delta": text[3:], "logprobs": []}),
+        ("output_text.done", {**place, "text": text, "logprobs": []}),
+        ("content_part.done", {**place, "part": part}),
+    ]
+
+
+def call_steps(item_id, name, arguments):
+    """Return a call of /responses and the events that stream it."""
+    item = {"id": item_id, "type": "function_call", "status": "completed", "call_id": "call_1"}
+    return {**item, "name": name, "arguments": arguments}, [
+        ("function_call_arguments.delta", {"delta": arguments}),
+        ("function_call_arguments.done", {"name": name, "arguments": arguments}),
+    ]
+
+
+def weather_service(*words):
+    """Return a `respond` that says `words` and calls `weather`, then answers what that has said."""
+
+    def respond(exchange):
+        has_result = b"sunny" in exchange.raw
+        parts = [("text", "It is sunny")]
+        if not has_result:
+            parts = [*words, ("call", "call_1", "weather", ['{"city": "Par', 'is"}'])]
+        if exchange.format != "responses":
+            answering(*parts, finish="stop" if has_result else "tool_calls")(exchange)
+            return
+        items = []
+        for kind, text, *call in parts:
+            items.append(("call", call[0], "".join(call[1])) if call else (kind, text))
+        exchange.begin()
+        exchange.send(*copilot_responses(*items))
+
+    return respond
+
+
+class RealResponsesClientTest(RealCase):
+    """The `openai` library's own /responses, while Copilot changes ids in every event."""
+
+    @classmethod
+    def setUpClass(cls):
+        try:
+            import openai
+        except ImportError:
+            missing("the library openai (pip install openai)")
+        cls.openai = openai
+        super().setUpClass()
+
+    def setUp(self):
+        super().setUp()
+        url = f"http://127.0.0.1:{self.proxy.port}/v1"
+        self.client = self.openai.OpenAI(base_url=url, api_key="any", max_retries=0)
+        self.addCleanup(self.client.close)
+        self.upstream.respond = weather_service(("text", "Let me see"))
+
+    TOOL = {
+        "type": "function",
+        "name": "weather",
+        "strict": False,
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    }
+
+    def test_its_stream_helper_puts_a_call_together(self):
+        fields = {"model": "gpt-5.4-mini", "tools": [self.TOOL]}
+        with self.client.responses.stream(input="How is it?", **fields) as stream:
+            events = list(stream)
+            response = stream.get_final_response()
+        message, call = response.output
+        self.assertEqual(message.content[0].text, "Let me see")
+        self.assertEqual((call.name, call.arguments), ("weather", '{"city": "Paris"}'))
+        ids = {event.item_id for event in events if hasattr(event, "item_id")}
+        self.assertEqual(ids, {message.id, call.id})
+
+    def test_its_parser_reads_a_schema(self):
+        from pydantic import BaseModel
+
+        class City(BaseModel):
+            name: str
+
+        def respond(exchange):
+            exchange.begin()
+            exchange.send(*copilot_responses(("text", '{"name": "Paris"}')))
+
+        self.upstream.respond = respond
+        fields = {"model": "gpt-5.4-mini", "text_format": City}
+        with self.client.responses.stream(input="Where?", **fields) as stream:
+            response = stream.get_final_response()
+        self.assertEqual(response.output_parsed, City(name="Paris"))
+
+
+class RealAnthropicTest(RealCase):
+    """The `anthropic` library, unchanged."""
+
+    TOOL = {
+        "name": "weather",
+        "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
+    }
+
+    @classmethod
+    def setUpClass(cls):
+        try:
+            import anthropic
+        except ImportError:
+            missing("the library anthropic (pip install anthropic)")
+        cls.anthropic = anthropic
+        super().setUpClass()
+
+    def setUp(self):
+        super().setUp()
+        url = f"http://127.0.0.1:{self.proxy.port}"
+        self.client = self.anthropic.Anthropic(base_url=url, api_key="any", max_retries=0)
+        self.addCleanup(self.client.close)
+        self.upstream.respond = weather_service(("text", "Let me see"))
+        self.fields = {"model": "claude-sonnet-4-6", "max_tokens": 100, "tools": [self.TOOL]}
+
+    def test_a_tool_loop(self):
+        question = {"role": "user", "content": "How is it?"}
+        with self.client.messages.stream(messages=[question], **self.fields) as stream:
+            message = stream.get_final_message()
+        text, call = message.content
+        self.assertEqual((text.text, call.input), ("Let me see", {"city": "Paris"}))
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": "sunny"}
+        messages = [question, {"role": "assistant", "content": message.content}]
+        messages.append({"role": "user", "content": [result]})
+        with self.client.messages.stream(messages=messages, **self.fields) as stream:
+            self.assertEqual(stream.get_final_text(), "It is sunny")
+
+    def test_tokens_are_estimated(self):
+        message = {"role": "user", "content": "x" * 400}
+        count = self.client.messages.count_tokens(
+            model="claude-haiku-4-5-20251001", messages=[message]
+        )
+        self.assertGreaterEqual(count.input_tokens, 100)
+        self.assertLess(count.input_tokens, 150)
+
+
+class RealPydanticAITest(RealCase):
+    """pydantic-ai's own models of /responses and /messages, streamed with a tool."""
+
+    @classmethod
+    def setUpClass(cls):
+        if sys.version_info < (3, 10):
+            raise unittest.SkipTest("pydantic-ai needs Python 3.10")
+        try:
+            import pydantic_ai
+            import pydantic_ai.models.anthropic
+            import pydantic_ai.models.openai
+            import pydantic_ai.providers.anthropic
+            import pydantic_ai.providers.openai
+        except ImportError:
+            missing("the library pydantic-ai (pip install 'pydantic-ai-slim[openai,anthropic]')")
+        cls.library = pydantic_ai
+        super().setUpClass()
+
+    def model(self, name):
+        """Return pydantic-ai's model for a wire format."""
+        url = f"http://127.0.0.1:{self.proxy.port}"
+        models, providers = self.library.models, self.library.providers
+        if name == "responses":
+            provider = providers.openai.OpenAIProvider(base_url=url + "/v1", api_key="any")
+            return models.openai.OpenAIResponsesModel("gpt-5.4-mini", provider=provider)
+        provider = providers.anthropic.AnthropicProvider(base_url=url, api_key="any")
+        return models.anthropic.AnthropicModel("claude-sonnet-4-6", provider=provider)
+
+    async def ask(self, name):
+        model = self.model(name)
+        agent = self.library.Agent(model)
+
+        @agent.tool_plain
+        def weather(city: str) -> str:
+            return "sunny in " + city
+
+        async with model.client, agent.run_stream("How is it?") as result:
+            async for _ in result.stream_text():
+                pass
+            return await result.get_output()
+
+    def test_a_streamed_tool_loop(self):
+        self.upstream.respond = weather_service()  # it takes a text for the whole answer
+        for name in ("responses", "messages"):
+            with self.subTest(name):
+                self.upstream.exchanges.clear()
+                answer = asyncio.run(self.ask(name))
+                posts = [exchange.format for exchange in self.upstream.exchanges]
+                self.assertEqual((answer, posts), ("It is sunny", [name, name]))
+
+
+NATIVE_AI_SDK = r"""
+import { createAnthropic } from "@ai-sdk/anthropic"
+import { createOpenAI } from "@ai-sdk/openai"
+import { stepCountIs, streamText, tool } from "ai"
+import { z } from "zod"
+const [baseURL] = process.argv.slice(2)
+const execute = async ({ city }) => "sunny in " + city
+const weather = tool({ description: "d", inputSchema: z.object({ city: z.string() }), execute })
+const options = { prompt: "How is it?", tools: { weather }, stopWhen: stepCountIs(3) }
+const ask = async (model) => {
+  const texts = []
+  for await (const piece of streamText({ model, ...options }).textStream) texts.push(piece)
+  return texts.join("")
+}
+const openai = createOpenAI({ baseURL, apiKey: "any" })
+const anthropic = createAnthropic({ baseURL, apiKey: "any" })
+const responses = await ask(openai.responses("gpt-5.4-mini"))
+const messages = await ask(anthropic("claude-sonnet-4-6"))
+console.log(JSON.stringify({ responses, messages }))
+"""
+
+
+class RealNativeAISDKTest(RealCase):
+    """The `ai` SDK's own models of OpenAI and Anthropic, unchanged."""
+
+    def test_streamed_tool_loops(self):
+        if not NPM or not shutil.which("node"):
+            missing("the npm packages ai, @ai-sdk/openai and @ai-sdk/anthropic")
+        self.upstream.respond = weather_service(("text", "Let me see"))
+        script = pathlib.Path(NPM) / "native.mjs"
+        script.write_text(NATIVE_AI_SDK)
+        url = f"http://127.0.0.1:{self.proxy.port}/v1"
+        run = subprocess.run(
+            ["node", str(script), url],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=DEADLINE,
+            check=False,
+        )
+        self.assertEqual(run.returncode, 0, run.stdout)
+        text = "Let me seeIt is sunny"
+        answers = json.loads(run.stdout.splitlines()[-1])
+        self.assertEqual(answers, {"responses": text, "messages": text})
 
 
 # ---------------------------------------------------------------------------- names, configuration
