@@ -41,12 +41,14 @@ Threads
     asks, one an ask      answers the plugins; puts letters into inboxes
     Pool._tend            measures processes, starts the next one when it is time
     CatalogWatch._watch   reads the catalog again when the user's files change
+    LogWriter._run        writes the log, which may have to wait for its reader
 
 Locks
     Pool._lock            processes, their accounts, the queue of turns; nothing slow under it
     Child._lock           stdin of a process: whole lines, not closed under a writer
     Opencode._lock        what is made in the private directory
     ProxyServer._lock     the connections, and how much of requests is held in memory
+    LogWriter._lock       its thread, and how many lines were dropped
 
 Protocol with the plugin (JSON-RPC lines of stdout, HTTP over a Unix socket)
     POST /turn/SESSION                 -> {system, conversation, params, effort}

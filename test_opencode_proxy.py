@@ -5938,7 +5938,7 @@ class HTTPTest(HTTPCase):
                 self.assertEqual(len(body), int(length[1]))
                 if body:
                     json.loads(body)
-            elif b"chunked" in head:
+            elif b"text/event-stream" in head:
                 self.assertIn(b"[DONE]", stream.read())
 
     def test_fuzz(self):
