@@ -4418,7 +4418,7 @@ class Asks:
 
     def _listen(self) -> AskServer:
         server = AskServer(str(self.path), self.turns)
-        arguments = (LOOK_SECONDS / 5,)
+        arguments = (LOOK_SECONDS,)
         threading.Thread(target=server.serve_forever, args=arguments, daemon=True).start()
         return server
 
