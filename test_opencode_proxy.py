@@ -303,18 +303,31 @@ def chat_stream(parts, finish="stop"):
     return events
 
 
-def responses_item(index, kind, text, *call):
+def responses_item(index, kind, texts, *call):
     """Return an item of /responses, empty and whole, its deltas' name, and its pieces."""
     item = {"id": f"i{index}"}
     if kind == "text":
         item.update({"type": "message", "role": "assistant", "content": []})
-        return item, item, "output_text", [text]
+        return item, item, "output_text", texts
     if kind == "thought":
         item.update({"type": "reasoning", "summary": []})
-        return item, item, "reasoning_summary_text", [text]
+        return item, item, "reasoning_summary_text", texts
     name, pieces = call
-    item.update({"type": "function_call", "call_id": text, "name": name, "arguments": ""})
+    item.update({"type": "function_call", "call_id": texts, "name": name, "arguments": ""})
     return item, {**item, "arguments": "".join(pieces)}, "function_call_arguments", pieces
+
+
+def together(parts):
+    """Return parts, those of one kind that follow each other as one part of several texts."""
+    whole = []
+    for kind, text, *call in parts:
+        if call:
+            whole.append((kind, text, *call))
+        elif whole and whole[-1][0] == kind:
+            whole[-1][1].append(text)
+        else:
+            whole.append((kind, [text]))
+    return whole
 
 
 def responses_stream(parts, finish="stop"):
@@ -324,7 +337,7 @@ def responses_stream(parts, finish="stop"):
         events.append({"type": "response." + step, **more})
 
     add("created", response={"id": "r", "created_at": 1, "model": "m"})
-    for index, part in enumerate(parts):
+    for index, part in enumerate(together(parts)):
         empty, whole, name, pieces = responses_item(index, *part)
         place = {"output_index": index, "item_id": empty["id"]}
         add("output_item.added", item=empty, **place)
@@ -7526,6 +7539,39 @@ class RealFaultTest(RealCase):
             lines_until(answer, b'"code":"incomplete_answer"')
             lines_until(answer, b"data: [DONE]")
         self.exchange()
+
+    def test_an_end_without_a_reason_counts_where_the_body_has_a_length(self):
+        stream = body_text((self.PART,))
+        self.upstream.respond = failing(200, stream, "text/event-stream")
+        self.assertEqual(self.proxy.content(), "part")
+
+    def test_an_answer_that_ends_before_its_length_is_an_error(self):
+        has_part = threading.Event()
+
+        def respond(exchange):
+            exchange.begin(Content_Length="9999")
+            exchange.send(self.PART)
+            has_part.wait(DEADLINE)
+
+        self.upstream.respond = respond
+        with self.proxy.streaming() as connection:
+            answer = connection.getresponse()
+            lines_until(answer, b'"part"')
+            has_part.set()
+            lines_until(answer, b'"code":"upstream_unreachable"')
+            lines_until(answer, b"data: [DONE]")
+        self.exchange()
+
+    WHOLE_ANSWERS = {
+        "chat/completions": whole_chat(content="part"),
+        "responses": output(item("message", text("part", "output_text"))),
+        "messages": claude(text("part")),
+    }
+
+    def test_answers_that_are_no_streams(self):
+        for name, answer in self.WHOLE_ANSWERS.items():
+            self.upstream.respond = failing(200, answer)
+            self.assertEqual(self.proxy.content(model=FORMATS[name]), "part", name)
 
     def test_answers_that_do_not_end(self):
         def respond(exchange):
