@@ -182,6 +182,7 @@ FLUSH_SECONDS = 1.0  # ... and the time for them at the end
 MAX_LINE_BYTES = 16 << 20  # memory: a line of a process's output
 MAX_EVENT_BYTES = 16 << 20  # memory: an event of a provider's stream
 LINE_HEAD_BYTES = 4 << 10  # of a line that is too long: enough to tell whose it is
+MAX_WORDS_CHARACTERS = 500  # of what a process said last, in an error
 MAX_STDERR_BYTES = 4 << 10  # memory: the end of what a process says on stderr
 MAX_ERROR_CHARACTERS = 64 << 10  # memory: the beginning of an answer that may be no stream
 MAX_TURNS_PER_PROCESS = 32  # answers that a process which ends takes with it
@@ -202,11 +203,12 @@ CATALOG_SECONDS = 6 * 3600.0  # the catalog is read again: providers change thei
 KEEP_WARM_SECONDS = 300.0  # processes beyond --spares that could serve more end when idle so long
 TEND_SECONDS = 5.0  # between looks at the user's files and the processes
 MAX_RETRY_SECONDS = 60.0  # between starts while they fail
+MAX_WAITED_RETRY_SECONDS = 2.0  # ... and requests wait for one
 FINISH_SECONDS = 3.0  # for the rest of an answer (its usage) after the finish_reason
 CUT_SECONDS = 1.0  # ... and after a stop sequence
 MAX_EVENTS_AHEAD = 256  # memory: of all choices of a request, while their client reads slowly
 NEW_SECONDS = 60.0  # an empty private directory of this age was given up when it was made
-RETRY_SECONDS = 1.0  # until the next start after one that failed; then twice as long
+RETRY_SECONDS = 0.5  # until the next start after one that failed; then twice as long
 QUEUE_RETRY_SECONDS = 5  # told to clients that are refused for want of room
 
 # ------------------------------------------------------------------------------------------- errors
@@ -1660,7 +1662,16 @@ class WireFormat(abc.ABC):
 
     def body(self, theirs: Json) -> bytes:
         """Return the JSON to send in place of `theirs`; raise APIError 400 where that cannot be."""
-        return finished_body(self._encode(theirs), self.target)
+        body = self._encode(theirs)
+        self._restore_thoughts(body)
+        return finished_body(body, self.target)
+
+    @abc.abstractmethod
+    def _restore_thoughts(self, body: Json) -> None:
+        """Put what is remembered of calls where this format wants it."""
+
+    def _thought_of(self, call_id: Any) -> Json:
+        return self.thoughts.recall(self.target.model.name, str(call_id))
 
     @abc.abstractmethod
     def _encode(self, theirs: Json) -> Json:
@@ -1794,6 +1805,25 @@ class ChatCompletions(WireFormat):
         stream_options = self.request.body.get("stream_options", {})
         body["stream_options"] = {**stream_options, "include_usage": True}
         return body
+
+    def _restore_thoughts(self, body: Json) -> None:
+        """Put back fields of messages that have calls, and of the calls, where they are missing."""
+        body["messages"] = [self._with_thoughts(message) for message in body["messages"]]
+
+    def _with_thoughts(self, message: Json) -> Json:
+        calls = message.get("tool_calls")
+        if not calls:
+            return message
+
+        message_fields: Json = {}
+        restored_calls = []
+        for call in calls:
+            thought = self._thought_of(call["id"])
+            restored_calls.append({**thought.get("call", {}), **call})
+            message_fields.update(thought.get("message", {}))
+        if not wants_reasoning_content(self.target):
+            message_fields.pop("reasoning_content", None)
+        return {**message_fields, **message, "tool_calls": restored_calls}
 
     def _decode(self, message: Json) -> Iterator[Event]:
         for name in ("service_tier", "system_fingerprint"):
@@ -1943,6 +1973,20 @@ class Responses(WireFormat):
             body["include"] = [*body.get("include", ()), "message.output_text.logprobs"]
             body["top_logprobs"] = request.get("top_logprobs", 0)
         return drop_empty(body)
+
+    def _restore_thoughts(self, body: Json) -> None:
+        """Put reasoning before the call that followed it, and before what was said with that."""
+        items: list[Json] = []
+        for item in body["input"]:
+            thoughts = []
+            if item.get("type") in CALL_OF_ITEM:
+                thoughts = self._thought_of(item["call_id"]).get("before", [])
+            place = len(items)
+            if thoughts and items and items[-1].get("role") == "assistant":
+                place -= 1
+            items[place:place] = thoughts
+            items.append(item)
+        body["input"] = items
 
     def _input(self) -> list[Json]:
         """Return the conversation: what a message says, then the calls that it makes."""
@@ -2262,6 +2306,19 @@ class Messages(WireFormat):
             body["tool_choice"] = choice
         return drop_empty(body)
 
+    def _restore_thoughts(self, body: Json) -> None:
+        """Put blocks of thoughts before the call that followed them, and before its text."""
+        for turn in body["messages"]:
+            blocks: list[Json] = []
+            place = 0  # behind the last call
+            for block in turn["content"]:
+                blocks.append(block)
+                if block["type"] == "tool_use":
+                    thoughts = self._thought_of(block["id"]).get("before", [])
+                    blocks[place:place] = thoughts
+                    place = len(blocks)
+            turn["content"] = blocks
+
     def _sampling(self) -> Json:
         """Return how words are picked: the temperature ends at 1, where OpenAI's ends at 2."""
         sampling = {}
@@ -2416,6 +2473,15 @@ class Messages(WireFormat):
         written = count_in(self._tokens, "cache_creation_input_tokens")
         prompt = count_in(self._tokens, "input_tokens") + cached + written
         self.usage = token_usage(prompt, count_in(self._tokens, "output_tokens"), cached)
+
+
+def wants_reasoning_content(target: Target) -> bool:
+    """Tell whether a service takes its `reasoning_content` back: DeepSeek, Kimi (2026).
+
+    Others refuse the field, or have other names for it.
+    """
+    place = f"{target.host} {target.model.name}".lower()
+    return any(word in place for word in ("deepseek", "moonshot", "kimi"))
 
 
 def is_signed(block: Json) -> bool:
@@ -4529,6 +4595,8 @@ JSON_RPC = b'{"jsonrpc"'
 SESSION_UPDATE = b'{"jsonrpc":"2.0","method":"session/update"'  # neither ordered nor fast: ignored
 SESSION_ID = re.compile(rb'"sessionId":"([^"]+)"')
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# What opencode says of a request that failed, as each one does that the plugin has answered.
+FAILED_REQUESTS = re.compile(r"^.*code: -32603[^{]*\{[^}]*\}[,; ]*\}[,; ]*")
 PROMPT = [{"type": "text", "text": "-"}]  # what matters is told by the plugin
 Trace = Callable[[str, Json, int], None]  # takes an arrow, a JSON-RPC message, its size in bytes
 
@@ -4679,7 +4747,8 @@ class Child:
     def failed(self, text: str) -> ProcessFailed:
         """Return the error `text`, with what the program said last, without colours."""
         words = (self._stderr_tail.strip() or self._noise).decode("utf-8", "replace")
-        words = " ".join(COLOUR.sub("", words).split())[-500:]
+        words = " ".join(COLOUR.sub("", words).split())
+        words = FAILED_REQUESTS.sub("", words)[-MAX_WORDS_CHARACTERS:]
         return ProcessFailed(f"{text}: {words}" if words else text)
 
     def memory(self) -> int:
@@ -5309,7 +5378,7 @@ class Pool:
         self._waiting: collections.deque[Turn] = collections.deque()
         self._turns: set[Turn] = set()
         self._failed_starts = 0  # one after the other
-        self._retry_at = math.inf  # nothing starts before
+        self._failed_at = math.inf  # when the last one failed; nothing starts before the proof
 
     # -- for the handlers of requests
 
@@ -5473,7 +5542,7 @@ class Pool:
         A start takes the processor from answers: unless somebody waits, or nobody could be served,
         it comes when at most one turn runs, whose first event is there.
         """
-        if time.monotonic() < self._retry_at:
+        if time.monotonic() < self._start_at():
             return False
         starting = len(self._in(STARTING))
         places = self._settings.max_concurrency - len(self._turns)
@@ -5546,12 +5615,17 @@ class Pool:
             if not is_expected and process.is_fresh:
                 self._note_failed_start(failure)
 
+    def _start_at(self) -> float:
+        """Return when a process may start again: after failed starts there is a growing pause."""
+        pause = RETRY_SECONDS * 2.0 ** min(self._failed_starts - 1, 10)
+        limit = MAX_WAITED_RETRY_SECONDS if self._waiting else MAX_RETRY_SECONDS
+        return self._failed_at + min(limit, MAX_RETRY_SECONDS, pause)
+
     def _note_failed_start(self, failure: str) -> None:
         """Let the next start wait; tell the turns that no process has room for. Under the lock."""
         self.note_error(failure)
         self._failed_starts += 1
-        pause = RETRY_SECONDS * 2 ** min(self._failed_starts - 1, 10)
-        self._retry_at = time.monotonic() + min(MAX_RETRY_SECONDS, pause)
+        self._failed_at = time.monotonic()
         self._wake.set()  # so that the next look comes when the pause is over
         if self._best() is None and not self._in(STARTING):
             for turn in self._waiting:
@@ -5572,7 +5646,7 @@ class Pool:
             raise StartError(f"opencode cannot be used: {failure}") from None
         with self._changing():
             self._spares = self._settings.spares
-            self._retry_at = 0.0
+            self._failed_at = -math.inf
         self._tender.start()
         self.watch.start()
 
@@ -5587,7 +5661,7 @@ class Pool:
     def _start_first(self) -> None:
         while not self.closing.wait(LOOK_SECONDS / 10):
             with self._changing():
-                self._retry_at = 0.0
+                self._failed_at = -math.inf
                 if self._in(READY):
                     return
                 if self._failed_starts >= MAX_ATTEMPTS:
@@ -5596,7 +5670,7 @@ class Pool:
     def _tend(self) -> None:
         """Look at the processes, from time to time and when woken."""
         while not self.closing.is_set():
-            pause = self._retry_at - time.monotonic()
+            pause = self._start_at() - time.monotonic()
             if not 0 < pause < TEND_SECONDS:
                 pause = TEND_SECONDS
             self._wake.wait(pause)

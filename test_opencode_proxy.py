@@ -8732,6 +8732,194 @@ class StableIdsTest(unittest.TestCase):
         self.assertLess(min(seconds(16000) for _ in range(3)), 64 * few + 0.02)
 
 
+# ---------------------------------------------------------------------------------------- thoughts
+class ThoughtsTest(unittest.TestCase):
+    """What is remembered, for how long, and for whom."""
+
+    def test_a_thought_belongs_to_a_call_of_a_model(self):
+        thoughts = proxy.Thoughts()
+        thoughts.store("p/m", "c1", {"before": [1]})
+        self.assertEqual(thoughts.recall("p/m", "c1"), {"before": [1]})
+        self.assertEqual(thoughts.recall("p/m", "c1"), {"before": [1]})
+        for name, model, call_id in (("another model", "p/n", "c1"), ("another call", "p/m", "c2")):
+            with self.subTest(name):
+                self.assertEqual(thoughts.recall(model, call_id), {})
+
+    def test_what_comes_back_is_nobody_elses_object(self):
+        thoughts = proxy.Thoughts()
+        thoughts.store("p/m", "c", {"a": []})
+        thoughts.recall("p/m", "c")["a"].append(1)
+        self.assertEqual(thoughts.recall("p/m", "c"), {"a": []})
+
+    def test_the_oldest_go_first(self):
+        size = len(json.dumps({"text": "x"}))
+        thoughts = proxy.Thoughts()
+        with unittest.mock.patch.object(proxy, "MAX_THOUGHTS_BYTES", 2 * size):
+            for call_id in ("a", "b", "a", "c"):
+                thoughts.store("p/m", call_id, {"text": "x"})
+            known = [bool(thoughts.recall("p/m", call_id)) for call_id in "abc"]
+        self.assertEqual(known, [True, False, True])
+
+    def test_after_an_hour_they_are_forgotten(self):
+        thoughts = proxy.Thoughts()
+        thoughts.store("p/m", "c", {"text": "x"})
+        later = time.monotonic() + proxy.THOUGHT_SECONDS
+        with unittest.mock.patch.object(proxy.time, "monotonic", return_value=later + 1):
+            self.assertEqual(thoughts.recall("p/m", "c"), {})
+
+    def test_a_huge_one_is_not_kept(self):
+        thoughts = proxy.Thoughts()
+        thoughts.store("p/m", "c", {"text": "x" * (proxy.MAX_THOUGHT_BYTES + 1)})
+        self.assertEqual(thoughts.recall("p/m", "c"), {})
+
+    def test_another_login_sees_nothing(self):
+        thoughts = proxy.Thoughts()
+        thoughts.store("p/m", "c", {"text": "x"})
+        thoughts.clear()
+        self.assertEqual(thoughts.recall("p/m", "c"), {})
+
+
+class ReasoningService:
+    """A provider that gives its reasoning along with each call, and refuses a call without it.
+
+    It calls a tool three times, then answers; `step` counts the calls that it sees in a request.
+    """
+
+    CALLS = 3
+
+    def __call__(self, exchange):
+        step = exchange.raw.count(b'"city-')
+        lost = [number for number in range(step) if not self.is_there(exchange, number)]
+        if lost:
+            words = f"the reasoning of call {lost[0]} is missing"
+            failing(400, {"error": {"message": words}})(exchange)
+            return
+        if step == self.CALLS:
+            answering(("text", "done"))(exchange)
+            return
+        exchange.begin()
+        exchange.send(*getattr(self, exchange.format.split("/")[0])(step))
+
+    def is_there(self, exchange, number):
+        """Tell whether the reasoning of a call stands right before it, exactly as it was given."""
+        body = exchange.body
+        if exchange.format == "messages":
+            blocks = [block for turn in body["messages"] for block in turn["content"]]
+            call = next(n for n, block in enumerate(blocks) if block.get("id") == f"id-{number}")
+            return {**blocks[call - 1], "cache_control": None} == {
+                "type": "thinking",
+                "thinking": f"hm {number}",
+                "signature": f"sig-{number}",
+                "cache_control": None,
+            }
+        if exchange.format == "responses":
+            items = body["input"]
+            call = next(n for n, item in enumerate(items) if item.get("call_id") == f"id-{number}")
+            reasoning = {"type": "reasoning", "summary": [], "encrypted_content": f"enc-{number}"}
+            return items[call - 1] == reasoning
+        said = [m for m in body["messages"] if m["role"] == "assistant"][number]
+        signature = {"google": {"thought_signature": f"sig-{number}"}}
+        return (
+            said["reasoning_opaque"] == f"opaque-{number}"
+            and said["reasoning_text"] == f"hm {number}"
+            and said["tool_calls"][0]["extra_content"] == signature
+        )
+
+    @staticmethod
+    def arguments(step):
+        return json.dumps({"a": f"city-{step}"})
+
+    def messages(self, step):
+        events = messages_stream(
+            [("thought", f"hm {step}"), ("call", f"id-{step}", "f", [self.arguments(step)])],
+            "tool_calls",
+        )
+        signature = {"type": "signature_delta", "signature": f"sig-{step}"}
+        delta = {"type": "content_block_delta", "index": 0, "delta": signature}
+        stop = events.index({"type": "content_block_stop", "index": 0})
+        return [*events[:stop], delta, *events[stop:]]
+
+    def responses(self, step):
+        item = {"type": "reasoning", "id": "rs", "summary": []}
+        item["encrypted_content"] = f"enc-{step}"
+        done = {"type": "response.output_item.done", "output_index": 9, "item": item}
+        events = responses_stream([("call", f"id-{step}", "f", [self.arguments(step)])])
+        return [events[0], done, *events[1:]]
+
+    def chat(self, step):
+        function = {"name": "f", "arguments": self.arguments(step)}
+        call = {"index": 0, "id": f"id-{step}", "type": "function", "function": function}
+        call["extra_content"] = {"google": {"thought_signature": f"sig-{step}"}}
+        return [
+            chat_chunk({"reasoning_text": f"hm {step}", "reasoning_opaque": f"opaque-{step}"}),
+            chat_chunk({"tool_calls": [call]}),
+            chat_chunk({}, "tool_calls"),
+            "[DONE]",
+        ]
+
+
+class RealThoughtsTest(RealCase):
+    """A tool loop of clients that know nothing of reasoning, at providers that insist on it."""
+
+    TOOL = {"type": "function", "function": {"name": "f"}}
+
+    def ask(self, model, messages, is_streamed):
+        """Return the message that answers, as a client keeps it, without any reasoning."""
+        fields = {"model": model, "messages": messages, "tools": [self.TOOL]}
+        if not is_streamed:
+            status, answer = self.proxy.chat(**fields)
+            self.assertEqual(status, 200, answer)
+            said = answer["choices"][0]["message"]
+            kept = {name: said[name] for name in ("role", "content", "tool_calls") if name in said}
+            for call in kept.get("tool_calls", ()):
+                call.pop("extra_content", None)
+            return kept
+        message = proxy.Message()
+        for delta in deltas_of(self.proxy.stream(**fields)):
+            message.add(delta)
+        whole = message.whole()
+        calls = [
+            {"id": call["id"], "type": "function", "function": call["function"]}
+            for call in whole.get("tool_calls", ())
+        ]
+        return {"role": "assistant", "content": whole["content"], "tool_calls": calls}
+
+    def loop(self, model, is_streamed, after_call=lambda: None):
+        """Answer calls until there are none; return what was said last, and how many POSTs."""
+        messages = [{"role": "user", "content": "q"}]
+        for _ in range(ReasoningService.CALLS + 1):
+            said = self.ask(model, messages, is_streamed)
+            messages.append({name: value for name, value in said.items() if value})
+            if not said.get("tool_calls"):
+                break
+            (call,) = said["tool_calls"]
+            messages.append({"role": "tool", "tool_call_id": call["id"], "content": "r"})
+            after_call()
+        return said["content"], len(self.upstream.exchanges)
+
+    def test_a_loop_of_three_calls_passes(self):
+        self.upstream.respond = ReasoningService()
+        for name, model in FORMATS.items():
+            for is_streamed in (False, True):
+                with self.subTest(name, is_streamed=is_streamed):
+                    self.proxy.pool.thoughts.clear()
+                    self.upstream.exchanges.clear()
+                    self.assertEqual(self.loop(model, is_streamed), ("done", 4))
+
+    def test_what_is_forgotten_is_not_invented(self):
+        self.upstream.respond = answering(("call", "c", "f", ["{}"]), finish="tool_calls")
+        for name, model in FORMATS.items():
+            with self.subTest(name):
+                self.upstream.exchanges.clear()
+                said = self.ask(model, [{"role": "user", "content": "q"}], False)
+                self.proxy.pool.thoughts.clear()
+                result = {"role": "tool", "tool_call_id": "c", "content": "r"}
+                self.ask(model, [{"role": "user", "content": "q"}, said, result], False)
+                raw = self.upstream.exchanges[-1].raw
+                for word in (b"thinking", b'encrypted_content":', b"reasoning_opaque"):
+                    self.assertNotIn(word, raw)
+
+
 # ------------------------------------------------------------------------------------------- images
 class ImageStore(http.server.BaseHTTPRequestHandler):
     """Serves what its path names: an image, something else, or the way to another place."""
