@@ -93,6 +93,7 @@ import contextlib
 import email.message
 import errno
 import fcntl
+import hashlib
 import hmac
 import http.client
 import http.server
@@ -2635,19 +2636,148 @@ def stub_conversation(is_agent: bool, has_image: bool, effort: str | None = None
 # checked what quirks rely on, all else may be anything.
 
 INSTRUCTIONS = "Answer the user."  # where a client has none, and the service insists on some
+CONTINUE = "Please continue."  # the user's, where an assistant's message may not be the last
+NO_REASONING = "."  # for Kimi, which takes "" for missing and words for its own
 MIN_RESPONSES_TOKENS = 16
-CHATGPT_REFUSES = (
+MIN_THINKING_TOKENS = 1024
+MAX_THINKING_TOKENS = 16000  # what opencode asks for
+MAX_CALL_ID_CHARACTERS = 64
+MAX_CACHE_MARKS = 4
+MISTRAL_ID = re.compile("[a-zA-Z0-9]{9}")
+CLAUDE_VERSION = re.compile(r"claude-[a-z]+-(\d+)(?:[.-](\d{1,2}))?(?!\d)")
+MEDIA_TYPES = (  # of images, by how their bytes begin
+    (b"\x89PNG\r\n\x1a\n", "image/png"),
+    (b"\xff\xd8\xff", "image/jpeg"),
+    (b"GIF8", "image/gif"),
+)
+DATA_IMAGE = re.compile(r"(?i)data:(image/[^;,]*)((?:;[^;,]*)*;base64,)")
+# Keywords of a JSON schema below which are schemas: by name, in a list, or one.
+SCHEMA_MAPS = ("properties", "$defs", "definitions", "patternProperties")
+SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+SCHEMA_SINGLES = ("items", "additionalProperties", "not")
+COMBINERS = ("anyOf", "oneOf", "allOf")
+STUB_NAME = "_noop"
+STUB_TEXT = "Not a tool: it is here because earlier messages have calls. Never call it."
+STUB_SCHEMA: Json = {"type": "object", "properties": {"reason": {"type": "string"}}}
+# Of chat completions: what OpenAI's own service has, and no other that speaks as it does.
+ONLY_OPENAI = (
+    "metadata",
+    "prediction",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+)
+GOOGLE_REFUSES = (
+    "frequency_penalty",
+    "logit_bias",
+    "parallel_tool_calls",
+    "presence_penalty",
+    "reasoning",
+    "seed",
+    "top_k",
+    "user",
+)
+MISTRAL_TAKES = (
+    "frequency_penalty",
+    "max_tokens",
+    "messages",
+    "model",
+    "n",
+    "parallel_tool_calls",
+    "presence_penalty",
+    "prompt_cache_key",
+    "prompt_mode",
+    "random_seed",
+    "reasoning_effort",
+    "response_format",
+    "safe_prompt",
+    "stop",
+    "stream",
+    "temperature",
+    "tool_choice",
+    "tools",
+    "top_p",
+)
+MISTRAL_MESSAGE_TAKES: dict[str, tuple[str, ...]] = {
+    "system": ("role", "content"),
+    "user": ("role", "content"),
+    "assistant": ("role", "content", "tool_calls", "prefix"),
+    "tool": ("role", "content", "tool_call_id", "name"),
+}
+MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "function_call")
+CHATGPT_TAKES = (
+    "include",
+    "input",
+    "instructions",
+    "model",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "reasoning",
+    "service_tier",
+    "store",
+    "stream",
+    "text",
+    "tool_choice",
+    "tools",
+)
+COPILOT_RESPONSES_TAKES = (
+    *(name for name in CHATGPT_TAKES if name != "service_tier"),
     "max_output_tokens",
+    "max_tool_calls",
     "metadata",
     "safety_identifier",
     "temperature",
+    "top_logprobs",
     "top_p",
+    "truncation",
     "user",
 )
+COPILOT_BETAS = (
+    "advanced-tool-use-2025-11-20",
+    "context-management-2025-06-27",
+    "interleaved-thinking-2025-05-14",
+)
+CONTEXT_BETA = "context-management-2025-06-27"
+COPILOT_TOOL_REFUSES = ("strict", "eager_input_streaming", "defer_loading", "input_examples")
+CLAUDE_SCHEMA_TAKES = (
+    "$defs",
+    "$id",
+    "$ref",
+    "$schema",
+    "additionalProperties",
+    "allOf",
+    "anyOf",
+    "const",
+    "default",
+    "definitions",
+    "description",
+    "enum",
+    "format",
+    "items",
+    "properties",
+    "required",
+    "title",
+    "type",
+)
+CLAUDE_STRING_FORMATS = (
+    "date",
+    "date-time",
+    "duration",
+    "email",
+    "hostname",
+    "ipv4",
+    "ipv6",
+    "time",
+    "uri",
+    "uuid",
+)
+BILLING_LINE = "x-anthropic-billing-header:"  # Claude Code's, in a block of its own
 
 Formats = Union[type[WireFormat], tuple[type[WireFormat], ...]]
 Condition = Callable[[Target], bool]
 Repair = Callable[[Json, Target], None]
+EVERY_FORMAT = (ChatCompletions, Responses, Messages)
 
 
 class Quirk(NamedTuple):
@@ -2685,8 +2815,15 @@ def always(target: Target) -> bool:
     return True
 
 
-def is_at(target: Target, domain: str) -> bool:
-    return target.host == domain or target.host.endswith("." + domain)
+def is_at(target: Target, *domains: str) -> bool:
+    host = "." + target.host
+    return any(host.endswith("." + domain) for domain in domains)
+
+
+def is_named(target: Target, *words: str) -> bool:
+    """Tell whether one of the words is in the model's name, without its provider."""
+    name = target.model.bare_name.lower()
+    return any(word in name for word in words)
 
 
 def is_chatgpt(target: Target) -> bool:
@@ -2698,65 +2835,799 @@ def is_copilot(target: Target) -> bool:
     return target.provider.startswith("github-copilot")
 
 
+def is_openai_reasoner(target: Target) -> bool:
+    """Tell whether it is GPT-5 or newer, or a model of the o series, wherever it runs."""
+    name = target.model.bare_name.lower().rpartition("/")[2]
+    return re.match(r"gpt-[5-9]|o\d", name) is not None
+
+
 def is_copilot_reasoner(target: Target) -> bool:
-    """Tell whether it is GPT-5 or newer, or a model of the o series, at Copilot."""
-    model = target.model.name.partition("/")[2]
-    return is_copilot(target) and re.match(r"gpt-[5-9]|o\d", model) is not None
+    return is_copilot(target) and is_openai_reasoner(target)
+
+
+def is_claude(target: Target) -> bool:
+    return is_named(target, "claude")
+
+
+def is_copilot_claude(target: Target) -> bool:
+    return is_copilot(target) and is_claude(target)
+
+
+def is_gemini(target: Target) -> bool:
+    return is_named(target, "gemini") or is_google(target)
+
+
+def is_copilot_gemini(target: Target) -> bool:
+    return is_copilot(target) and is_gemini(target)
+
+
+def is_google(target: Target) -> bool:
+    return target.provider == "google" or is_at(target, "googleapis.com")
+
+
+def is_anthropic(target: Target) -> bool:
+    return target.provider == "anthropic" or is_at(target, "anthropic.com")
+
+
+def is_not_anthropic(target: Target) -> bool:
+    return not is_anthropic(target)
 
 
 def is_mistral(target: Target) -> bool:
     return target.provider == "mistral" or is_at(target, "mistral.ai")
 
 
-def takes_no_temperature(target: Target) -> bool:
-    return not target.model.takes_temperature
+def is_deepseek(target: Target) -> bool:
+    return is_named(target, "deepseek") or is_at(target, "deepseek.com")
 
 
-# -- /chat/completions
+def is_moonshot(target: Target) -> bool:
+    providers = ("moonshotai", "moonshotai-cn", "kimi-for-coding")
+    return target.provider in providers or is_at(target, "moonshot.ai", "moonshot.cn", "kimi.com")
+
+
+def is_kimi(target: Target) -> bool:
+    return is_moonshot(target) or is_named(target, "kimi")
+
+
+def is_openrouter(target: Target) -> bool:
+    return target.provider == "openrouter" or is_at(target, "openrouter.ai")
+
+
+def is_xai(target: Target) -> bool:
+    return target.provider == "xai" or is_at(target, "x.ai")
+
+
+def is_groq_or_cerebras(target: Target) -> bool:
+    is_one = target.provider in ("groq", "cerebras")
+    return is_one or is_at(target, "groq.com", "cerebras.ai")
+
+
+def is_openai(target: Target) -> bool:
+    """Tell whether OpenAI's own service answers, or Azure's, which is the same."""
+    is_azure = target.provider.startswith("azure") or is_at(target, "azure.com")
+    return is_azure or target.provider == "openai" or is_at(target, "openai.com")
+
+
+def is_compatible(target: Target) -> bool:
+    """Tell whether it is a service that speaks as OpenAI does, with words of its own.
+
+    A model of OpenAI's is OpenAI's service behind a gateway: it takes OpenAI's words.
+    """
+    return not (is_openai(target) or is_copilot(target) or is_openai_reasoner(target))
+
+
+def has_only_its_own_fields(target: Target) -> bool:
+    return is_compatible(target) and not is_openrouter(target)  # which passes them on
+
+
+def takes_no_sampling(target: Target) -> bool:
+    return not target.model.takes_temperature or is_copilot_reasoner(target)
+
+
+def takes_no_sampling_in_chat(target: Target) -> bool:
+    """Tell so where the catalog knows: of a user's own provider opencode just assumes it."""
+    return takes_no_sampling(target) and (is_copilot(target) or is_openai(target))
+
+
+def claude_version(target: Target) -> tuple[int, int]:
+    """Return a Claude's generation, (0, 0) of those before 4 and of other models."""
+    match = CLAUDE_VERSION.search(target.model.bare_name.lower())
+    if match is None:
+        return 0, 0
+    return int(match[1]), int(match[2] or 0)
+
+
+def takes_no_prefill(target: Target) -> bool:
+    return claude_version(target) >= (4, 6)
+
+
+def thinks_as_it_likes(target: Target) -> bool:
+    """Tell whether it is a Claude that takes neither a budget nor ways to pick words."""
+    return claude_version(target) >= (4, 7)
+
+
+def thinks_by_budget(target: Target) -> bool:
+    return (0, 0) < claude_version(target) < (4, 6)
+
+
+def thinks_always(target: Target) -> bool:
+    return is_named(target, "claude-fable-", "claude-mythos-")
+
+
+def calls_no_tool_by_force(target: Target) -> bool:
+    return thinks_always(target) and claude_version(target) >= (5, 1)
+
+
+# -- what quirks look at
+
+
+def objects(value: Any) -> list[Json]:
+    """Return the objects of a list; of anything else nothing."""
+    if not isinstance(value, list):
+        return []
+    return [item for item in value if isinstance(item, dict)]
+
+
+def messages_of(body: Json, *roles: str) -> list[Json]:
+    """Return the messages of a body that have one of the roles."""
+    return [each for each in objects(body.get("messages")) if each.get("role") in roles]
+
+
+def blocks_of(body: Json, *types: str) -> list[Json]:
+    """Return the blocks of these types in the turns of /messages, not those in results."""
+    blocks = []
+    for message in objects(body.get("messages")):
+        for block in objects(message.get("content")):
+            if block.get("type") in types:
+                blocks.append(block)
+    return blocks
+
+
+def is_last_of_assistant(body: Json) -> bool:
+    messages = objects(body.get("messages"))
+    return bool(messages) and messages[-1].get("role") == "assistant"
+
+
+def functions_of(body: Json, target: Target) -> list[Json]:
+    """Return the objects that hold the functions' names and schemas."""
+    functions = []
+    for tool in objects(body.get("tools")):
+        if target.wire_format is ChatCompletions:
+            functions += objects([tool.get("function")])
+        elif target.wire_format is Responses and tool.get("type") == "function":
+            functions.append(tool)
+        elif target.wire_format is Messages and tool.get("type") in (None, "custom"):
+            functions.append(tool)
+    return functions
+
+
+def schema_name(target: Target) -> str:
+    """Return what a format calls the schema of a function's arguments."""
+    return "input_schema" if target.wire_format is Messages else "parameters"
+
+
+def schemas_in(schema: Any) -> Iterator[Json]:
+    """Yield a schema and those within it, the outer first: it may be changed meanwhile."""
+    waiting = [schema]
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, dict):
+            continue
+        yield node
+        for name in SCHEMA_MAPS:
+            if isinstance(node.get(name), dict):
+                waiting.extend(node[name].values())
+        for name in (*SCHEMA_LISTS, *SCHEMA_SINGLES):
+            if isinstance(node.get(name), list):
+                waiting.extend(node[name])
+            else:
+                waiting.append(node.get(name))
+
+
+def keep_only(fields: Json, names: Sequence[str]) -> None:
+    for name in list(fields):
+        if name not in names:
+            del fields[name]
+
+
+def drop(fields: Json, *names: str) -> None:
+    for name in names:
+        fields.pop(name, None)
+
+
+def hashed(text: str, size: int) -> str:
+    """Return `size` letters and digits that stand for a text, each time the same."""
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:size]
+
+
+class CallIds:
+    """Gives the calls of a conversation ids that a service takes, and the same to their results.
+
+    A result belongs to the last call before it that had its id; of several with one id in one
+    turn, to each in turn. What an id becomes depends on nothing that comes after it.
+    """
+
+    def __init__(self, make: Callable[[str], str]) -> None:
+        self._make = make
+        self._used: set[str] = set()
+        self._ids: dict[str, list[str]] = {}  # new ones, by the old ones, of calls without results
+        self._has_results = False  # since the last call
+
+    def call(self, holder: Json, name: str) -> None:
+        """Change the id of a call, which `holder` has as `name`."""
+        old = holder.get(name)
+        if not isinstance(old, str):
+            return
+        if self._has_results:
+            self._has_results = False
+            self._ids.clear()
+        new = self._make(old)
+        number = 1
+        while new in self._used:
+            number += 1
+            new = self._make(f"{old}_{number}")
+        self._used.add(new)
+        self._ids.setdefault(old, []).append(new)
+        holder[name] = new
+
+    def result(self, holder: Json, name: str) -> None:
+        """Change the id of the call that a result names."""
+        old = holder.get(name)
+        if not isinstance(old, str):
+            return
+        self._has_results = True
+        ids = self._ids.get(old) or [self._make(old)]
+        holder[name] = ids[0]
+        if len(ids) > 1:
+            del ids[0]
+
+
+# -- everywhere
+
+
+@quirk(EVERY_FORMAT, always)
+def describe_parameters(body: Json, target: Target) -> None:
+    """OpenAI, Anthropic and others refuse functions whose schema is missing or {} (2025)."""
+    name = schema_name(target)
+    for function in functions_of(body, target):
+        if not function.get(name):
+            function[name] = {"type": "object", "properties": {}}
+
+
+@quirk(ChatCompletions, always)
+def name_media_type_of_url(body: Json, target: Target) -> None:
+    """Gemini and Claude refuse an image whose bytes are not what its type says (2026)."""
+    for part in objects_in(body.get("messages")):
+        image = part.get("image_url")
+        if isinstance(image, dict):
+            image["url"] = with_media_type(image.get("url"))
+
+
+@quirk(Responses, always)
+def name_media_type_of_input(body: Json, target: Target) -> None:
+    """OpenAI refuses an image whose bytes are not what its type says (2025)."""
+    for part in objects_in(body.get("input")):
+        if part.get("type") == "input_image" and "image_url" in part:
+            part["image_url"] = with_media_type(part["image_url"])
+
+
+@quirk(Messages, always)
+def name_media_type_of_source(body: Json, target: Target) -> None:
+    """Anthropic: "The image was specified using the image/png media type, but..." (2025)."""
+    for block in objects_in(body.get("messages")):
+        source = block.get("source")
+        if block.get("type") != "image" or not isinstance(source, dict):
+            continue
+        if source.get("type") == "base64":
+            media_type = media_type_of(source.get("data"))
+            source["media_type"] = media_type or source.get("media_type")
+
+
+def media_type_of(data: Any) -> str:
+    """Return what an image in base64 is, "" where its first bytes do not say it."""
+    try:
+        beginning = base64.b64decode(str(data)[:16])
+    except ValueError:
+        return ""
+    for magic, media_type in MEDIA_TYPES:
+        if beginning.startswith(magic):
+            return media_type
+    is_webp = beginning[:4] == b"RIFF" and beginning[8:12] == b"WEBP"
+    return "image/webp" if is_webp else ""
+
+
+def with_media_type(url: Any) -> Any:
+    """Return a URL; in a `data:` one the type of an image is what its bytes are."""
+    match = DATA_IMAGE.match(url) if isinstance(url, str) else None
+    if match is None:
+        return url
+    start = match.end()
+    media_type = media_type_of(url[start : start + 16]) or match[1]
+    return f"data:{media_type}{match[2]}{url[start:]}"
+
+
+# -- /chat/completions, of all services
+
+
+@quirk(ChatCompletions, always)
+def drop_nulls(body: Json, target: Target) -> None:
+    """Z.ai, Copilot and Mistral refuse fields that are null, as `refusal` is (2025)."""
+    for name in [name for name, value in body.items() if value is None]:
+        del body[name]
+    for message in objects(body.get("messages")):
+        for name in list(message):
+            if message[name] is None and name != "content":
+                del message[name]
+
+
+@quirk(ChatCompletions, always)
+def drop_empty_calls(body: Json, target: Target) -> None:
+    """Copilot and OpenAI: `tool_calls` that is empty is "too short" (2025); "" is no name."""
+    for message in objects(body.get("messages")):
+        for name in ("tool_calls", "annotations", "name", "refusal"):
+            if message.get(name) in ("", []):
+                del message[name]
+
+
+@quirk((ChatCompletions, Messages), always)
+def drop_empty_tools(body: Json, target: Target) -> None:
+    """Copilot, vLLM and others refuse `tools: []`; OpenAI a choice without tools (2025)."""
+    if not body.get("tools"):
+        drop(body, "tools", "tool_choice", "parallel_tool_calls")
+
+
+@quirk(ChatCompletions, takes_no_sampling_in_chat)
+def drop_sampling_in_chat(body: Json, target: Target) -> None:
+    """gpt-5-mini at Copilot: "'temperature' does not support 0.1 with this model" (2025)."""
+    drop(body, "temperature", "top_p")
+
+
+@quirk(ChatCompletions, always)
+def say_effort_once(body: Json, target: Target) -> None:
+    """OpenRouter refuses `reasoning`, which opencode sets there, beside an effort (2026)."""
+    effort = body.get("reasoning_effort")
+    if effort is None:
+        return
+    theirs = body.pop("reasoning", None)
+    if is_openrouter(target):
+        budget = theirs if isinstance(theirs, dict) else {}
+        drop(budget, "max_tokens")
+        body["reasoning"] = {**budget, "effort": effort}
+        del body["reasoning_effort"]
+
+
+@quirk(ChatCompletions, is_compatible)
+def say_system(body: Json, target: Target) -> None:
+    """DeepSeek: "developer is not one of ['system', ...]"; most know OpenAI's first roles."""
+    for message in messages_of(body, "developer"):
+        message["role"] = "system"
+
+
+@quirk(ChatCompletions, is_compatible)
+def say_max_tokens(body: Json, target: Target) -> None:
+    """Mistral refuses `max_completion_tokens`, others ignore it; Snowflake wants it (2025)."""
+    if target.provider == "snowflake-cortex":
+        return
+    limit = body.pop("max_completion_tokens", None)
+    if limit is not None:
+        body["max_tokens"] = limit
+
+
+@quirk(ChatCompletions, has_only_its_own_fields)
+def drop_what_only_openai_has(body: Json, target: Target) -> None:
+    """Google, Mistral and Groq refuse what they do not know, of OpenAI's own service (2025)."""
+    drop(body, *ONLY_OPENAI)
+
+
+@quirk((ChatCompletions, Messages), is_not_anthropic)
+def drop_billing_line(body: Json, target: Target) -> None:
+    """Copilot: "x-anthropic-billing-header is a reserved keyword" (2026); Claude Code's."""
+    for holder in (body, *messages_of(body, *SYSTEM_ROLES)):
+        name = "system" if holder is body else "content"
+        blocks = objects(holder.get(name))
+        kept = [each for each in blocks if not str(each.get("text")).startswith(BILLING_LINE)]
+        if len(kept) < len(blocks):
+            holder[name] = kept
+
+
+# -- Copilot, /chat/completions
 
 
 @quirk(ChatCompletions, is_copilot_reasoner)
 def rename_max_tokens(body: Json, target: Target) -> None:
-    """Copilot: "Unsupported parameter: 'max_tokens'... Use 'max_completion_tokens' instead"."""
+    """Copilot: "'max_tokens' is not supported... Use 'max_completion_tokens'" (2025)."""
     limit = body.pop("max_tokens", None)
     if limit is not None:
         body.setdefault("max_completion_tokens", limit)
 
 
+@quirk(ChatCompletions, is_copilot_reasoner)
+def drop_stop(body: Json, target: Target) -> None:
+    """gpt-5-mini at Copilot: "'stop' is not supported"; the proxy cuts by itself (2025)."""
+    drop(body, "stop")
+
+
+@quirk(ChatCompletions, is_copilot)
+def drop_text_that_says_nothing(body: Json, target: Target) -> None:
+    """Claude at Copilot refuses an assistant's "" beside calls: "must be non-empty" (2025)."""
+    for message in messages_of(body, "assistant"):
+        if message.get("content") == "" and message.get("tool_calls"):
+            message["content"] = None
+
+
+@quirk(ChatCompletions, is_copilot)
+def add_stub_tool(body: Json, target: Target) -> None:
+    """Copilot's Claude refuses calls in the history without `tools` (2025), as opencode says."""
+    has_calls = bool(messages_of(body, "tool"))
+    for message in messages_of(body, "assistant"):
+        has_calls = has_calls or bool(message.get("tool_calls"))
+    if has_calls and not body.get("tools"):
+        function = {"name": STUB_NAME, "description": STUB_TEXT, "parameters": STUB_SCHEMA}
+        body["tools"] = [{"type": "function", "function": copy_json(function)}]
+
+
+@quirk(ChatCompletions, is_copilot)
+def drop_strict(body: Json, target: Target) -> None:
+    """Copilot's Claude and Gemini back ends refuse `strict` of a function (2026-08)."""
+    if is_claude(target) or is_gemini(target):
+        for function in functions_of(body, target):
+            drop(function, "strict")
+
+
+@quirk(ChatCompletions, is_copilot_gemini)
+def drop_effort(body: Json, target: Target) -> None:
+    """Copilot's Gemini has no efforts (2026), as opencode says."""
+    drop(body, "reasoning_effort", "reasoning")
+
+
+@quirk(ChatCompletions, is_copilot_gemini)
+def say_media_type(body: Json, target: Target) -> None:
+    """Copilot's Gemini: "image media type is required", beside the URL (2025)."""
+    for part in objects_in(body.get("messages")):
+        for image in objects([part.get("image_url")]):
+            match = DATA_IMAGE.match(str(image.get("url")))
+            if match is not None:
+                image["media_type"] = match[1]
+
+
+# -- Gemini, wherever it speaks /chat/completions
+
+
+@quirk(ChatCompletions, is_gemini)
+def say_system_to_gemini(body: Json, target: Target) -> None:
+    """Gemini has no role `developer`, at Copilot neither (2026)."""
+    say_system(body, target)
+
+
+@quirk(ChatCompletions, is_gemini)
+def name_results(body: Json, target: Target) -> None:
+    """Gemini: "function_response.name: cannot be empty", also at Copilot (2025)."""
+    names: dict[Any, Any] = {}  # of the functions, by the ids of their calls
+    for message in objects(body.get("messages")):
+        for call in objects(message.get("tool_calls")):
+            function = call.get("function")
+            if isinstance(function, dict):
+                names[str(call.get("id"))] = function.get("name")
+        name = names.get(str(message.get("tool_call_id")))
+        if message.get("role") == "tool" and not message.get("name") and name:
+            message["name"] = name
+
+
+@quirk(ChatCompletions, is_gemini)
+def simplify_schemas_for_gemini(body: Json, target: Target) -> None:
+    """Gemini: a bare 400 for enums of numbers, lists of types, arrays without items (2026)."""
+    for function in functions_of(body, target):
+        for schema in schemas_in(function.get("parameters")):
+            say_one_type(schema)
+            say_enum_in_strings(schema)
+            say_items(schema)
+            require_what_is_there(schema)
+
+
+def say_one_type(schema: Json) -> None:
+    """Put the types of a list where Gemini wants them: null apart, others as alternatives."""
+    types = schema.get("type")
+    if not isinstance(types, list):
+        return
+    names = [name for name in types if name != "null"]
+    if len(names) < len(types):
+        schema["nullable"] = True
+    del schema["type"]
+    if len(names) == 1:
+        schema["type"] = names[0]
+    elif names:
+        schema["anyOf"] = [{"type": name} for name in names]
+    else:
+        schema["type"] = "null"
+
+
+def say_enum_in_strings(schema: Json) -> None:
+    """Make the values of an enum strings; of an array it is dropped."""
+    values = schema.get("enum")
+    if not isinstance(values, list):
+        return
+    if schema.get("type") == "array":
+        del schema["enum"]
+        return
+    schema["enum"] = [value if isinstance(value, str) else compact_json(value) for value in values]
+    if schema.get("type") in ("integer", "number", "boolean"):
+        schema["type"] = "string"
+
+
+def say_items(schema: Json) -> None:
+    """Say of an array what its items are: one schema."""
+    items = schema.get("items")
+    if isinstance(items, list):
+        schema["items"] = items[0] if items else {}
+    if schema.get("type") == "array" and not schema.get("items"):
+        schema["items"] = {"type": "string"}
+
+
+def require_what_is_there(schema: Json) -> None:
+    """Require no property that is not described, and none of what is no object."""
+    properties = schema.get("properties")
+    required = schema.get("required")
+    if isinstance(required, list) and isinstance(properties, dict):
+        schema["required"] = [name for name in required if str(name) in properties]
+    if schema.get("type") not in (None, "object"):
+        drop(schema, "properties", "required")
+
+
+@quirk(ChatCompletions, is_google)
+def drop_what_google_refuses(body: Json, target: Target) -> None:
+    """Google: 'Unknown name "frequency_penalty": Cannot find field', and others (2025)."""
+    drop(body, *GOOGLE_REFUSES)
+
+
+# -- Mistral
+
+
 @quirk(ChatCompletions, is_mistral)
-def drop_stream_options(body: Json, target: Target) -> None:
-    """Mistral refuses `stream_options`, and tells the usage without it."""
-    body.pop("stream_options", None)
+def say_seed_and_choice_to_mistral(body: Json, target: Target) -> None:
+    """Mistral calls the seed `random_seed`, and a call that must be "any" (2025)."""
+    if "seed" in body:
+        body["random_seed"] = body.pop("seed")
+    if body.get("tool_choice") == "required":
+        body["tool_choice"] = "any"
 
 
-@quirk(ChatCompletions, always)
-def say_effort_once(body: Json, target: Target) -> None:
-    """OpenRouter refuses `reasoning`, which opencode sets there, beside a `reasoning_effort`."""
-    if "reasoning_effort" in body:
-        body.pop("reasoning", None)
+@quirk(ChatCompletions, is_mistral)
+def shorten_ids_for_mistral(body: Json, target: Target) -> None:
+    """Mistral: "Tool call id was X but must be a-z, A-Z, 0-9, with a length of 9" (2025)."""
+    rename_chat_calls(body, CallIds(mistral_id))
+
+
+def mistral_id(call_id: str) -> str:
+    return call_id if MISTRAL_ID.fullmatch(call_id) else hashed(call_id, 9)
+
+
+def rename_chat_calls(body: Json, ids: CallIds) -> None:
+    for message in objects(body.get("messages")):
+        for call in objects(message.get("tool_calls")):
+            ids.call(call, "id")
+        if message.get("role") == "tool":
+            ids.result(message, "tool_call_id")
+
+
+@quirk(ChatCompletions, is_mistral)
+def answer_before_the_user(body: Json, target: Target) -> None:
+    """Mistral: "Unexpected role 'user' after role 'tool'" (2025); opencode says "Done."."""
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        return
+    answered = []
+    last_role = None
+    for message in messages:
+        role = message.get("role")
+        if last_role == "tool" and role == "user":
+            answered.append({"role": "assistant", "content": "Done."})
+        answered.append(message)
+        last_role = role
+    body["messages"] = answered
+
+
+@quirk(ChatCompletions, is_mistral)
+def mark_prefix(body: Json, target: Target) -> None:
+    """Mistral: "Expected last role User or Tool (or Assistant with prefix True)" (2025)."""
+    if is_last_of_assistant(body):
+        body["messages"][-1].setdefault("prefix", True)
+
+
+@quirk(ChatCompletions, is_mistral)
+def keep_what_mistral_takes(body: Json, target: Target) -> None:
+    """Mistral: "Extra inputs are not permitted" for each field that it does not know (2025)."""
+    keep_only(body, MISTRAL_TAKES)
+    for message in objects(body.get("messages")):
+        taken = MISTRAL_MESSAGE_TAKES.get(str(message.get("role")))
+        if taken is not None:
+            keep_only(message, taken)
+
+
+# -- DeepSeek, Kimi, xAI, Groq, Cerebras
+
+
+@quirk(ChatCompletions, is_deepseek)
+def say_that_deepseek_reasoned(body: Json, target: Target) -> None:
+    """DeepSeek: "`reasoning_content`... must be passed back to the API"; "" will do (2026)."""
+    for message in messages_of(body, "assistant"):
+        message.setdefault("reasoning_content", "")
+
+
+@quirk(ChatCompletions, is_moonshot)
+def say_that_kimi_reasoned(body: Json, target: Target) -> None:
+    """Kimi: "reasoning_content is missing in assistant tool call message"; not "" (2026)."""
+    for message in messages_of(body, "assistant"):
+        if message.get("tool_calls"):
+            message.setdefault("reasoning_content", NO_REASONING)
+
+
+@quirk(ChatCompletions, is_moonshot)
+def say_thinking_once(body: Json, target: Target) -> None:
+    """Kimi: "cannot specify both 'thinking' and 'reasoning_effort'" (2026)."""
+    if "thinking" in body:
+        drop(body, "reasoning_effort")
+
+
+@quirk(ChatCompletions, is_kimi)
+def simplify_schemas_for_kimi(body: Json, target: Target) -> None:
+    """Kimi refuses what stands beside a `$ref`, and lists of items (2025), as opencode says."""
+    for function in functions_of(body, target):
+        for schema in schemas_in(function.get("parameters")):
+            if isinstance(schema.get("$ref"), str):
+                keep_only(schema, ("$ref",))
+            items = schema.get("items")
+            if isinstance(items, list):
+                schema["items"] = items[0] if items else {}
+
+
+@quirk(ChatCompletions, is_xai)
+def drop_what_grok_refuses(body: Json, target: Target) -> None:
+    """xAI: "Argument not supported on this model: presencePenalty", nor `stop` (2025)."""
+    drop(body, "presence_penalty", "frequency_penalty", "stop")
+
+
+@quirk(ChatCompletions, is_xai)
+def drop_effort_of_grok(body: Json, target: Target) -> None:
+    """xAI: grok-4, its fast ones and grok-3 refuse `reasoning_effort` (2025)."""
+    name = target.model.bare_name
+    if re.fullmatch(r"grok-(4(-\d{4}|-fast.*|-1-fast.*)?|3|code-fast-1)", name):
+        drop(body, "reasoning_effort")
+
+
+@quirk(ChatCompletions, is_groq_or_cerebras)
+def drop_reasoning(body: Json, target: Target) -> None:
+    """Groq and Cerebras: "property 'reasoning_content' is unsupported" on messages (2025)."""
+    for message in objects(body.get("messages")):
+        keep_only(message, MESSAGE_FIELDS)
+        for call in objects(message.get("tool_calls")):
+            drop(call, "extra_content")
 
 
 # -- /responses
 
 
-@quirk((Responses, Messages), takes_no_temperature)
+@quirk(Responses, takes_no_sampling)
 def drop_sampling(body: Json, target: Target) -> None:
-    """Models that the catalog says so of refuse `temperature` and `top_p` at any value."""
-    body.pop("temperature", None)
-    body.pop("top_p", None)
+    """Models that the catalog says so of refuse `temperature` and `top_p` (2025)."""
+    drop(body, "temperature", "top_p")
 
 
 @quirk(Responses, always)
 def raise_max_output_tokens(body: Json, target: Target) -> None:
-    """OpenAI refuses less than 16 on /responses; apps try their connection with 1 or 5."""
+    """OpenAI refuses less than 16 on /responses; apps try with 1 or 5 (2025)."""
     limit = body.get("max_output_tokens")
     if limit is not None:
         body["max_output_tokens"] = max(limit, MIN_RESPONSES_TOKENS)
 
 
+@quirk(Responses, always)
+def shorten_call_ids(body: Json, target: Target) -> None:
+    """OpenAI, Copilot: "'input[1].call_id': string too long", more than 64 (2026)."""
+    ids = CallIds(short_id)
+    for item in objects(body.get("input")):
+        if str(item.get("type")).endswith("_output"):
+            ids.result(item, "call_id")
+        else:
+            ids.call(item, "call_id")
+
+
+def short_id(call_id: str) -> str:
+    if 0 < len(call_id) <= MAX_CALL_ID_CHARACTERS:
+        return call_id
+    return "call_" + hashed(call_id, 24)
+
+
+@quirk(Responses, always)
+def drop_reasoning_of_nothing(body: Json, target: Target) -> None:
+    """OpenAI: "'reasoning' was provided without its required following item" (2025)."""
+    items = body.get("input")
+    if not isinstance(items, list):
+        return
+    kept: list[Json] = []
+    role = "user"  # of what follows
+    for item in reversed(items):
+        is_reasoning = item.get("type") == "reasoning"
+        if not is_reasoning:
+            role = item.get("role") or "assistant"
+        if not is_reasoning or role == "assistant":
+            kept.append(item)
+    kept.reverse()
+    body["input"] = kept
+
+
+@quirk(Responses, always)
+def summarize_reasoning(body: Json, target: Target) -> None:
+    """OpenAI: "Missing required parameter" for a reasoning without `summary` (2025)."""
+    for item in objects(body.get("input")):
+        if item.get("type") == "reasoning":
+            item.setdefault("summary", [])
+
+
+@quirk(Responses, is_copilot)
+def drop_item_ids(body: Json, target: Target) -> None:
+    """Copilot refuses ids of items, longer than 64, "", or not with their content (2026)."""
+    for item in objects(body.get("input")):
+        if item.get("type") != "item_reference":
+            drop(item, "id")
+
+
+@quirk(Responses, is_copilot)
+def keep_what_copilot_takes(body: Json, target: Target) -> None:
+    """Copilot: "service_tier is not supported"; it knows no `client_metadata` (2026)."""
+    keep_only(body, COPILOT_RESPONSES_TAKES)
+
+
+@quirk(Responses, is_copilot)
+def drop_image_generation(body: Json, target: Target) -> None:
+    """Copilot: "The requested tool image_generation is not supported" (2026)."""
+    tools = body.get("tools")
+    if not isinstance(tools, list):
+        return
+    body["tools"] = [tool for tool in tools if tool.get("type") != "image_generation"]
+    choice = body.get("tool_choice")
+    if isinstance(choice, dict) and choice.get("type") == "image_generation":
+        body["tool_choice"] = "auto"
+
+
+@quirk(Responses, is_copilot)
+def drop_tools_that_are_none(body: Json, target: Target) -> None:
+    """Copilot and OpenAI refuse a choice of tools where there are none (2025)."""
+    if "tools" in body and not body["tools"]:
+        drop(body, "tools", "tool_choice", "parallel_tool_calls")
+
+
+@quirk(Responses, is_copilot)
+def describe_namespaces(body: Json, target: Target) -> None:
+    """Some of Copilot's back ends refuse a namespace, as Codex has, that says nothing (2026)."""
+    for tool in objects(body.get("tools")):
+        if tool.get("type") == "namespace" and not tool.get("description"):
+            tool["description"] = str(tool.get("name"))
+
+
+@quirk(Responses, is_copilot)
+def say_detail_low_or_high(body: Json, target: Target) -> None:
+    """gpt-5.5 at Copilot: "image detail has to be either 'low' or 'high'" (2026)."""
+    for part in objects_in(body.get("input")):
+        if part.get("type") == "input_image" and part.get("detail") not in ("low", "high"):
+            drop(part, "detail")
+
+
+# -- chatgpt.com, /responses
+
+
+@quirk(Responses, is_chatgpt)
+def say_input_as_list(body: Json, target: Target) -> None:
+    """chatgpt.com: "Input must be a list" (2025)."""
+    text = body.get("input")
+    if isinstance(text, str):
+        content = [{"type": "input_text", "text": text}]
+        body["input"] = [{"role": "user", "content": content}]
+
+
 @quirk(Responses, is_chatgpt)
 def take_system_messages_as_instructions(body: Json, target: Target) -> None:
-    """chatgpt.com: "System messages are not allowed"; it has `instructions` for them."""
+    """chatgpt.com: "System messages are not allowed"; it has `instructions` (2025)."""
     items = body.get("input")
     if not isinstance(items, list):
         return
@@ -2773,22 +3644,27 @@ def take_system_messages_as_instructions(body: Json, target: Target) -> None:
 
 @quirk(Responses, is_chatgpt)
 def add_instructions(body: Json, target: Target) -> None:
-    """chatgpt.com: "Instructions are required"."""
+    """chatgpt.com: "Instructions are required" (2025)."""
     if not body.get("instructions"):
         body["instructions"] = INSTRUCTIONS
 
 
 @quirk(Responses, is_chatgpt)
 def store_nothing(body: Json, target: Target) -> None:
-    """chatgpt.com: "Store must be set to false"."""
+    """chatgpt.com: "Store must be set to false" (2025)."""
     body["store"] = False
 
 
 @quirk(Responses, is_chatgpt)
-def drop_what_chatgpt_refuses(body: Json, target: Target) -> None:
-    """chatgpt.com: "Unsupported parameter" for what a subscription cannot choose."""
-    for name in CHATGPT_REFUSES:
-        body.pop(name, None)
+def stream_always(body: Json, target: Target) -> None:
+    """chatgpt.com: "Stream must be set to true" (2025)."""
+    body["stream"] = True
+
+
+@quirk(Responses, is_chatgpt)
+def keep_what_chatgpt_takes(body: Json, target: Target) -> None:
+    """chatgpt.com: "Unsupported parameter" for what a subscription cannot choose (2025)."""
+    keep_only(body, CHATGPT_TAKES)
 
 
 def responses_text(item: Json) -> str:
@@ -2799,12 +3675,151 @@ def responses_text(item: Json) -> str:
     return "\n\n".join(str(part.get("text", "")) for part in content)
 
 
-# -- /messages
+# -- /messages: the conversation
+
+
+@quirk(Messages, always)
+def put_system_messages_into_turns(body: Json, target: Target) -> None:
+    """Anthropic: 'Unexpected role "system"', which Claude Code sends since 2.1.154 (2026)."""
+    turns: list[Json] = []
+    for message in body["messages"]:
+        if message.get("role") not in SYSTEM_ROLES:
+            turns.append(message)
+        elif not turns:
+            body["system"] = [*content_blocks(body.get("system")), *blocks_in(message)]
+        else:
+            if turns[-1].get("role") != "user":
+                turns.append({"role": "user", "content": []})
+            reminders = [as_reminder(block) for block in blocks_in(message)]
+            turns[-1]["content"] = [*blocks_in(turns[-1]), *reminders]
+    body["messages"] = turns
+
+
+def content_blocks(content: Any) -> list[Json]:
+    """Return a content as blocks, be it a string or blocks already."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return objects(content)
+
+
+def blocks_in(message: Json) -> list[Json]:
+    return content_blocks(message.get("content"))
+
+
+def as_reminder(block: Json) -> Json:
+    """Return what a system's block says as the user's turn has it."""
+    if block.get("type") != "text":
+        return block
+    text = f"<system-reminder>\n{block.get('text')}\n</system-reminder>"
+    return {**block, "text": text}
+
+
+@quirk(Messages, is_copilot)
+def say_references_as_text(body: Json, target: Target) -> None:
+    """Copilot: "Input tag 'tool_reference' found", in results of a search of tools (2026)."""
+    for block in objects_in(body["messages"]):
+        if block.get("type") == "tool_reference":
+            name = block.get("tool_name")
+            block.clear()
+            block.update({"type": "text", "text": f"[tool: {name}]"})
+
+
+@quirk(Messages, always)
+def drop_blocks_that_say_nothing(body: Json, target: Target) -> None:
+    """Anthropic: "text content blocks must be non-empty", nor only white (2024)."""
+    turns = []
+    for message in body["messages"]:
+        message["content"] = without_empty(message["content"])
+        for block in objects(message["content"]):
+            if block.get("type") == "tool_result" and isinstance(block.get("content"), list):
+                block["content"] = without_empty(block["content"])
+        if message["content"]:
+            turns.append(message)
+    body["messages"] = turns
+    if "system" in body:
+        body["system"] = without_empty(body["system"])
+        if not body["system"]:
+            del body["system"]
+
+
+def without_empty(content: Any) -> Any:
+    """Return a content without blocks of text or thoughts that have neither word nor signature."""
+    if isinstance(content, str):
+        return content if content.strip() else ""
+    if not isinstance(content, list):
+        return content
+    kept = []
+    for block in content:
+        name = {"text": "text", "thinking": "thinking"}.get(str(block.get("type")))
+        text = block.get(name) if name else None
+        is_empty = name is not None and not str(text or "").strip()
+        if not is_empty or is_signed(block):
+            kept.append(block)
+    return kept
+
+
+@quirk(Messages, always)
+def say_ids_once(body: Json, target: Target) -> None:
+    """Anthropic: "tool_use ids must be unique", and match '^[a-zA-Z0-9_-]+$' (2025)."""
+    ids = CallIds(claude_id)
+    for block in blocks_of(body, "tool_use", "tool_result"):
+        if block["type"] == "tool_use":
+            ids.call(block, "id")
+        else:
+            ids.result(block, "tool_use_id")
+
+
+@quirk(Messages, takes_no_prefill)
+def end_with_the_user(body: Json, target: Target) -> None:
+    """Claude 4.6 and newer: "does not support assistant message prefill" (2026)."""
+    if is_last_of_assistant(body):
+        body["messages"].append({"role": "user", "content": CONTINUE})
+
+
+@quirk(Messages, always)
+def strip_end_of_prefill(body: Json, target: Target) -> None:
+    """Anthropic: "final assistant content cannot end with trailing whitespace" (2024)."""
+    if not is_last_of_assistant(body):
+        return
+    last = body["messages"][-1]
+    if isinstance(last["content"], str):
+        last["content"] = last["content"].rstrip()
+    elif last["content"] and last["content"][-1].get("type") == "text":
+        block = last["content"][-1]
+        block["text"] = str(block.get("text", "")).rstrip()
+
+
+# -- /messages: thinking and sampling
+
+
+def thinking_type(body: Json) -> str:
+    """Return how Claude is told to think, "" where nothing is said."""
+    thinking = body.get("thinking")
+    return str(thinking.get("type")) if isinstance(thinking, dict) else ""
 
 
 def is_thinking(body: Json) -> bool:
-    thinking = body.get("thinking")
-    return thinking is not None and thinking.get("type") in ("enabled", "adaptive")
+    return thinking_type(body) in ("enabled", "adaptive")
+
+
+def forces_tool(body: Json) -> bool:
+    choice = body.get("tool_choice")
+    return isinstance(choice, dict) and choice.get("type") in ("any", "tool")
+
+
+def stop_thinking(body: Json) -> None:
+    """Leave out `thinking`, and the edits of the conversation that need it."""
+    del body["thinking"]
+    management = body.get("context_management")
+    if not isinstance(management, dict):
+        return
+    kept = []
+    for edit in objects(management.get("edits")):
+        if not str(edit.get("type")).startswith("clear_thinking"):
+            kept.append(edit)
+    management["edits"] = kept
+    if not kept:
+        del body["context_management"]
 
 
 def first_block(message: Json) -> str:
@@ -2815,45 +3830,273 @@ def first_block(message: Json) -> str:
     return str(content[0].get("type"))
 
 
+@quirk(Messages, calls_no_tool_by_force)
+def choose_no_tool_by_force(body: Json, target: Target) -> None:
+    """Fable and Mythos 5.1: 'tool_choice: type "tool" and "any" are not supported' (2026)."""
+    if forces_tool(body):
+        choice = body["tool_choice"]
+        choice["type"] = "auto"
+        drop(choice, "name")
+
+
+@quirk(Messages, thinks_always)
+def think_even_if_told_not_to(body: Json, target: Target) -> None:
+    """Fable and Mythos refuse `thinking: disabled` (2026)."""
+    if thinking_type(body) == "disabled":
+        stop_thinking(body)
+
+
+@quirk(Messages, thinks_as_it_likes)
+def think_without_budget(body: Json, target: Target) -> None:
+    """Claude 4.7 and newer refuse `enabled` with a budget; they show no thoughts unless asked."""
+    if thinking_type(body) == "enabled":
+        body["thinking"] = {"type": "adaptive", "display": "summarized"}
+
+
+@quirk(Messages, thinks_by_budget)
+def think_with_budget(body: Json, target: Target) -> None:
+    """Claude 4.5 and older refuse `adaptive`, which Claude Code sends to any (2026)."""
+    if thinking_type(body) != "adaptive":
+        return
+    budget = min(int(body.get("max_tokens") or 0) // 2, MAX_THINKING_TOKENS)
+    if budget < MIN_THINKING_TOKENS:
+        stop_thinking(body)
+    else:
+        body["thinking"] = {"type": "enabled", "budget_tokens": budget}
+
+
 @quirk(Messages, always)
 def think_only_with_earlier_thoughts(body: Json, target: Target) -> None:
-    """Claude, told to think, refuses a tool's result whose call has no thinking before it."""
-    thinking = body.get("thinking")
-    if thinking is None or thinking.get("type") != "enabled":
+    """Claude, told to think, refuses a result whose call has no thinking before it (2025)."""
+    if thinking_type(body) != "enabled":
         return
     messages = body["messages"]
     if not messages or first_block(messages[-1]) != "tool_result":
         return
     if len(messages) < 2 or first_block(messages[-2]) not in ("thinking", "redacted_thinking"):
-        del body["thinking"]
+        stop_thinking(body)
+
+
+@quirk(Messages, always)
+def think_only_unforced(body: Json, target: Target) -> None:
+    """Anthropic: "Thinking may not be enabled when tool_choice forces tool use" (2025)."""
+    if is_thinking(body) and (forces_tool(body) or is_last_of_assistant(body)):
+        stop_thinking(body)
+
+
+@quirk(Messages, takes_no_sampling)
+def drop_sampling_of_claude(body: Json, target: Target) -> None:
+    """Models that the catalog says so of refuse `temperature` and `top_p` (2026)."""
+    drop(body, "temperature", "top_p")
+
+
+@quirk(Messages, thinks_as_it_likes)
+def drop_sampling_of_new_claude(body: Json, target: Target) -> None:
+    """Claude 4.7 and newer: "temperature is deprecated for this model"; all three (2026)."""
+    drop(body, "temperature", "top_p", "top_k")
 
 
 @quirk(Messages, always)
 def drop_sampling_while_thinking(body: Json, target: Target) -> None:
-    """Claude, told to think, takes no `temperature` but 1, and nearly no `top_p`."""
+    """Claude, told to think, takes no `temperature` but 1, and nearly no `top_p` (2025)."""
     if is_thinking(body):
-        body.pop("temperature", None)
-        body.pop("top_p", None)
+        drop(body, "temperature", "top_p", "top_k")
 
 
 @quirk(Messages, always)
 def choose_temperature_or_top_p(body: Json, target: Target) -> None:
-    """Claude since 4.1: "`temperature` and `top_p` cannot both be specified for this model"."""
+    """Claude since 4.1: "`temperature` and `top_p` cannot both be specified" (2025)."""
     if body.get("temperature") is not None:
-        body.pop("top_p", None)
+        drop(body, "top_p")
+
+
+@quirk(Messages, is_claude)
+def keep_to_output_limit(body: Json, target: Target) -> None:
+    """Claude: "max_tokens: 64000 > 32000, which is the maximum allowed" (2025)."""
+    limit = target.model.output_limit
+    requested = body.get("max_tokens")
+    if limit and requested is not None:
+        body["max_tokens"] = min(requested, limit)
+
+
+@quirk(Messages, is_claude)
+def think_less_than_may_be_said(body: Json, target: Target) -> None:
+    """Claude: "max_tokens must be greater than thinking.budget_tokens", at least 1024 (2025)."""
+    limit = body.get("max_tokens")
+    if thinking_type(body) != "enabled" or limit is None:
+        return
+    budget = body["thinking"].get("budget_tokens")
+    if not isinstance(budget, int) or budget < limit:
+        return
+    if limit <= MIN_THINKING_TOKENS:
+        stop_thinking(body)
+    else:
+        body["thinking"]["budget_tokens"] = limit - 1
+
+
+# -- /messages: tools and schemas
 
 
 @quirk(Messages, always)
-def strip_end_of_prefill(body: Json, target: Target) -> None:
-    """Anthropic: "final assistant content cannot end with trailing whitespace"."""
-    if not body["messages"] or body["messages"][-1].get("role") != "assistant":
-        return
-    last = body["messages"][-1]
-    if isinstance(last["content"], str):
-        last["content"] = last["content"].rstrip()
-    elif last["content"] and last["content"][-1].get("type") == "text":
-        block = last["content"][-1]
-        block["text"] = str(block.get("text", "")).rstrip()
+def open_schemas_of_tools(body: Json, target: Target) -> None:
+    """Anthropic: "does not support oneOf, allOf, or anyOf at the top level" (2025)."""
+    for tool in functions_of(body, target):
+        schema = tool["input_schema"]
+        if not isinstance(schema, dict):
+            continue
+        schema["type"] = "object"
+        if not isinstance(schema.get("properties"), dict):
+            schema["properties"] = {}
+        for name in COMBINERS:
+            for branch in objects(schema.pop(name, None)):
+                add_branch(schema, branch, is_needed=name == "allOf")
+
+
+def add_branch(schema: Json, branch: Json, is_needed: bool) -> None:
+    """Add the properties of one alternative, or of one part, to those of an object."""
+    properties = branch.get("properties")
+    if isinstance(properties, dict):
+        for name, described in properties.items():
+            schema["properties"].setdefault(name, described)
+    required = branch.get("required")
+    if is_needed and isinstance(required, list):
+        known = schema.get("required")
+        schema["required"] = [*known, *required] if isinstance(known, list) else required
+
+
+@quirk(Messages, is_copilot)
+def drop_fields_of_tools(body: Json, target: Target) -> None:
+    """Copilot: "tools.0.custom.eager_input_streaming: Extra inputs are not permitted" (2026)."""
+    for tool in objects(body.get("tools")):
+        drop(tool, *COPILOT_TOOL_REFUSES)
+        if isinstance(tool.get("input_schema"), dict):
+            drop(tool["input_schema"], "$schema")
+
+
+@quirk(Messages, is_claude)
+def simplify_strict_tools(body: Json, target: Target) -> None:
+    """Anthropic: "tools.0.custom: For 'array' type, property 'maxItems' is not supported"."""
+    for tool in functions_of(body, target):
+        if tool.get("strict"):
+            simplify_for_claude(tool["input_schema"])
+
+
+@quirk(Messages, is_claude)
+def simplify_schema_of_answer(body: Json, target: Target) -> None:
+    """Anthropic: "For 'integer' type, property 'minimum' is not supported" (2025-11)."""
+    config = body.get("output_config")
+    for holder in (body.get("output_format"), (config or {}).get("format")):
+        if isinstance(holder, dict):
+            simplify_for_claude(holder.get("schema"))
+
+
+def simplify_for_claude(schema: Any) -> None:
+    """Close every object, and let descriptions say what Anthropic's grammar cannot."""
+    for node in schemas_in(schema):
+        if isinstance(node.get("$ref"), str) and node is not schema:
+            keep_only(node, ("$ref",))
+            continue
+        if "oneOf" in node:
+            node.setdefault("anyOf", node.pop("oneOf"))
+        describe_rest(node)
+        if node.get("type") == "object" or "properties" in node:
+            node["additionalProperties"] = False
+
+
+def describe_rest(schema: Json) -> None:
+    """Move what Anthropic's grammar lacks into the description."""
+    texts = [schema["description"]] if isinstance(schema.get("description"), str) else []
+    size = len(texts)
+    for name in list(schema):
+        value = schema[name]
+        is_known = name in CLAUDE_SCHEMA_TAKES
+        if name == "format":
+            is_known = value in CLAUDE_STRING_FORMATS
+        if not is_known:
+            del schema[name]
+            texts.append(f"{name}: {compact_json(value)}")
+    if len(texts) > size:
+        schema["description"] = "; ".join(texts)
+
+
+@quirk(Messages, is_copilot)
+def add_stub_tool_for_claude(body: Json, target: Target) -> None:
+    """Copilot's Claude refuses calls in the history without `tools` (2025), as opencode says."""
+    if blocks_of(body, "tool_use", "tool_result") and not body.get("tools"):
+        tool = {"name": STUB_NAME, "description": STUB_TEXT, "input_schema": STUB_SCHEMA}
+        body["tools"] = [copy_json(tool)]
+
+
+# -- /messages: marks for the cache, and fields
+
+
+@quirk(Messages, is_copilot)
+def put_mark_on_last_block(body: Json, target: Target) -> None:
+    """Copilot: "cache_control: Extra inputs are not permitted" on top of a body (2026)."""
+    mark = body.pop("cache_control", None)
+    blocks = blocks_of(body, "text", "image", "document", "tool_use", "tool_result")
+    if isinstance(mark, dict) and blocks:
+        blocks[-1].setdefault("cache_control", mark)
+
+
+@quirk(Messages, always)
+def mark_results_as_whole(body: Json, target: Target) -> None:
+    """Anthropic: "cache_control may not be specified within tool_result.content" (2026)."""
+    for result in blocks_of(body, "tool_result"):
+        for block in objects(result.get("content")):
+            mark = block.pop("cache_control", None)
+            if mark:
+                result.setdefault("cache_control", mark)
+
+
+@quirk(Messages, is_copilot)
+def mark_plainly(body: Json, target: Target) -> None:
+    """Copilot: "cache_control.ephemeral.scope: Extra inputs are not permitted", nor ttl (2026)."""
+    for holder in marked_in(body):
+        holder["cache_control"] = {"type": "ephemeral"}
+
+
+@quirk(Messages, always)
+def keep_four_marks(body: Json, target: Target) -> None:
+    """Anthropic: "A maximum of 4 blocks with cache_control may be provided" (2024)."""
+    holders = marked_in(body)
+    for holder in holders[1 : len(holders) - MAX_CACHE_MARKS + 1]:
+        del holder["cache_control"]  # the first is that of tools or system, the last are new
+
+
+def marked_in(body: Json) -> list[Json]:
+    """Return what is marked for the cache, in the order of the prompt."""
+    holders = [*objects(body.get("tools")), *objects(body.get("system"))]
+    for message in objects(body.get("messages")):
+        holders += objects(message.get("content"))
+    return [holder for holder in holders if isinstance(holder.get("cache_control"), dict)]
+
+
+@quirk(Messages, is_copilot)
+def drop_speed(body: Json, target: Target) -> None:
+    """Copilot does not know Anthropic's `speed` (2026)."""
+    drop(body, "speed")
+
+
+# -- headers of requests that are passed through
+
+
+def repair_headers(headers: dict[str, str], body: Json, target: Target) -> dict[str, str]:
+    """Return the client's headers as a service takes them, to be sent besides opencode's.
+
+    Copilot: "unsupported beta header(s): context-1m-2025-08-07"; it takes the three that VS Code
+    sends, and `context_management` in a body only with the beta of it (2026).
+    """
+    if not is_copilot(target):
+        return headers
+    repaired = {**headers}
+    betas = [beta.strip() for beta in repaired.pop("anthropic-beta", "").split(",")]
+    if "context_management" in body:
+        betas.append(CONTEXT_BETA)
+    kept = [beta for beta in COPILOT_BETAS if beta in betas]
+    if kept:
+        repaired["anthropic-beta"] = ",".join(kept)
+    return repaired
 
 
 # ---------------------------------------------------------------------------------------- thoughts
@@ -3263,6 +4506,45 @@ class StableIds:
                 yield index, item_id
 
 
+class WholeResponse:
+    """Collects the stream of an answer of /responses into the one object that it ends with."""
+
+    def __init__(self) -> None:
+        self._sse = SSEReader()
+        self._items: dict[int, Json] = {}  # that are done, by their place
+        self._response: Json | None = None
+
+    def feed(self, text: str) -> None:
+        for data in self._sse.feed(text):
+            self._take(data)
+
+    def end(self) -> str:
+        """Return the object as JSON; raise APIError 502 where it never came."""
+        for data in self._sse.end():
+            self._take(data)
+        if self._response is None:
+            text = "The provider did not finish its answer"
+            raise APIError(502, text, code="incomplete_answer")
+        if not self._response.get("output"):  # as chatgpt.com has it
+            self._response["output"] = [self._items[index] for index in sorted(self._items)]
+        return compact_json(self._response)
+
+    def _take(self, data: str) -> None:
+        try:
+            event = json.loads(data)
+        except (ValueError, RecursionError):
+            return  # a comment, or a ping
+        if not isinstance(event, dict):
+            return
+        if is_error(event):
+            raise stream_error(event)
+        index = event.get("output_index")
+        if event.get("type") == "response.output_item.done" and isinstance(index, int):
+            self._items[index] = event["item"]
+        elif event.get("type") in ("response.completed", "response.incomplete"):
+            self._response = event["response"]
+
+
 class NativeExchange:
     """A request and its answer in the client's own wire format; its methods are ChatExchange's."""
 
@@ -3275,6 +4557,8 @@ class NativeExchange:
         self._request = request
         self._model = model
         self._ids: StableIds | None = None  # where the answer's need repair
+        self._is_whole = False  # the client wants one object of a service that only streams
+        self._whole: WholeResponse | None = None  # of such a stream
 
     def conversation(self, is_foreign: bool) -> Json:
         """Return the least from which opencode derives the request's headers."""
@@ -3295,6 +4579,8 @@ class NativeExchange:
         for name in ("model", "store"):
             if name in theirs:
                 body[name] = theirs[name]
+        self.headers = repair_headers(self._request.headers, body, target)
+        self._is_whole = is_chatgpt(target) and not body.get("stream")
         return finished_body(body, target)
 
     def begin(self, status: int, headers: Json) -> Iterator[Piece]:
@@ -3303,17 +4589,28 @@ class NativeExchange:
             if name in headers:
                 passed[name] = headers[name]
         is_stream = passed.get("content-type", "").startswith("text/event-stream")
+        if is_stream and self._is_whole:
+            self._whole = WholeResponse()
+            return
         if is_stream and self._request.wire_format is Responses:
             self._ids = StableIds()
         yield Piece("", status, passed)
 
     def feed(self, text: str) -> Iterator[Piece]:
+        if self._whole is not None:
+            self._whole.feed(text)
+            return
         if self._ids is not None:
             text = self._ids.feed(text)
         if text:
             yield Piece(text)
 
     def end(self) -> Iterator[Piece]:
+        if self._whole is not None:
+            response = self._whole.end()
+            yield Piece("", 200, {"content-type": "application/json"})
+            yield Piece(response, finish_reason="stop")
+            return
         rest = self._ids.end() if self._ids is not None else ""
         yield Piece(rest, finish_reason="stop")
 
