@@ -2705,7 +2705,7 @@ MISTRAL_MESSAGE_TAKES: dict[str, tuple[str, ...]] = {
     "assistant": ("role", "content", "tool_calls", "prefix"),
     "tool": ("role", "content", "tool_call_id", "name"),
 }
-MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "function_call")
+PLAIN_MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id", "function_call")
 CHATGPT_TAKES = (
     "include",
     "input",
@@ -2778,6 +2778,11 @@ Formats = Union[type[WireFormat], tuple[type[WireFormat], ...]]
 Condition = Callable[[Target], bool]
 Repair = Callable[[Json, Target], None]
 EVERY_FORMAT = (ChatCompletions, Responses, Messages)
+# What formats whose tools are flat call a function.
+FUNCTION_TYPES: dict[type[WireFormat], tuple[str | None, ...]] = {
+    Responses: ("function",),
+    Messages: (None, "custom"),
+}
 
 
 class Quirk(NamedTuple):
@@ -2995,9 +3000,7 @@ def functions_of(body: Json, target: Target) -> list[Json]:
     for tool in objects(body.get("tools")):
         if target.wire_format is ChatCompletions:
             functions += objects([tool.get("function")])
-        elif target.wire_format is Responses and tool.get("type") == "function":
-            functions.append(tool)
-        elif target.wire_format is Messages and tool.get("type") in (None, "custom"):
+        elif tool.get("type") in FUNCTION_TYPES[target.wire_format]:
             functions.append(tool)
     return functions
 
@@ -3499,7 +3502,7 @@ def drop_effort_of_grok(body: Json, target: Target) -> None:
 def drop_reasoning(body: Json, target: Target) -> None:
     """Groq and Cerebras: "property 'reasoning_content' is unsupported" on messages (2025)."""
     for message in objects(body.get("messages")):
-        keep_only(message, MESSAGE_FIELDS)
+        keep_only(message, PLAIN_MESSAGE)
         for call in objects(message.get("tool_calls")):
             drop(call, "extra_content")
 
@@ -4511,8 +4514,8 @@ class WholeResponse:
 
     def __init__(self) -> None:
         self._sse = SSEReader()
-        self._items: dict[int, Json] = {}  # that are done, by their place
-        self._response: Json | None = None
+        self._items: dict[int, Any] = {}  # that are done, by their place
+        self._response: Any = None
 
     def feed(self, text: str) -> None:
         for data in self._sse.feed(text):
@@ -4522,7 +4525,7 @@ class WholeResponse:
         """Return the object as JSON; raise APIError 502 where it never came."""
         for data in self._sse.end():
             self._take(data)
-        if self._response is None:
+        if not isinstance(self._response, dict):
             text = "The provider did not finish its answer"
             raise APIError(502, text, code="incomplete_answer")
         if not self._response.get("output"):  # as chatgpt.com has it
@@ -4540,9 +4543,9 @@ class WholeResponse:
             raise stream_error(event)
         index = event.get("output_index")
         if event.get("type") == "response.output_item.done" and isinstance(index, int):
-            self._items[index] = event["item"]
+            self._items[index] = event.get("item")
         elif event.get("type") in ("response.completed", "response.incomplete"):
-            self._response = event["response"]
+            self._response = event.get("response")
 
 
 class NativeExchange:
