@@ -2197,7 +2197,7 @@ RESULT = said("user", {"type": "tool_result", "tool_use_id": "c", "content": "r"
 SYSTEM_ITEM = said("system", text("a", "input_text"), text("b", "input_text"))
 HELLO_ITEM = said("user", text("q", "input_text"))
 # What chatgpt.com needs besides, so that the other quirks change nothing.
-CHATGPT_NEEDS = {"instructions": "i", "store": False}
+CHATGPT_NEEDS = {"instructions": "i", "store": False, "stream": True}
 
 
 class QuirkRow(NamedTuple):
@@ -2211,7 +2211,7 @@ class QuirkRow(NamedTuple):
     model: proxy.Model = WARM
 
 
-QUIRK_ROWS = (
+FIRST_ROWS = (
     QuirkRow(
         "rename_max_tokens",
         "GPT-5 at Copilot",
@@ -2245,28 +2245,6 @@ QUIRK_ROWS = (
         proxy.Model("openrouter/gpt-5"),
     ),
     QuirkRow(
-        "drop_stream_options",
-        "the provider",
-        AT_CHAT,
-        {"stream_options": {"include_usage": True}},
-        {},
-        MISTRAL,
-    ),
-    QuirkRow(
-        "drop_stream_options",
-        "the host",
-        "https://api.mistral.ai/v1/chat/completions",
-        {"stream_options": {"include_usage": True}},
-        {},
-    ),
-    QuirkRow(
-        "drop_stream_options",
-        "a host that is called like it",
-        "https://notmistral.ai/v1/chat/completions",
-        {"stream_options": {"include_usage": True}},
-        {"stream_options": {"include_usage": True}},
-    ),
-    QuirkRow(
         "say_effort_once",
         "both words",
         AT_CHAT,
@@ -2281,14 +2259,6 @@ QUIRK_ROWS = (
         {"reasoning": {"effort": "low"}},
     ),
     QuirkRow("drop_sampling", "/responses", AT_RESPONSES, SAMPLING, {}, COLD),
-    QuirkRow(
-        "drop_sampling",
-        "/messages",
-        AT_MESSAGES,
-        {"messages": [USER], **SAMPLING},
-        {"messages": [USER]},
-        COLD,
-    ),
     QuirkRow("drop_sampling", "a model that takes it", AT_RESPONSES, SAMPLING, SAMPLING),
     QuirkRow(
         "raise_max_output_tokens",
@@ -2319,7 +2289,7 @@ QUIRK_ROWS = (
             "input": [SYSTEM_ITEM, said("developer", text("c", "input_text")), HELLO_ITEM],
             "store": False,
         },
-        {"input": [HELLO_ITEM], "instructions": "a\n\nb\n\nc", "store": False},
+        {"input": [HELLO_ITEM], "instructions": "a\n\nb\n\nc", "store": False, "stream": True},
     ),
     QuirkRow(
         "take_system_messages_as_instructions",
@@ -2337,6 +2307,7 @@ QUIRK_ROWS = (
             "input": [{"role": "developer", "content": "a"}],
             "instructions": "Answer the user.",
             "store": False,
+            "stream": True,
         },
     ),
     QuirkRow(
@@ -2344,20 +2315,13 @@ QUIRK_ROWS = (
         "none",
         AT_CHATGPT,
         {"input": [HELLO_ITEM], "store": False},
-        {"input": [HELLO_ITEM], "instructions": "Answer the user.", "store": False},
+        {"input": [HELLO_ITEM], **CHATGPT_NEEDS, "instructions": "Answer the user."},
     ),
     QuirkRow(
         "store_nothing",
         "asked to store",
         AT_CHATGPT,
         {"instructions": "i", "store": True},
-        CHATGPT_NEEDS,
-    ),
-    QuirkRow(
-        "drop_what_chatgpt_refuses",
-        "all of it",
-        AT_CHATGPT,
-        {**CHATGPT_NEEDS, **SAMPLING, "max_output_tokens": 99, "user": "u", "metadata": {}},
         CHATGPT_NEEDS,
     ),
     QuirkRow(
@@ -2431,6 +2395,1020 @@ QUIRK_ROWS = (
         {"messages": [{"role": "user", "content": "a "}]},
     ),
 )
+
+
+def named(name, **fields):
+    return proxy.Model(name, **fields)
+
+
+GEMINI = named("github-copilot/gemini-3-pro")
+GOOGLE = named("google/gemini-3-pro")
+OLD_CLAUDE = named("github-copilot/claude-sonnet-4.5")
+NEW_CLAUDE = named("github-copilot/claude-opus-4.7")
+ANTHROPIC = named("anthropic/claude-sonnet-4-5-20250929")
+SONNET = named("anthropic/claude-sonnet-4-6")
+FABLE = named("anthropic/claude-fable-5.1")
+DEEPSEEK = named("deepseek/deepseek-chat")
+KIMI = named("moonshotai/kimi-k2.6")
+GROK = named("xai/grok-4-fast")
+GROQ = named("groq/qwen3")
+OPENROUTER = named("openrouter/z-ai/glm-5")
+HASHED_ID = "call_b30855e510446ac34706c5ac"
+LONG_ID = "c" * 65
+
+
+def chat_tool(**function):
+    return {"type": "function", "function": {"name": "f", **function}}
+
+
+def flat_tool(**fields):
+    return {"type": "function", "name": "f", **fields}
+
+
+def claude_tool(**fields):
+    return {"name": "f", "input_schema": EMPTY_SCHEMA, **fields}
+
+
+def called(call_id, **more):
+    """Return an assistant's message of /chat/completions with a call of f."""
+    function = {"name": "f", "arguments": "{}"}
+    call = {"id": call_id, "type": "function", "function": function}
+    return {"role": "assistant", "content": None, "tool_calls": [call], **more}
+
+
+def result_of(call_id, **more):
+    return {"role": "tool", "tool_call_id": call_id, "content": "r", **more}
+
+
+def use(call_id):
+    return {"type": "tool_use", "id": call_id, "name": "f", "input": {}}
+
+
+def used(call_id, content="r"):
+    return {"type": "tool_result", "tool_use_id": call_id, "content": content}
+
+
+def picture(media_type, data):
+    return {"type": "image_url", "image_url": {"url": f"data:{media_type};base64,{data}"}}
+
+
+def shown(media_type, data):
+    source = {"type": "base64", "media_type": media_type, "data": data}
+    return {"type": "image", "source": source}
+
+
+def input_picture(**fields):
+    return said("user", {"type": "input_image", "image_url": "https://x/a.png", **fields})
+
+
+def spoken(*messages, **fields):
+    """Return a body of messages."""
+    return {"messages": list(messages), **fields}
+
+
+EMPTY_SCHEMA = {"type": "object", "properties": {}}
+JPEG_DATA = base64.b64encode(b"\xff\xd8\xff\xe0 and so on").decode()
+WEBP_DATA = base64.b64encode(b"RIFF\x00\x00\x00\x00WEBP and so on").decode()
+UNKNOWN_DATA = base64.b64encode(b"an image of another kind").decode()
+ASSISTANT = {"role": "assistant", "content": "a"}
+DEVELOPER = {"role": "developer", "content": "s"}
+STUB = {
+    "name": "_noop",
+    "description": "Not a tool: it is here because earlier messages have calls. Never call it.",
+}
+STUB_PARAMETERS = {"type": "object", "properties": {"reason": {"type": "string"}}}
+CLAUDE_STUB = {**STUB, "input_schema": STUB_PARAMETERS}
+CHAT_STUB = {"type": "function", "function": {**STUB, "parameters": STUB_PARAMETERS}}
+EVERYWHERE_ROWS = (
+    QuirkRow(
+        "describe_parameters",
+        "none, in a chat completion",
+        AT_CHAT,
+        {"tools": [chat_tool()]},
+        {"tools": [chat_tool(parameters=EMPTY_SCHEMA)]},
+    ),
+    QuirkRow(
+        "describe_parameters",
+        "{}, in /responses",
+        AT_RESPONSES,
+        {"tools": [flat_tool(parameters={}), {"type": "web_search"}]},
+        {"tools": [flat_tool(parameters=EMPTY_SCHEMA), {"type": "web_search"}]},
+    ),
+    QuirkRow(
+        "describe_parameters",
+        "null, in /messages",
+        AT_MESSAGES,
+        spoken(USER, tools=[claude_tool(input_schema=None), {"type": "bash_20250124"}]),
+        spoken(USER, tools=[claude_tool(), {"type": "bash_20250124"}]),
+    ),
+    QuirkRow(
+        "name_media_type_of_url",
+        "a JPEG that is called a PNG",
+        AT_CHAT,
+        spoken(said("user", picture("image/png", JPEG_DATA))),
+        spoken(said("user", picture("image/jpeg", JPEG_DATA))),
+    ),
+    QuirkRow(
+        "name_media_type_of_url",
+        "one of a kind that is not known",
+        AT_CHAT,
+        spoken(said("user", picture("image/heic", UNKNOWN_DATA))),
+        spoken(said("user", picture("image/heic", UNKNOWN_DATA))),
+    ),
+    QuirkRow(
+        "name_media_type_of_input",
+        "a WebP",
+        AT_RESPONSES,
+        {"input": [input_picture(image_url=f"data:image/jpg;base64,{WEBP_DATA}")]},
+        {"input": [input_picture(image_url=f"data:image/webp;base64,{WEBP_DATA}")]},
+    ),
+    QuirkRow(
+        "name_media_type_of_source",
+        "in a tool's result",
+        AT_MESSAGES,
+        spoken(CALLED, said("user", used("c", [shown("image/png", JPEG_DATA)]))),
+        spoken(CALLED, said("user", used("c", [shown("image/jpeg", JPEG_DATA)]))),
+    ),
+    QuirkRow(
+        "drop_nulls",
+        "in a body and in a message",
+        AT_CHAT,
+        spoken(USER, {**ASSISTANT, "refusal": None, "tool_calls": None}, tools=None, stop=None),
+        spoken(USER, ASSISTANT),
+    ),
+    QuirkRow(
+        "drop_empty_calls",
+        "an assistant's",
+        AT_CHAT,
+        spoken({**ASSISTANT, "tool_calls": [], "annotations": [], "name": "", "refusal": ""}),
+        spoken(ASSISTANT),
+    ),
+    QuirkRow(
+        "drop_empty_tools",
+        "a choice of nothing",
+        AT_CHAT,
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
+        {},
+    ),
+    QuirkRow("drop_empty_tools", "Claude", AT_MESSAGES, spoken(USER, tools=[]), spoken(USER)),
+    QuirkRow(
+        "drop_sampling_in_chat",
+        "GPT-5 at Copilot",
+        AT_CHAT,
+        {**SAMPLING, "seed": 1},
+        {"seed": 1},
+        GPT_5,
+    ),
+    QuirkRow(
+        "drop_sampling_in_chat",
+        "a user's own provider, of which nothing is known",
+        AT_CHAT,
+        SAMPLING,
+        SAMPLING,
+        COLD,
+    ),
+    QuirkRow(
+        "say_effort_once",
+        "OpenRouter",
+        AT_CHAT,
+        {"reasoning": {"max_tokens": 9, "exclude": True}, "reasoning_effort": "low"},
+        {"reasoning": {"exclude": True, "effort": "low"}},
+        OPENROUTER,
+    ),
+    QuirkRow(
+        "say_system", "a user's provider", AT_CHAT, spoken(DEVELOPER, USER), spoken(SYSTEM, USER)
+    ),
+    QuirkRow(
+        "say_system",
+        "GPT-5 behind a gateway",
+        AT_CHAT,
+        spoken(DEVELOPER, USER),
+        spoken(DEVELOPER, USER),
+        named("p/openai/gpt-5.4"),
+    ),
+    QuirkRow(
+        "say_max_tokens",
+        "a user's provider",
+        AT_CHAT,
+        {"max_completion_tokens": 9},
+        {"max_tokens": 9},
+    ),
+    QuirkRow(
+        "say_max_tokens",
+        "Snowflake",
+        AT_CHAT,
+        {"max_completion_tokens": 9},
+        {"max_completion_tokens": 9},
+        named("snowflake-cortex/claude-4-sonnet"),
+    ),
+    QuirkRow(
+        "say_max_tokens",
+        "Azure",
+        "https://a.openai.azure.com/v1/chat/completions",
+        {"max_completion_tokens": 9},
+        {"max_completion_tokens": 9},
+    ),
+    QuirkRow(
+        "drop_what_only_openai_has",
+        "a user's provider",
+        AT_CHAT,
+        {"store": False, "metadata": {"a": "b"}, "service_tier": "flex", "seed": 1},
+        {"seed": 1},
+    ),
+    QuirkRow(
+        "drop_what_only_openai_has",
+        "OpenRouter, which passes it on",
+        AT_CHAT,
+        {"store": False, "metadata": {"a": "b"}},
+        {"store": False, "metadata": {"a": "b"}},
+        OPENROUTER,
+    ),
+    QuirkRow(
+        "drop_billing_line",
+        "Claude Code at Copilot",
+        AT_MESSAGES,
+        spoken(USER, system=[text("x-anthropic-billing-header: cch=1;"), text("s")]),
+        spoken(USER, system=[text("s")]),
+        OLD_CLAUDE,
+    ),
+    QuirkRow(
+        "drop_billing_line",
+        "Claude Code at Anthropic",
+        AT_MESSAGES,
+        spoken(USER, system=[text("x-anthropic-billing-header: cch=1;")]),
+        spoken(USER, system=[text("x-anthropic-billing-header: cch=1;")]),
+        ANTHROPIC,
+    ),
+)
+LOOSE_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "enum": {"type": "integer", "enum": [1, 2]},
+        "a": {"type": ["array", "null"], "items": {"type": "integer"}, "enum": [1]},
+        "b": {"type": ["string", "integer"]},
+        "c": {"type": "array"},
+        "d": {"type": "array", "items": [{"type": "string"}]},
+        "e": {"type": "string", "properties": {}, "required": []},
+        "f": {"type": ["null"]},
+    },
+    "required": ["enum", "gone"],
+}
+TIGHT_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "enum": {"type": "string", "enum": ["1", "2"]},
+        "a": {"type": "array", "items": {"type": "integer"}, "nullable": True},
+        "b": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
+        "c": {"type": "array", "items": {"type": "string"}},
+        "d": {"type": "array", "items": {"type": "string"}},
+        "e": {"type": "string"},
+        "f": {"type": "null", "nullable": True},
+    },
+    "required": ["enum"],
+}
+COPILOT_CHAT_ROWS = (
+    QuirkRow("drop_stop", "GPT-5", AT_CHAT, {"stop": ["x"], "seed": 1}, {"seed": 1}, GPT_5),
+    QuirkRow("drop_stop", "Gemini", AT_CHAT, {"stop": ["x"]}, {"stop": ["x"]}, GEMINI),
+    QuirkRow(
+        "drop_text_that_says_nothing",
+        "beside a call",
+        AT_CHAT,
+        spoken(called("c", content=""), result_of("c"), tools=[CHAT_STUB]),
+        spoken(called("c"), result_of("c"), tools=[CHAT_STUB]),
+        OLD_CLAUDE,
+    ),
+    QuirkRow(
+        "add_stub_tool",
+        "a call in the history",
+        AT_CHAT,
+        spoken(USER, called("c"), result_of("c")),
+        spoken(USER, called("c"), result_of("c"), tools=[CHAT_STUB]),
+        OLD_CLAUDE,
+    ),
+    QuirkRow("add_stub_tool", "no call", AT_CHAT, spoken(USER), spoken(USER), OLD_CLAUDE),
+    QuirkRow(
+        "drop_strict",
+        "Claude",
+        AT_CHAT,
+        {"tools": [chat_tool(strict=True, parameters=OBJECT)]},
+        {"tools": [chat_tool(parameters=OBJECT)]},
+        OLD_CLAUDE,
+    ),
+    QuirkRow(
+        "drop_effort",
+        "Gemini",
+        AT_CHAT,
+        {"reasoning_effort": "low", "seed": 1},
+        {"seed": 1},
+        GEMINI,
+    ),
+    QuirkRow(
+        "say_media_type",
+        "Gemini",
+        AT_CHAT,
+        spoken(said("user", picture("image/png", JPEG_DATA))),
+        spoken(
+            said(
+                "user",
+                {
+                    "type": "image_url",
+                    "image_url": {
+                        "url": f"data:image/jpeg;base64,{JPEG_DATA}",
+                        "media_type": "image/jpeg",
+                    },
+                },
+            )
+        ),
+        GEMINI,
+    ),
+    QuirkRow(
+        "say_system_to_gemini",
+        "at Copilot",
+        AT_CHAT,
+        spoken(DEVELOPER, USER),
+        spoken(SYSTEM, USER),
+        GEMINI,
+    ),
+    QuirkRow(
+        "name_results",
+        "at Copilot",
+        AT_CHAT,
+        spoken(called("c"), result_of("c"), tools=[CHAT_STUB]),
+        spoken(called("c"), result_of("c", name="f"), tools=[CHAT_STUB]),
+        GEMINI,
+    ),
+    QuirkRow(
+        "simplify_schemas_for_gemini",
+        "at Copilot",
+        AT_CHAT,
+        {"tools": [chat_tool(parameters=LOOSE_SCHEMA)]},
+        {"tools": [chat_tool(parameters=TIGHT_SCHEMA)]},
+        GEMINI,
+    ),
+)
+COMPATIBLE_ROWS = (
+    QuirkRow(
+        "drop_what_google_refuses",
+        "penalties",
+        AT_CHAT,
+        {"frequency_penalty": 1, "presence_penalty": 1, "seed": 1, "user": "u", "top_p": 1},
+        {"top_p": 1},
+        GOOGLE,
+    ),
+    QuirkRow(
+        "say_seed_and_choice_to_mistral",
+        "both",
+        AT_CHAT,
+        {"seed": 1, "tool_choice": "required", "tools": [chat_tool(parameters=OBJECT)]},
+        {"random_seed": 1, "tool_choice": "any", "tools": [chat_tool(parameters=OBJECT)]},
+        MISTRAL,
+    ),
+    QuirkRow(
+        "shorten_ids_for_mistral",
+        "one id in two turns, and one that is right",
+        AT_CHAT,
+        spoken(
+            called("call_1"),
+            result_of("call_1"),
+            called("call_1"),
+            result_of("call_1"),
+            called("abcdefgh9"),
+            result_of("abcdefgh9"),
+        ),
+        spoken(
+            called("74196fe72"),
+            result_of("74196fe72"),
+            called("dec5657d3"),
+            result_of("dec5657d3"),
+            called("abcdefgh9"),
+            result_of("abcdefgh9"),
+        ),
+        MISTRAL,
+    ),
+    QuirkRow(
+        "answer_before_the_user",
+        "behind a result",
+        AT_CHAT,
+        spoken(called("abcdefgh9"), result_of("abcdefgh9"), USER),
+        spoken(
+            called("abcdefgh9"),
+            result_of("abcdefgh9"),
+            {"role": "assistant", "content": "Done."},
+            USER,
+        ),
+        MISTRAL,
+    ),
+    QuirkRow(
+        "mark_prefix",
+        "an assistant's message at the end",
+        AT_CHAT,
+        spoken(USER, ASSISTANT),
+        spoken(USER, {**ASSISTANT, "prefix": True}),
+        MISTRAL,
+    ),
+    QuirkRow(
+        "keep_what_mistral_takes",
+        "the provider",
+        AT_CHAT,
+        spoken(
+            {**USER, "name": "n"},
+            {**ASSISTANT, "reasoning_content": "r"},
+            USER,
+            stream_options={"include_usage": True},
+            user="u",
+            stream=True,
+        ),
+        spoken(USER, ASSISTANT, USER, stream=True),
+        MISTRAL,
+    ),
+    QuirkRow(
+        "keep_what_mistral_takes",
+        "the host",
+        "https://api.mistral.ai/v1/chat/completions",
+        {"stream_options": {"include_usage": True}},
+        {},
+    ),
+    QuirkRow(
+        "keep_what_mistral_takes",
+        "a host that is called like it",
+        "https://notmistral.ai/v1/chat/completions",
+        {"stream_options": {"include_usage": True}},
+        {"stream_options": {"include_usage": True}},
+    ),
+    QuirkRow(
+        "say_that_deepseek_reasoned",
+        "with and without",
+        AT_CHAT,
+        spoken(USER, ASSISTANT, {**ASSISTANT, "reasoning_content": "r"}, USER),
+        spoken(
+            USER,
+            {**ASSISTANT, "reasoning_content": ""},
+            {**ASSISTANT, "reasoning_content": "r"},
+            USER,
+        ),
+        DEEPSEEK,
+    ),
+    QuirkRow(
+        "say_that_kimi_reasoned",
+        "a call",
+        AT_CHAT,
+        spoken(ASSISTANT, called("c"), result_of("c")),
+        spoken(ASSISTANT, called("c", reasoning_content="."), result_of("c")),
+        KIMI,
+    ),
+    QuirkRow(
+        "say_thinking_once",
+        "both",
+        AT_CHAT,
+        {"thinking": {"type": "enabled"}, "reasoning_effort": "low"},
+        {"thinking": {"type": "enabled"}},
+        KIMI,
+    ),
+    QuirkRow(
+        "simplify_schemas_for_kimi",
+        "a reference and a list",
+        AT_CHAT,
+        {
+            "tools": [
+                chat_tool(
+                    parameters={
+                        "$defs": {"n": {"type": "array", "items": [OBJECT, {}]}},
+                        "properties": {"a": {"$ref": "#/$defs/n", "description": "d"}},
+                    }
+                )
+            ]
+        },
+        {
+            "tools": [
+                chat_tool(
+                    parameters={
+                        "$defs": {"n": {"type": "array", "items": OBJECT}},
+                        "properties": {"a": {"$ref": "#/$defs/n"}},
+                    }
+                )
+            ]
+        },
+        KIMI,
+    ),
+    QuirkRow(
+        "drop_what_grok_refuses",
+        "penalties and stops",
+        AT_CHAT,
+        {"presence_penalty": 1, "frequency_penalty": 1, "stop": ["x"], "seed": 1},
+        {"seed": 1},
+        GROK,
+    ),
+    QuirkRow(
+        "drop_effort_of_grok",
+        "grok-4-fast",
+        AT_CHAT,
+        {"reasoning_effort": "low"},
+        {},
+        GROK,
+    ),
+    QuirkRow(
+        "drop_effort_of_grok",
+        "one that has it",
+        AT_CHAT,
+        {"reasoning_effort": "low"},
+        {"reasoning_effort": "low"},
+        named("xai/grok-3-mini"),
+    ),
+    QuirkRow(
+        "drop_reasoning",
+        "on messages",
+        AT_CHAT,
+        spoken(
+            USER,
+            {**ASSISTANT, "reasoning_content": "r", "reasoning": "r", "refusal": "x"},
+            USER,
+        ),
+        spoken(USER, ASSISTANT, USER),
+        GROQ,
+    ),
+)
+REASONING_ITEM = {"type": "reasoning", "summary": [], "encrypted_content": "e"}
+CALL_ITEM = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+OUTPUT_ITEM = {"type": "function_call_output", "call_id": "c", "output": "r"}
+RESPONSES_ROWS = (
+    QuirkRow(
+        "shorten_call_ids",
+        "more than 64 characters",
+        AT_RESPONSES,
+        {"input": [{**CALL_ITEM, "call_id": LONG_ID}, {**OUTPUT_ITEM, "call_id": LONG_ID}]},
+        {"input": [{**CALL_ITEM, "call_id": HASHED_ID}, {**OUTPUT_ITEM, "call_id": HASHED_ID}]},
+    ),
+    QuirkRow(
+        "shorten_call_ids",
+        "two that are alike in one turn",
+        AT_RESPONSES,
+        {"input": [CALL_ITEM, CALL_ITEM, OUTPUT_ITEM, OUTPUT_ITEM]},
+        {
+            "input": [
+                CALL_ITEM,
+                {**CALL_ITEM, "call_id": "c_2"},
+                OUTPUT_ITEM,
+                {**OUTPUT_ITEM, "call_id": "c_2"},
+            ]
+        },
+    ),
+    QuirkRow(
+        "drop_reasoning_of_nothing",
+        "at the end, and before the user",
+        AT_RESPONSES,
+        {"input": [REASONING_ITEM, CALL_ITEM, REASONING_ITEM, HELLO_ITEM, REASONING_ITEM]},
+        {"input": [REASONING_ITEM, CALL_ITEM, HELLO_ITEM]},
+    ),
+    QuirkRow(
+        "summarize_reasoning",
+        "without a summary",
+        AT_RESPONSES,
+        {"input": [{"type": "reasoning", "encrypted_content": "e"}, CALL_ITEM]},
+        {"input": [REASONING_ITEM, CALL_ITEM]},
+    ),
+    QuirkRow(
+        "drop_item_ids",
+        "of all kinds",
+        AT_RESPONSES,
+        {"input": [{**REASONING_ITEM, "id": "r" * 400}, {**CALL_ITEM, "id": ""}]},
+        {"input": [REASONING_ITEM, CALL_ITEM]},
+        GPT_5,
+    ),
+    QuirkRow(
+        "keep_what_copilot_takes",
+        "Codex",
+        AT_RESPONSES,
+        {"input": "q", "client_metadata": {}, "service_tier": "flex", "user": "u"},
+        {"input": "q", "user": "u"},
+        GPT_5,
+    ),
+    QuirkRow(
+        "drop_image_generation",
+        "beside another",
+        AT_RESPONSES,
+        {
+            "tools": [{"type": "image_generation"}, {"type": "web_search"}],
+            "tool_choice": {"type": "image_generation"},
+        },
+        {"tools": [{"type": "web_search"}], "tool_choice": "auto"},
+        GPT_5,
+    ),
+    QuirkRow(
+        "drop_tools_that_are_none",
+        "a choice of nothing",
+        AT_RESPONSES,
+        {"tools": [], "tool_choice": "auto", "user": "u"},
+        {"user": "u"},
+        GPT_5,
+    ),
+    QuirkRow(
+        "describe_namespaces",
+        "one that says nothing",
+        AT_RESPONSES,
+        {"tools": [{"type": "namespace", "name": "n", "description": "", "tools": []}]},
+        {"tools": [{"type": "namespace", "name": "n", "description": "n", "tools": []}]},
+        GPT_5,
+    ),
+    QuirkRow(
+        "say_detail_low_or_high",
+        "auto and low",
+        AT_RESPONSES,
+        {"input": [input_picture(detail="auto"), input_picture(detail="low")]},
+        {"input": [input_picture(), input_picture(detail="low")]},
+        GPT_5,
+    ),
+    QuirkRow(
+        "say_input_as_list",
+        "a text",
+        AT_CHATGPT,
+        {"input": "q", **CHATGPT_NEEDS},
+        {"input": [HELLO_ITEM], **CHATGPT_NEEDS},
+    ),
+    QuirkRow(
+        "stream_always",
+        "a whole answer",
+        AT_CHATGPT,
+        {**CHATGPT_NEEDS, "stream": False},
+        CHATGPT_NEEDS,
+    ),
+    QuirkRow(
+        "keep_what_chatgpt_takes",
+        "all of it",
+        AT_CHATGPT,
+        {**CHATGPT_NEEDS, **SAMPLING, "max_output_tokens": 99, "user": "u", "truncation": "auto"},
+        CHATGPT_NEEDS,
+    ),
+)
+REMINDER = text("<system-reminder>\ns\n</system-reminder>")
+GO_ON = {"role": "user", "content": "Please continue."}
+TURN_ROWS = (
+    QuirkRow(
+        "put_system_messages_into_turns",
+        "at the beginning, behind a result and behind an answer",
+        AT_MESSAGES,
+        spoken(SYSTEM, USER, CALLED, RESULT, SYSTEM, ASSISTANT, {"role": "system", "content": "s"}),
+        spoken(
+            USER,
+            CALLED,
+            said("user", *RESULT["content"], REMINDER),
+            ASSISTANT,
+            said("user", REMINDER),
+            system=[text("s")],
+        ),
+    ),
+    QuirkRow(
+        "say_references_as_text",
+        "in a result",
+        AT_MESSAGES,
+        spoken(
+            CALLED,
+            said("user", used("c", [{"type": "tool_reference", "tool_name": "t"}])),
+            tools=[CLAUDE_STUB],
+        ),
+        spoken(CALLED, said("user", used("c", [text("[tool: t]")])), tools=[CLAUDE_STUB]),
+        OLD_CLAUDE,
+    ),
+    QuirkRow(
+        "drop_blocks_that_say_nothing",
+        "texts, thoughts, turns and a system's",
+        AT_MESSAGES,
+        spoken(
+            said("user", text("q"), text(" ")),
+            said("assistant", {"type": "thinking", "thinking": ""}, text("\n")),
+            said("user", used("c", [text(""), text("r")])),
+            system="",
+        ),
+        spoken(said("user", text("q")), said("user", used("c", [text("r")]))),
+    ),
+    QuirkRow(
+        "drop_blocks_that_say_nothing",
+        "a thought that is signed",
+        AT_MESSAGES,
+        spoken(said("assistant", {"type": "thinking", "thinking": "", "signature": "s"}), USER),
+        spoken(said("assistant", {"type": "thinking", "thinking": "", "signature": "s"}), USER),
+    ),
+    QuirkRow(
+        "say_ids_once",
+        "in two turns, in one turn, and two that become one",
+        AT_MESSAGES,
+        spoken(
+            said("assistant", use("c")),
+            said("user", used("c")),
+            said("assistant", use("c"), use("c")),
+            said("user", used("c"), used("c")),
+            said("assistant", use("a.b"), use("a_b")),
+            said("user", used("a_b"), used("a.b")),
+        ),
+        spoken(
+            said("assistant", use("c")),
+            said("user", used("c")),
+            said("assistant", use("c_2"), use("c_3")),
+            said("user", used("c_2"), used("c_3")),
+            said("assistant", use("a_b"), use("a_b_2")),
+            said("user", used("a_b_2"), used("a_b")),
+        ),
+    ),
+    QuirkRow(
+        "end_with_the_user",
+        "Claude 4.6",
+        AT_MESSAGES,
+        spoken(USER, ASSISTANT),
+        spoken(USER, ASSISTANT, GO_ON),
+        SONNET,
+    ),
+    QuirkRow(
+        "end_with_the_user",
+        "Claude 4.5",
+        AT_MESSAGES,
+        spoken(USER, ASSISTANT),
+        spoken(USER, ASSISTANT),
+        ANTHROPIC,
+    ),
+)
+FORCED = {"type": "tool", "name": "f"}
+LONG_THINKING = {"type": "enabled", "budget_tokens": 2000}
+CLEARING = {"edits": [{"type": "clear_thinking_20251015"}, {"type": "clear_tool_uses_20250919"}]}
+THINKING_ROWS = (
+    QuirkRow(
+        "choose_no_tool_by_force",
+        "Fable 5.1",
+        AT_MESSAGES,
+        spoken(USER, tools=[claude_tool()], tool_choice=FORCED),
+        spoken(USER, tools=[claude_tool()], tool_choice={"type": "auto"}),
+        FABLE,
+    ),
+    QuirkRow(
+        "think_even_if_told_not_to",
+        "Fable",
+        AT_MESSAGES,
+        spoken(USER, thinking={"type": "disabled"}),
+        spoken(USER),
+        FABLE,
+    ),
+    QuirkRow(
+        "think_without_budget",
+        "Claude 4.7",
+        AT_MESSAGES,
+        spoken(USER, thinking=LONG_THINKING),
+        spoken(USER, thinking={"type": "adaptive", "display": "summarized"}),
+        NEW_CLAUDE,
+    ),
+    QuirkRow(
+        "think_with_budget",
+        "Claude 4.5",
+        AT_MESSAGES,
+        spoken(USER, max_tokens=8000, thinking={"type": "adaptive"}),
+        spoken(USER, max_tokens=8000, thinking={"type": "enabled", "budget_tokens": 4000}),
+        ANTHROPIC,
+    ),
+    QuirkRow(
+        "think_with_budget",
+        "Claude 4.5 without room for it",
+        AT_MESSAGES,
+        spoken(USER, max_tokens=2000, thinking={"type": "adaptive"}),
+        spoken(USER, max_tokens=2000),
+        ANTHROPIC,
+    ),
+    QuirkRow(
+        "think_only_unforced",
+        "a tool that must be called",
+        AT_MESSAGES,
+        spoken(
+            USER,
+            tools=[claude_tool()],
+            tool_choice=FORCED,
+            thinking=LONG_THINKING,
+            context_management=CLEARING,
+        ),
+        spoken(
+            USER,
+            tools=[claude_tool()],
+            tool_choice=FORCED,
+            context_management={"edits": [{"type": "clear_tool_uses_20250919"}]},
+        ),
+        ANTHROPIC,
+    ),
+    QuirkRow(
+        "think_only_unforced",
+        "an answer that has begun",
+        AT_MESSAGES,
+        spoken(USER, ASSISTANT, thinking=LONG_THINKING),
+        spoken(USER, ASSISTANT),
+        ANTHROPIC,
+    ),
+    QuirkRow(
+        "drop_sampling_of_claude",
+        "the catalog says so",
+        AT_MESSAGES,
+        spoken(USER, **SAMPLING),
+        spoken(USER),
+        COLD,
+    ),
+    QuirkRow(
+        "drop_sampling_of_new_claude",
+        "Claude 4.7",
+        AT_MESSAGES,
+        spoken(USER, **SAMPLING, top_k=5),
+        spoken(USER),
+        NEW_CLAUDE,
+    ),
+    QuirkRow(
+        "keep_to_output_limit",
+        "more than the model has",
+        AT_MESSAGES,
+        spoken(USER, max_tokens=64000),
+        spoken(USER, max_tokens=32000),
+        named("anthropic/claude-opus-4-1", output_limit=32000),
+    ),
+    QuirkRow(
+        "think_less_than_may_be_said",
+        "as many as may be said",
+        AT_MESSAGES,
+        spoken(USER, max_tokens=2000, thinking=LONG_THINKING),
+        spoken(USER, max_tokens=2000, thinking={"type": "enabled", "budget_tokens": 1999}),
+        ANTHROPIC,
+    ),
+    QuirkRow(
+        "think_less_than_may_be_said",
+        "too few to think",
+        AT_MESSAGES,
+        spoken(USER, max_tokens=1024, thinking=LONG_THINKING),
+        spoken(USER, max_tokens=1024),
+        ANTHROPIC,
+    ),
+)
+UNION_SCHEMA = {
+    "anyOf": [{"properties": {"a": {}}, "required": ["a"]}, {"properties": {"b": {}}}],
+    "allOf": [{"properties": {"c": {}}, "required": ["c"]}],
+}
+OPEN_SCHEMA = {"type": "object", "properties": {"a": {}, "b": {}, "c": {}}, "required": ["c"]}
+ANSWER_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "pattern": {"type": "string", "pattern": "^a", "format": "phone"},
+        "n": {"type": "integer", "description": "d", "minimum": 1, "maximum": 5},
+        "l": {"type": "array", "maxItems": 3, "items": {"type": "object"}},
+        "o": {"oneOf": [{"type": "string", "format": "date"}, {"$ref": "#/$defs/x", "title": "t"}]},
+    },
+    "additionalProperties": True,
+}
+CLOSED_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "pattern": {"type": "string", "description": 'pattern: "^a"; format: "phone"'},
+        "n": {"type": "integer", "description": "d; minimum: 1; maximum: 5"},
+        "l": {
+            "type": "array",
+            "items": {"type": "object", "additionalProperties": False},
+            "description": "maxItems: 3",
+        },
+        "o": {"anyOf": [{"type": "string", "format": "date"}, {"$ref": "#/$defs/x"}]},
+    },
+    "additionalProperties": False,
+}
+PLAIN_MARK = {"cache_control": {"type": "ephemeral"}}
+LONG_MARK = {"cache_control": {"type": "ephemeral", "ttl": "1h", "scope": "global"}}
+TOOL_ROWS = (
+    QuirkRow(
+        "open_schemas_of_tools",
+        "alternatives on top",
+        AT_MESSAGES,
+        spoken(USER, tools=[claude_tool(input_schema=UNION_SCHEMA)]),
+        spoken(USER, tools=[claude_tool(input_schema=OPEN_SCHEMA)]),
+    ),
+    QuirkRow(
+        "drop_fields_of_tools",
+        "Claude Code",
+        AT_MESSAGES,
+        spoken(
+            USER,
+            tools=[
+                claude_tool(
+                    strict=True,
+                    eager_input_streaming=True,
+                    defer_loading=True,
+                    input_examples=[],
+                    input_schema={"$schema": "s", **EMPTY_SCHEMA},
+                )
+            ],
+        ),
+        spoken(USER, tools=[claude_tool()]),
+        OLD_CLAUDE,
+    ),
+    QuirkRow(
+        "simplify_strict_tools",
+        "at Anthropic",
+        AT_MESSAGES,
+        spoken(USER, tools=[claude_tool(input_schema=ANSWER_SCHEMA, strict=True)]),
+        spoken(USER, tools=[claude_tool(input_schema=CLOSED_SCHEMA, strict=True)]),
+        ANTHROPIC,
+    ),
+    QuirkRow(
+        "simplify_schema_of_answer",
+        "every keyword",
+        AT_MESSAGES,
+        spoken(USER, output_config={"format": {"type": "json_schema", "schema": ANSWER_SCHEMA}}),
+        spoken(USER, output_config={"format": {"type": "json_schema", "schema": CLOSED_SCHEMA}}),
+        ANTHROPIC,
+    ),
+    QuirkRow(
+        "add_stub_tool_for_claude",
+        "a call in the history",
+        AT_MESSAGES,
+        spoken(USER, CALLED, RESULT),
+        spoken(USER, CALLED, RESULT, tools=[CLAUDE_STUB]),
+        OLD_CLAUDE,
+    ),
+    QuirkRow(
+        "put_mark_on_last_block",
+        "on top",
+        AT_MESSAGES,
+        spoken(said("user", text("a"), text("b")), **PLAIN_MARK),
+        spoken(said("user", text("a"), {**text("b"), **PLAIN_MARK})),
+        OLD_CLAUDE,
+    ),
+    QuirkRow(
+        "mark_results_as_whole",
+        "inside of one",
+        AT_MESSAGES,
+        spoken(CALLED, said("user", used("c", [{**text("r"), **PLAIN_MARK}]))),
+        spoken(CALLED, said("user", {**used("c", [text("r")]), **PLAIN_MARK})),
+    ),
+    QuirkRow(
+        "mark_plainly",
+        "Claude Code at Copilot",
+        AT_MESSAGES,
+        spoken(USER, system=[{**text("s"), **LONG_MARK}], tools=[{**claude_tool(), **LONG_MARK}]),
+        spoken(USER, system=[{**text("s"), **PLAIN_MARK}], tools=[{**claude_tool(), **PLAIN_MARK}]),
+        OLD_CLAUDE,
+    ),
+    QuirkRow(
+        "mark_plainly",
+        "Claude Code at Anthropic",
+        AT_MESSAGES,
+        spoken(USER, system=[{**text("s"), **LONG_MARK}]),
+        spoken(USER, system=[{**text("s"), **LONG_MARK}]),
+        ANTHROPIC,
+    ),
+    QuirkRow(
+        "keep_four_marks",
+        "six",
+        AT_MESSAGES,
+        spoken(
+            said("user", *({**text(str(number)), **PLAIN_MARK} for number in range(5))),
+            system=[{**text("s"), **PLAIN_MARK}],
+        ),
+        spoken(
+            said(
+                "user",
+                text("0"),
+                text("1"),
+                {**text("2"), **PLAIN_MARK},
+                {**text("3"), **PLAIN_MARK},
+                {**text("4"), **PLAIN_MARK},
+            ),
+            system=[{**text("s"), **PLAIN_MARK}],
+        ),
+    ),
+    QuirkRow("drop_speed", "fast", AT_MESSAGES, spoken(USER, speed="fast"), spoken(USER), GPT_5),
+)
+QUIRK_ROWS = (
+    *EVERYWHERE_ROWS,
+    *COPILOT_CHAT_ROWS,
+    *COMPATIBLE_ROWS,
+    *RESPONSES_ROWS,
+    *TURN_ROWS,
+    *THINKING_ROWS,
+    *TOOL_ROWS,
+    *FIRST_ROWS,
+)
+# The betas that a client sends, the body beside them, and those that go out.
+BETA_ROWS = {
+    "those that Copilot refuses": (
+        OLD_CLAUDE,
+        "context-1m-2025-08-07, interleaved-thinking-2025-05-14,output-128k-2025-02-19",
+        {},
+        {"anthropic-version": "v", "anthropic-beta": "interleaved-thinking-2025-05-14"},
+    ),
+    "nothing that Copilot takes": (
+        OLD_CLAUDE,
+        "tool-search-tool-2025-10-19",
+        {},
+        {"anthropic-version": "v"},
+    ),
+    "an edit of the context at Copilot": (
+        OLD_CLAUDE,
+        "",
+        {"context_management": CLEARING},
+        {"anthropic-version": "v", "anthropic-beta": "context-management-2025-06-27"},
+    ),
+    "Anthropic": (
+        ANTHROPIC,
+        "context-1m-2025-08-07",
+        {},
+        {"anthropic-version": "v", "anthropic-beta": "context-1m-2025-08-07"},
+    ),
+}
 NATIVE_BODIES = {
     AT_RESPONSES: {
         "model": "p/m",
@@ -2471,6 +3449,33 @@ class QuirkTest(unittest.TestCase):
                 proxy.repair(body, proxy.target_of(row.url, row.model))
                 self.assertEqual(body, row.after)
 
+    def test_bodies_that_are_passed_through_before_and_after(self):
+        for row in QUIRK_ROWS:
+            target = proxy.target_of(row.url, row.model)
+            if target.wire_format is proxy.ChatCompletions or row.before.get("store"):
+                continue
+            with self.subTest(row.quirk, row=row.name):
+                exchange = native(row.url, row.model, **row.before)
+                body = json.loads(exchange.body(row.url, {"model": "real"}))
+                self.assertEqual(body, {"model": "real", **row.after})
+
+    def test_what_was_repaired_once_stays_as_it_is(self):
+        for row in QUIRK_ROWS:
+            with self.subTest(row.quirk, row=row.name):
+                body = json.loads(json.dumps(row.after))
+                proxy.repair(body, proxy.target_of(row.url, row.model))
+                self.assertEqual(body, row.after)
+
+    def test_the_headers_that_go_with_a_body(self):
+        for name, (model, betas, fields, expected) in BETA_ROWS.items():
+            with self.subTest(name):
+                headers = {"anthropic-version": "v", "anthropic-beta": betas}
+                data = json.dumps(spoken(USER, **fields)).encode()
+                request = proxy.parse_native_request(data, proxy.Messages, headers)
+                exchange = proxy.NativeExchange(request, model)
+                exchange.body(AT_MESSAGES, {})
+                self.assertEqual(exchange.headers, expected)
+
     def test_every_quirk_has_a_row_in_which_it_changes_a_body_by_itself(self):
         changing = set()
         for row in QUIRK_ROWS:
@@ -2492,7 +3497,7 @@ class QuirkTest(unittest.TestCase):
         fields = {"max_tokens": 1, "temperature": 0.5, "top_p": 0.9}
         for url, expected in (
             (AT_RESPONSES, {"max_output_tokens": 16, "temperature": 0.5, "top_p": 0.9}),
-            (AT_CHATGPT, {"instructions": "Answer the user.", "store": False}),
+            (AT_CHATGPT, {"instructions": "Answer the user.", "store": False, "stream": True}),
             (AT_MESSAGES, {"max_tokens": 1, "temperature": 0.5}),
         ):
             with self.subTest(url):
@@ -2509,6 +3514,7 @@ class QuirkTest(unittest.TestCase):
                 "store": False,
                 "input": [HELLO_ITEM],
                 "instructions": "Answer the user.",
+                "stream": True,
             },
         )
 
@@ -2521,9 +3527,10 @@ class QuirkTest(unittest.TestCase):
                 data = damaged(seeded, good)
                 try:
                     request = proxy.parse_native_request(data, wire_format, {})
-                    exchange = proxy.NativeExchange(request, COLD)
-                    exchange.conversation(is_foreign=False)
-                    json.loads(exchange.body(url, {}))
+                    for model in (COLD, GPT_5, OLD_CLAUDE, NEW_CLAUDE, ANTHROPIC, FABLE):
+                        exchange = proxy.NativeExchange(request, model)
+                        exchange.conversation(is_foreign=False)
+                        json.loads(exchange.body(url, {}))
                 except proxy.APIError as error:
                     self.assertEqual(error.status, 400, data)
 
