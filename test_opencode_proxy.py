@@ -445,7 +445,135 @@ LIVE = {
     "chatgpt": "openai/gpt-5.4",
 }
 LIMITS = {name: limit for name, _, limit, _ in OFFERS}
-CHATGPT_REFUSES = {"max_output_tokens", "temperature", "top_p", "user", "metadata"}
+
+
+# What the services were reported to refuse, in 2025 and 2026: each rule has words, and whether a
+# body breaks it.
+CHATGPT_TAKES = {
+    *("include", "input", "instructions", "model", "parallel_tool_calls", "prompt_cache_key"),
+    *("reasoning", "service_tier", "store", "stream", "text", "tool_choice", "tools"),
+}
+NO_GRAMMAR = {"minimum", "maximum", "minItems", "maxItems", "minLength", "maxLength", "pattern"}
+NO_TOOL_FIELDS = {"strict", "eager_input_streaming", "defer_loading", "input_examples"}
+
+
+def first_broken(rules):
+    """Return the words of the first rule that is broken, None where all are kept."""
+    for words, is_broken in rules:
+        if is_broken:
+            return words
+    return None
+
+
+def objects_with(value, *names):
+    """Return the objects in a JSON value that have one of these names."""
+    return [each for each in proxy.objects_in(value) if not each.keys().isdisjoint(names)]
+
+
+def objects_of(value, *types):
+    return [each for each in proxy.objects_in(value) if each.get("type") in types]
+
+
+def is_gpt_5(body):
+    return body["model"].startswith("gpt-5")
+
+
+def rules_of_chatgpt(body):
+    roles = [item.get("role") for item in proxy.objects(body.get("input"))]
+    return (
+        ("Instructions are required", not body.get("instructions")),
+        ("Store must be set to false", body.get("store") is not False),
+        ("Stream must be set to true", body.get("stream") is not True),
+        ("Input must be a list", not isinstance(body.get("input"), list)),
+        ("System messages are not allowed", "system" in roles),
+        ("Unsupported parameter", bool(body.keys() - CHATGPT_TAKES)),
+    )
+
+
+def rules_of_copilot_responses(body):
+    items = proxy.objects(body.get("input"))
+    ids = [str(item.get("call_id", "")) for item in items]
+    items_after = [*items[1:], {"role": "user"}]
+    lonely = False
+    for item, after in zip(items, items_after):
+        if item.get("type") == "reasoning" and after.get("role") == "user":
+            lonely = True
+    return (
+        ("max_output_tokens: below 16", body.get("max_output_tokens", 16) < 16),
+        ("service_tier is not supported", "service_tier" in body),
+        ("Unknown parameter", "client_metadata" in body),
+        ("ids of items", any("id" in item for item in items)),
+        ("call_id: too long", any(len(call_id) > 64 for call_id in ids)),
+        ("image_generation", bool(objects_of(body.get("tools"), "image_generation"))),
+        ("temperature", is_gpt_5(body) and bool({"temperature", "top_p"} & body.keys())),
+        ("a reasoning without its following item", lonely),
+        ("an empty list of tools", body.get("tools") == []),
+    )
+
+
+def rules_of_copilot_chat(body):
+    messages = body["messages"]
+    has_calls = bool(objects_with(messages, "tool_calls"))
+    sampling = {"temperature", "top_p", "stop", "max_tokens"}
+    return (
+        ("not with GPT-5", is_gpt_5(body) and bool(sampling & body.keys())),
+        ("tools: empty", body.get("tools") == []),
+        ("tool_calls: empty", any(message.get("tool_calls") == [] for message in messages)),
+        ("calls, but no tools", has_calls and not body.get("tools")),
+        ("null", any(message.get("refusal", "") is None for message in messages)),
+    )
+
+
+def rules_of_gemini(body):
+    results = [message for message in body["messages"] if message["role"] == "tool"]
+    schemas = list(proxy.objects_in(body.get("tools")))
+    arrays = [each for each in schemas if each.get("type") == "array"]
+    numbers = [each for each in schemas if each.get("type") == "integer" and "enum" in each]
+    return (
+        ("developer", any(each["role"] == "developer" for each in body["messages"])),
+        ("a result without a name", not all(each.get("name") for each in results)),
+        ("a list of types", any(isinstance(each.get("type"), list) for each in schemas)),
+        ("an array without items", not all(each.get("items") for each in arrays)),
+        ("an enum of numbers", bool(numbers)),
+    )
+
+
+def rules_of_claude(body):
+    messages = body["messages"]
+    texts = [block["text"] for block in objects_of(messages, "text")]
+    ids = [block["id"] for block in objects_of(messages, "tool_use")]
+    schemas = [tool.get("input_schema", {"type": "object"}) for tool in body.get("tools", [])]
+    combined = [each for each in schemas if {"anyOf", "oneOf", "allOf"} & each.keys()]
+    is_forced = body.get("tool_choice", {}).get("type") in ("any", "tool")
+    answer = body.get("output_config", {}).get("format", {}).get("schema", {})
+    objects = objects_of(answer, "object")
+    is_open = any(each.get("additionalProperties") is not False for each in objects)
+    limit = LIMITS[body["model"]]
+    return (
+        ("max_tokens", body["max_tokens"] > limit),
+        ("temperature and top_p: not both", {"temperature", "top_p"} <= body.keys()),
+        ('Unexpected role "system"', any(each["role"] == "system" for each in messages)),
+        ("no prefill", messages[-1]["role"] == "assistant"),
+        ("tool_use ids must be unique", len(set(ids)) < len(ids)),
+        ("an id of other characters", not all(re.fullmatch("[\\w-]+", each) for each in ids)),
+        ("text must be non-empty", not all(text.strip() for text in texts)),
+        ("thinking and a forced tool", is_forced and "thinking" in body),
+        ("anyOf on top", bool(combined)),
+        ("type: Field required", not all("type" in schema for schema in schemas)),
+        ("what the grammar lacks", is_open or bool(objects_with(answer, *NO_GRAMMAR))),
+    )
+
+
+def rules_of_copilot_claude(body):
+    tools = body.get("tools", [])
+    marks = [each["cache_control"] for each in objects_with(body, "cache_control")]
+    return (
+        ("Extra inputs", any(NO_TOOL_FIELDS & tool.keys() for tool in tools)),
+        ("cache_control on top", "cache_control" in body),
+        ("cache_control.scope", any("scope" in mark for mark in marks)),
+        ("tool_reference", bool(objects_of(body["messages"], "tool_reference"))),
+        ("calls, but no tools", bool(objects_of(body["messages"], "tool_use")) and not tools),
+    )
 
 
 def offer(name, endpoints, limit, efforts):
@@ -498,31 +626,18 @@ class Services(Upstream):
         return {"data": [offer(*row) for row in OFFERS]}
 
     def refusal(self, exchange):
+        """Return why the service refuses a body, None where it takes it."""
+        body = exchange.body
         if exchange.host == CHATGPT:
-            return self.refusal_of_chatgpt(exchange.body)
-        if exchange.format == "responses" and exchange.body.get("max_output_tokens", 16) < 16:
-            return "max_output_tokens: below 16"
+            return first_broken(rules_of_chatgpt(body))
+        if exchange.format == "responses":
+            return first_broken(rules_of_copilot_responses(body))
         if exchange.format == "messages":
-            return self.refusal_of_claude(exchange.body)
-        return None
-
-    @staticmethod
-    def refusal_of_chatgpt(body):
-        if not body.get("instructions"):
-            return "Instructions are required"
-        if body.get("store") is not False:
-            return "Store must be set to false"
-        if CHATGPT_REFUSES & body.keys():
-            return "Unsupported parameter"
-        return None
-
-    @staticmethod
-    def refusal_of_claude(body):
-        if body["max_tokens"] > LIMITS[body["model"]]:
-            return "max_tokens"
-        if {"temperature", "top_p"} <= body.keys():
-            return "temperature and top_p: not both"
-        return None
+            return first_broken((*rules_of_claude(body), *rules_of_copilot_claude(body)))
+        rules = rules_of_copilot_chat(body)
+        if body["model"].startswith("gemini"):
+            rules = (*rules, *rules_of_gemini(body))
+        return first_broken(rules)
 
 
 # ---------------------------------------------------------------------------------------- proxies
@@ -1734,6 +1849,7 @@ WIRE_PNG = "data:image/png;base64,QUJD"
 AT_CHAT, AT_RESPONSES, AT_MESSAGES = (
     "https://x.example/v1/" + path for path in ("chat/completions", "responses", "messages")
 )
+AT_OPENAI = "https://api.openai.com/v1/chat/completions"
 AT_CHATGPT = "https://chatgpt.com/backend-api/codex/responses"
 WARM, COLD = proxy.Model("p/m"), proxy.Model("p/m", takes_temperature=False)
 FUNCTION = {"name": "f", "parameters": {"properties": {"2": {}, "1": {}}, "type": "object"}}
@@ -1747,6 +1863,7 @@ DONE = {"role": "tool", "tool_call_id": "c", "content": "r"}
 WIRE_IMAGE = {"type": "image_url", "image_url": {"url": WIRE_PNG}}
 PDF = {"file_data": "data:application/pdf;base64,UERG", "filename": "a.pdf"}
 OBJECT = {"type": "object"}
+NO_ARGUMENTS = {"type": "object", "properties": {}}
 SCHEMA = {"name": "n", "strict": True, "schema": OBJECT}
 
 
@@ -1848,6 +1965,10 @@ CHAT_BODY = {
     "service_tier": "flex",
     "usage": {"include": True},
     **{name: value for name, value in FIELDS.items() if name != "n"},
+    "tools": [
+        TOOLS[0],
+        {"type": "function", "function": {"name": "g", "parameters": NO_ARGUMENTS}},
+    ],
     "messages": list(CONVERSATION),
     "stream_options": {"include_usage": True},
 }
@@ -1923,7 +2044,7 @@ MESSAGES_BODY = {
     "metadata": {"user_id": "u"},
     "tools": [
         {"name": "f", "input_schema": FUNCTION["parameters"]},
-        {"name": "g", "input_schema": {"type": "object"}},
+        {"name": "g", "input_schema": {"type": "object", "properties": {}}},
     ],
     "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
     "output_config": {
@@ -2101,7 +2222,7 @@ class BodyTest(unittest.TestCase):
 
     def test_chat_completions_has_everything(self):
         theirs = {**THEIRS, "usage": {"include": True}}
-        body = wire(AT_CHAT, CONVERSATION, **FIELDS).body(theirs)
+        body = wire(AT_OPENAI, CONVERSATION, **FIELDS).body(theirs)
         self.assertEqual(json.loads(body), CHAT_BODY)
 
     def test_responses_has_everything(self):
@@ -2426,7 +2547,7 @@ def flat_tool(**fields):
 
 
 def claude_tool(**fields):
-    return {"name": "f", "input_schema": EMPTY_SCHEMA, **fields}
+    return {"name": "f", "input_schema": NO_ARGUMENTS, **fields}
 
 
 def called(call_id, **more):
@@ -2466,7 +2587,6 @@ def spoken(*messages, **fields):
     return {"messages": list(messages), **fields}
 
 
-EMPTY_SCHEMA = {"type": "object", "properties": {}}
 JPEG_DATA = base64.b64encode(b"\xff\xd8\xff\xe0 and so on").decode()
 WEBP_DATA = base64.b64encode(b"RIFF\x00\x00\x00\x00WEBP and so on").decode()
 UNKNOWN_DATA = base64.b64encode(b"an image of another kind").decode()
@@ -2485,14 +2605,14 @@ EVERYWHERE_ROWS = (
         "none, in a chat completion",
         AT_CHAT,
         {"tools": [chat_tool()]},
-        {"tools": [chat_tool(parameters=EMPTY_SCHEMA)]},
+        {"tools": [chat_tool(parameters=NO_ARGUMENTS)]},
     ),
     QuirkRow(
         "describe_parameters",
         "{}, in /responses",
         AT_RESPONSES,
         {"tools": [flat_tool(parameters={}), {"type": "web_search"}]},
-        {"tools": [flat_tool(parameters=EMPTY_SCHEMA), {"type": "web_search"}]},
+        {"tools": [flat_tool(parameters=NO_ARGUMENTS), {"type": "web_search"}]},
     ),
     QuirkRow(
         "describe_parameters",
@@ -3288,7 +3408,7 @@ TOOL_ROWS = (
                     eager_input_streaming=True,
                     defer_loading=True,
                     input_examples=[],
-                    input_schema={"$schema": "s", **EMPTY_SCHEMA},
+                    input_schema={"$schema": "s", **NO_ARGUMENTS},
                 )
             ],
         ),
@@ -6010,10 +6130,11 @@ class PassThroughTest(FakeCase):
                 self.assertEqual(sent, body)
 
     def test_headers_of_the_format_go_along_and_no_others(self):
-        headers = {"anthropic-beta": "a-1", "X-Private": "p"}
+        beta = "interleaved-thinking-2025-05-14"  # one that Copilot takes
+        headers = {"anthropic-beta": beta, "X-Private": "p"}
         self.ask(self.start(), "messages", "do data('x')", **headers)
         sent = json.loads(self.journal("headers")[-1].partition(" ")[2])
-        self.assertEqual(sent, {"anthropic-beta": "a-1"})
+        self.assertEqual(sent, {"anthropic-beta": beta})
 
     def test_refusals_are_passed_on_as_they_are(self):
         script = (
