@@ -114,6 +114,7 @@ import shutil
 import socket
 import socketserver
 import ssl
+import string
 import subprocess
 import tempfile
 import threading
@@ -603,6 +604,9 @@ TOOL_MODES = ("none", "auto", "required")
 RESPONSE_FORMATS = ("text", "json_object", "json_schema")
 CALL_TEXT = {"function": "arguments", "custom": "input"}  # where a call of each type has its text
 FILE_FIELDS = ("file_data", "file_id", "filename")
+TOOL_FIELDS = ("name", "description", "parameters", "strict", "format")
+LOW_EFFORT_TOKENS = 4096  # the largest budget to think that means a low effort
+MEDIUM_EFFORT_TOKENS = 12288
 IMAGE_URL = re.compile(r"(?i)(https?://|data:[^,]*,)")
 
 
@@ -626,6 +630,7 @@ def parse_chat_request(data: bytes) -> ChatRequest:
     for name, value in parse_json_object(data).items():
         if value is not None:
             body[name] = value
+    understand(body)
     check_body(body)
 
     legacy_functions = "functions" in body and "tools" not in body
@@ -676,6 +681,15 @@ read_json = json.JSONDecoder(
     parse_int=read_number,
     parse_float=read_number,
     parse_constant=read_number,
+).decode
+
+
+# For texts in which models and clients leave newlines and tabs as they are.
+read_lenient_json = json.JSONDecoder(
+    parse_int=read_number,
+    parse_float=read_number,
+    parse_constant=read_number,
+    strict=False,
 ).decode
 
 
@@ -793,8 +807,13 @@ def check_content(message: Fields) -> None:
 
 
 def check_part(part: Fields) -> None:
-    """Check a part of a content; what it holds is in the field that its type names."""
-    part_type = part.word("type", PART_TYPES)
+    """Check a part of a content; what it holds is in the field that its type names.
+
+    Types that the program does not know may be a provider's own.
+    """
+    part_type = part.need("type", str)
+    if part_type not in PART_TYPES:
+        return
     if part_type in ("text", "refusal"):
         part.need(part_type, str)
         return
@@ -881,6 +900,92 @@ def check_stop(fields: Fields) -> None:
         raise invalid(f"stop may have at most {MAX_STOP_SEQUENCES} sequences", "stop")
 
 
+def understand(body: Json) -> None:
+    """Say in `body`, which is not checked yet, in a chat completion's words what is in others.
+
+    Clients mix in the words of /responses: its types of parts, and flat tools.
+    """
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list):
+            message["content"] = [understood_part(part) for part in content]
+    tools = body.get("tools")
+    if isinstance(tools, list):
+        body["tools"] = [understood_tool(tool) for tool in tools]
+    if "tool_choice" in body:
+        body["tool_choice"] = understood_tool(body["tool_choice"])
+
+
+def understood_part(part: Any) -> Any:
+    """Return a content part in a chat completion's words."""
+    if not isinstance(part, dict):
+        return part
+    part_type = part.get("type")
+    if part_type in ("input_text", "output_text"):
+        return {**part, "type": "text"}
+    if part_type == "image_url" and isinstance(part.get("image_url"), str):
+        return {**part, "image_url": {"url": part["image_url"]}}
+    if part_type == "input_image" and isinstance(part.get("image_url"), str):
+        return moved_inside(part, "image_url", {"image_url": "url", "detail": "detail"})
+    if part_type == "input_file":
+        return moved_inside(part, "file", {name: name for name in FILE_FIELDS})
+    return part
+
+
+def understood_tool(tool: Any) -> Any:
+    """Return a tool, or a choice of one, with its fields in an inner object."""
+    if not isinstance(tool, dict) or "name" not in tool:
+        return tool
+    tool_type = tool.get("type")
+    if tool_type not in TOOL_TYPES or tool_type in tool:
+        return tool
+    return moved_inside(tool, tool_type, {name: name for name in TOOL_FIELDS})
+
+
+def moved_inside(outer: Json, new_type: str, names: Mapping[str, str]) -> Json:
+    """Return an object with some of its fields, under new names, in an inner one of its type."""
+    inner = {}
+    moved: Json = {"type": new_type}
+    for name, value in outer.items():
+        if name in names:
+            inner[names[name]] = value
+        elif name != "type":
+            moved[name] = value
+    moved[new_type] = inner
+    return moved
+
+
+def effort_of(body: Json) -> Any:
+    """Return how hard the model shall think, in OpenAI's, OpenRouter's or Anthropic's words."""
+    if body.get("reasoning_effort"):
+        return body["reasoning_effort"]
+    reasoning = body.get("reasoning")
+    if isinstance(reasoning, dict):
+        if reasoning.get("enabled") is False:
+            return "none"
+        if isinstance(reasoning.get("effort"), str):
+            return reasoning["effort"]
+        return effort_of_budget(reasoning.get("max_tokens"))
+    thinking = body.get("thinking")
+    if isinstance(thinking, dict):
+        if thinking.get("type") == "disabled":
+            return "none"
+        return effort_of_budget(thinking.get("budget_tokens"))
+    return None
+
+
+def effort_of_budget(budget: Any) -> str | None:
+    """Return the effort that a number of tokens to think means, None for no number."""
+    if type(budget) is not int:
+        return None
+    if budget <= LOW_EFFORT_TOKENS:
+        return "low"
+    if budget <= MEDIUM_EFFORT_TOKENS:
+        return "medium"
+    return "high"
+
+
 def modernize(body: Json) -> None:
     """Say the deprecated functions, function_call and role "function" in `body` as tools."""
     functions = body.pop("functions", None)
@@ -955,6 +1060,15 @@ PASSED_TO_RESPONSES = (
     "user",
 )
 CALL_ITEMS = {"function": "function_call", "custom": "custom_tool_call"}  # in /responses
+MAX_ARGUMENTS_DEPTH = 100  # of a call's arguments; what is deeper stays text
+MAX_ESCAPE_CHARACTERS = 6  # of an escape in a JSON string
+WORD_CHARACTERS = string.ascii_letters + string.digits + "+-."  # of a JSON number or literal
+CLOSERS = {"{": "}", "[": "]"}
+JSON_STRING_OR_BRACKET = re.compile(r'"((?:[^"\\]|\\.)*)("?)|[\[\]{}]', re.DOTALL)
+NO_RESULT = "No result"  # where a client has cut it off its history
+ORPHAN_RESULT = "Result of a tool:"  # ... or the call
+MAX_CACHE_MARKS = 4  # Anthropic takes no more
+JSON_ONLY = "Answer with a single JSON object and nothing else: no Markdown, no explanation."
 # What /messages calls the choices of tools.
 CLAUDE_CHOICES = {
     "none": "none",
@@ -962,7 +1076,8 @@ CLAUDE_CHOICES = {
     "required": "any",
     "function": "tool",
 }
-FUNCTION_DEFAULTS: Json = {"strict": False, "parameters": {"type": "object", "properties": {}}}
+EMPTY_SCHEMA: Json = {"type": "object", "properties": {}}
+FUNCTION_DEFAULTS: Json = {"strict": False, "parameters": EMPTY_SCHEMA}
 CALL_DELTA = {"function_call_arguments": "function", "custom_tool_call_input": "custom"}
 # The texts of /responses, by the names of their events: where a chat completion has them.
 TEXT_FIELDS = {
@@ -1460,9 +1575,13 @@ def annotation_of(theirs: Any, start: int = 0) -> Any:
 
 
 def json_bytes(value: Any) -> bytes:
-    """Return `value` as JSON of few bytes; lone surrogates, no UTF-8, stay escaped."""
+    """Return `value` as JSON of few bytes; a lone surrogate, no UTF-8, becomes U+FFFD."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "backslashreplace")
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        units = text.encode("utf-16-le", "surrogatepass")
+        return units.decode("utf-16-le", "replace").encode()
 
 
 def compact_json(value: Any) -> str:
@@ -1538,6 +1657,8 @@ def flatten(outer: Json) -> Json:
     for name, value in inner.items():
         if value is not None:
             flat[name] = value
+    if isinstance(outer.get("cache_control"), dict):
+        flat["cache_control"] = outer["cache_control"]  # Anthropic's
     return flat
 
 
@@ -1583,21 +1704,24 @@ def convert_parts(message: Json, param: str) -> list[Json]:
     """Return a message's content parts in /responses' words, without texts that say nothing."""
     is_assistant = message["role"] == "assistant"
     text_type = "output_text" if is_assistant else "input_text"
-    converted = []
+    converted: list[Json] = []
     for part in parts_of(message):
         part_type = part["type"]
+        if part_type not in PART_TYPES or part_type == "input_audio":
+            raise invalid(f"This model takes no content part {part_type[:40]}", param)
         inner = part[part_type]
-        if part_type == "input_audio":
-            raise invalid("This model takes no audio", param)
+        mark = drop_empty({"cache_control": part.get("cache_control")})
         if part_type == "image_url":
             image = {**inner, "type": "input_image", "image_url": inner["url"], "url": None}
-            converted.append(drop_empty(image))
+            converted.append(drop_empty({**image, **mark}))
         elif part_type == "file":
-            converted.append(drop_empty({**inner, "type": "input_file"}))
+            converted.append(drop_empty({**inner, "type": "input_file", **mark}))
         elif part_type == "refusal" and is_assistant:
-            converted.append({"type": "refusal", "refusal": inner})
+            converted.append({"type": "refusal", "refusal": inner, **mark})
         elif inner.strip():
-            converted.append({"type": text_type, "text": inner})
+            converted.append({"type": text_type, "text": inner, **mark})
+    if converted and message.get("cache_control"):
+        converted[-1]["cache_control"] = message["cache_control"]
     return converted
 
 
@@ -1785,6 +1909,17 @@ class WireFormat(abc.ABC):
             yield Event({"tool_calls": [entry]})
 
 
+def with_schemas(tools: list[Json]) -> list[Json]:
+    """Return tools whose functions have a schema, be it an empty one: services insist on it."""
+    complete = []
+    for tool in tools:
+        function = tool.get("function")
+        if isinstance(function, dict) and not function.get("parameters"):
+            tool = {**tool, "function": {**function, "parameters": EMPTY_SCHEMA}}
+        complete.append(tool)
+    return complete
+
+
 class ChatCompletions(WireFormat):
     """/chat/completions: the client's own words, and the provider's."""
 
@@ -1803,6 +1938,8 @@ class ChatCompletions(WireFormat):
         for name, value in self.request.body.items():
             if name not in PROXY_FIELDS:
                 body[name] = value
+        if "tools" in self.request.body:
+            body["tools"] = with_schemas(self.request.body["tools"])
         stream_options = self.request.body.get("stream_options", {})
         body["stream_options"] = {**stream_options, "include_usage": True}
         return body
@@ -1944,6 +2081,47 @@ class ChatCompletions(WireFormat):
             yield Event({"annotations": annotations})
 
 
+def with_outputs(items: list[Json]) -> list[Json]:
+    """Return the items of a conversation with one output for each call, and none without a call.
+
+    OpenAI: "No tool output found for function call", "No tool call found for function call
+    output".
+    """
+    answered: set[int] = set()  # places of calls that have an output
+    orphans: set[int] = set()  # places of outputs that have no call
+    waiting: dict[str, int] = {}  # the places of calls, by id
+    for place, item in enumerate(items):
+        if "call_id" not in item:
+            continue
+        if "output" not in item:
+            waiting[item["call_id"]] = place
+        elif item["call_id"] in waiting:
+            answered.add(waiting.pop(item["call_id"]))
+        else:
+            orphans.add(place)
+
+    paired = []
+    for place, item in enumerate(items):
+        if place in orphans:
+            item = output_as_message(item)
+        paired.append(item)
+        if "call_id" in item and "output" not in item and place not in answered:
+            output_type = item["type"] + "_output"
+            output = {"type": output_type, "call_id": item["call_id"], "output": NO_RESULT}
+            paired.append(output)
+    return paired
+
+
+def output_as_message(item: Json) -> Json:
+    """Return an output without a call as a message of the user."""
+    output = item["output"]
+    if isinstance(output, str):
+        text = f"{ORPHAN_RESULT} {output}".strip()
+        return {"role": "user", "content": [{"type": "input_text", "text": text}]}
+    heading = {"type": "input_text", "text": ORPHAN_RESULT}
+    return {"role": "user", "content": [heading, *output]}
+
+
 class Responses(WireFormat):
     """/responses: OpenAI's, Copilot's GPT models, ChatGPT subscriptions, Azure, xAI."""
 
@@ -1993,12 +2171,14 @@ class Responses(WireFormat):
         """Return the conversation: what a message says, then the calls that it makes."""
         items = []
         for role, said, _ in convert_messages(self.request):
+            for item in objects_in(said):
+                item.pop("cache_control", None)  # Anthropic's
             parts = [item for item in said if "call_id" not in item]
             if parts or role not in ("assistant", "tool"):
                 nothing = {"type": "input_text", "text": ""}
                 items.append({"role": role, "content": parts or [nothing]})
             items += [item for item in said if "call_id" in item]
-        return items
+        return with_outputs(items)
 
     def _text(self, theirs: Json | None) -> Json:
         """Return how the text shall be: its verbosity and its format."""
@@ -2012,8 +2192,11 @@ class Responses(WireFormat):
     def _tools(self) -> list[Json]:
         tools = []
         for tool in flat_tools(self.request):
+            tool = {**tool}
+            tool.pop("cache_control", None)  # Anthropic's
             if tool["type"] == "function":
                 tool = {**FUNCTION_DEFAULTS, **tool}
+                tool["parameters"] = tool["parameters"] or EMPTY_SCHEMA
             tools.append(tool)
         return tools
 
@@ -2180,22 +2363,84 @@ class Responses(WireFormat):
 
 
 def turns_of(request: ChatRequest) -> tuple[list[Json], list[Json]]:
-    """Return alternating turns, results first in each, and the blocks of the system's text."""
+    """Return alternating turns, results first in each, and the blocks of the system's text.
+
+    A system message in the middle stays there, in the user's turn; the last of nothing but system
+    messages is the user's.
+    """
     turns: list[Json] = []
     system: list[Json] = []
-    for role, said, param in convert_messages(request):
-        blocks = [block_of(item, param) for item in said]
-        if role in SYSTEM_ROLES:
+    ids = ClaudeIds()
+    last = len(request.messages) - 1
+    for index, (role, said, param) in enumerate(convert_messages(request)):
+        blocks = blocks_of(said, param, ids)
+        if role in SYSTEM_ROLES and not turns and index != last:
             system += blocks
         elif role == "assistant":
             add_blocks(turns, "assistant", blocks)
-        else:
+        elif blocks or role not in SYSTEM_ROLES or not turns:
             add_blocks(turns, "user", blocks or [{"type": "text", "text": "."}])  # never ""
     if not turns:
         raise invalid("This model needs a message of the user", "messages")
-    for turn in turns:
-        turn["content"].sort(key=lambda block: block["type"] != "tool_result")
+    pair_results(turns)
     return turns, system
+
+
+def blocks_of(said: list[Json], param: str, ids: ClaudeIds) -> list[Json]:
+    """Return what a message says as content blocks, its calls and results with new ids."""
+    blocks = []
+    for item in said:
+        block = block_of(item, param)
+        if block["type"] == "tool_use":
+            block["id"] = ids.of_call(item["call_id"])
+        elif block["type"] == "tool_result":
+            block["tool_use_id"] = ids.of_result(item["call_id"])
+        blocks.append(block)
+    return blocks
+
+
+def pair_results(turns: list[Json]) -> None:
+    """Give each call one result in the next turn, and say other results as text.
+
+    Clients cut their histories anywhere; Anthropic: "tool_use ids were found without tool_result
+    blocks immediately after", "unexpected tool_use_id found in tool_result blocks".
+    """
+    calls: list[str] = []  # of the turn before
+    for turn in turns:
+        if turn["role"] == "user":
+            turn["content"] = with_results(turn["content"], calls)
+        calls = []
+        for block in turn["content"]:
+            if block["type"] == "tool_use":
+                calls.append(block["id"])
+    if calls:
+        turns.append({"role": "user", "content": with_results([], calls)})
+
+
+def with_results(blocks: list[Json], calls: list[str]) -> list[Json]:
+    """Return a turn of the user with one result for each of `calls`, before all else."""
+    known = set(calls)
+    results: dict[str, Json] = {}
+    others: list[Json] = []
+    for block in blocks:
+        if block["type"] != "tool_result":
+            others.append(block)
+        elif block["tool_use_id"] in known and block["tool_use_id"] not in results:
+            results[block["tool_use_id"]] = block
+        else:
+            others += result_as_text(block["content"])
+    for call_id in calls:
+        if call_id not in results:
+            result = {"type": "tool_result", "tool_use_id": call_id, "content": NO_RESULT}
+            results[call_id] = result
+    return [*results.values(), *others]
+
+
+def result_as_text(content: Any) -> list[Json]:
+    """Return the blocks that say the content of a result without a call."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": f"{ORPHAN_RESULT} {content}".strip()}]
+    return [{"type": "text", "text": ORPHAN_RESULT}, *content]
 
 
 def add_blocks(turns: list[Json], role: str, blocks: list[Json]) -> None:
@@ -2212,7 +2457,38 @@ def mark_for_cache(block: Json) -> None:
     block["cache_control"] = {"type": "ephemeral"}
 
 
+def wants_json_object(request: ChatRequest) -> bool:
+    return bool(request.body.get("response_format", {}).get("type") == "json_object")
+
+
+def keep_last_marks(body: Json) -> None:
+    """Leave as many of the client's own marks as Anthropic takes, those that reach furthest."""
+    marked = []
+    for block in [*body["tools"], *body["system"]]:
+        if "cache_control" in block:
+            marked.append(block)
+    for turn in body["messages"]:
+        for block in turn["content"]:
+            if "cache_control" in block:
+                marked.append(block)
+    for block in marked[:-MAX_CACHE_MARKS]:
+        del block["cache_control"]
+    if marked:
+        return
+    if body["system"]:
+        mark_for_cache(body["system"][-1])
+    mark_for_cache(body["messages"][-1]["content"][-1])
+
+
 def block_of(item: Json, param: str) -> Json:
+    """Return a part or item of /responses as a content block, with the client's mark on it."""
+    block = plain_block_of(item, param)
+    if "cache_control" in item:
+        block["cache_control"] = item["cache_control"]
+    return block
+
+
+def plain_block_of(item: Json, param: str) -> Json:
     """Return a part or item of /responses as a content block; `param` names its message."""
     item_type = item["type"]
     if item_type in ("input_text", "output_text"):
@@ -2220,7 +2496,7 @@ def block_of(item: Json, param: str) -> Json:
     if item_type == "refusal":
         return {"type": "text", "text": item["refusal"]}
     if item_type == "function_call":
-        return tool_use_block(item, param)
+        return tool_use_block(item)
     if item_type == "function_call_output":
         return tool_result_block(item, param)
     if item_type == "input_image":
@@ -2231,34 +2507,130 @@ def block_of(item: Json, param: str) -> Json:
     raise invalid("This model takes no custom tools, nor files by their ids", param)
 
 
-def tool_use_block(item: Json, param: str) -> Json:
-    text = item["arguments"].strip() or "{}"
-    try:
-        arguments = parse_json_object(text.encode("utf-8", "surrogatepass"))
-    except APIError:
-        raise invalid("Arguments must be an object", f"{param}.tool_calls") from None
+def tool_use_block(item: Json) -> Json:
     return {
         "type": "tool_use",
-        "id": claude_id(item["call_id"]),
+        "id": item["call_id"],
         "name": item["name"],
-        "input": arguments,
+        "input": read_arguments(item["arguments"]),
     }
 
 
 def tool_result_block(item: Json, param: str) -> Json:
+    """Return a result; a mark on a part of it stands on the result, where alone it may be."""
+    result = {"type": "tool_result", "tool_use_id": item["call_id"]}
     content = item["output"]
     if isinstance(content, list):
-        content = [block_of(part, param) for part in content]
-    return {
-        "type": "tool_result",
-        "tool_use_id": claude_id(item["call_id"]),
-        "content": content,
-    }
+        content = []
+        for part in item["output"]:
+            block = block_of(part, param)
+            mark = block.pop("cache_control", None)
+            if mark is not None:
+                result["cache_control"] = mark
+            content.append(block)
+    result["content"] = content
+    return result
+
+
+class ClaudeIds:
+    """Gives the calls of one conversation ids that the format takes: its characters, each once.
+
+    Clients use an id again in a later turn, and two ids may become one by replacing characters. A
+    result belongs to the latest call of its id.
+    """
+
+    def __init__(self) -> None:
+        self._used: set[str] = set()
+        self._counts: dict[str, int] = {}  # calls whose ids are the same by their characters
+        self._latest: dict[str, str] = {}  # by the client's id
+
+    def of_call(self, call_id: str) -> str:
+        """Return a new id for a call."""
+        plain = claude_id(call_id)
+        new_id = plain
+        while new_id in self._used:
+            self._counts[plain] = self._counts.get(plain, 1) + 1
+            new_id = f"{plain}_{self._counts[plain]}"
+        self._used.add(new_id)
+        self._latest[call_id] = new_id
+        return new_id
+
+    def of_result(self, call_id: str) -> str:
+        """Return the id of the call that a result belongs to, "" where there is none."""
+        return self._latest.get(call_id, "")
 
 
 def claude_id(call_id: str) -> str:
     """Return the id of a call in the characters that the format allows."""
     return re.sub("[^a-zA-Z0-9_-]|^$", "_", call_id)
+
+
+def read_arguments(text: str) -> Json:
+    """Return the arguments of a call as an object, whatever a model or a client has made of them.
+
+    They may be cut off by a limit of tokens or hold raw newlines; some are no object. What cannot
+    be read stands in the object as text.
+    """
+    value = lenient_json(text)
+    if isinstance(value, str):  # some clients encode twice
+        value = lenient_json(value)
+    if value is None:
+        return {}
+    if isinstance(value, dict):
+        return value
+    return {"arguments": value}
+
+
+def lenient_json(text: str) -> Any:
+    """Return the value in a JSON text that may be cut off, None for nothing, or the text."""
+    if not text.strip():
+        return None
+    closers, is_shallow = open_brackets(text)
+    if not is_shallow:
+        return text
+    for candidate in closed_texts(text, closers):
+        try:
+            return read_lenient_json(candidate)
+        except (ValueError, RecursionError):
+            continue
+    return text
+
+
+def open_brackets(text: str) -> tuple[str, bool]:
+    """Return what closes the brackets that a JSON text leaves open, and whether it is shallow."""
+    closers: list[str] = []
+    for token in JSON_STRING_OR_BRACKET.finditer(text):
+        word = token.group()
+        if word in CLOSERS:
+            closers.append(CLOSERS[word])
+        elif word in CLOSERS.values() and closers:
+            closers.pop()
+        if len(closers) > MAX_ARGUMENTS_DEPTH:
+            return "", False
+        if word.startswith('"') and not token.group(2):
+            closers.append('"')
+            break
+    return "".join(reversed(closers)), True
+
+
+def closed_texts(text: str, closers: str) -> Iterator[str]:
+    """Yield a JSON text, then what it may have been meant to be where it was cut off."""
+    yield text
+    if not closers:
+        return
+    if closers.startswith('"'):
+        for escape_size in range(MAX_ESCAPE_CHARACTERS):  # of an escape that was cut off
+            whole = text[: len(text) - escape_size]
+            yield whole + closers
+            yield whole + '":null' + closers[1:]
+        return
+    whole = text.rstrip(", \t\r\n")
+    yield whole + closers
+    yield whole + "null" + closers
+    yield whole + ":null" + closers
+    without_word = whole.rstrip(WORD_CHARACTERS).rstrip(", \t\r\n")
+    yield without_word + closers
+    yield without_word + "null" + closers
 
 
 def source_of(url: str) -> Json:
@@ -2289,9 +2661,8 @@ class Messages(WireFormat):
 
     def _encode(self, theirs: Json) -> Json:
         turns, system = turns_of(self.request)
-        if system:
-            mark_for_cache(system[-1])
-        mark_for_cache(turns[-1]["content"][-1])
+        if wants_json_object(self.request):
+            system.append({"type": "text", "text": JSON_ONLY})
 
         body = without_agent_fields(theirs)
         body.update(self._sampling())
@@ -2305,6 +2676,7 @@ class Messages(WireFormat):
         body["tools"] = self._tools()
         if body["tools"]:
             body["tool_choice"] = choice
+        keep_last_marks(body)
         return drop_empty(body)
 
     def _restore_thoughts(self, body: Json) -> None:
@@ -2351,7 +2723,7 @@ class Messages(WireFormat):
             if tool["type"] == "custom":
                 raise invalid("This model takes no custom tools", param)
             if tool["type"] == "function":
-                schema = {"type": "object", **tool.get("parameters", {})}
+                schema = {"type": "object", **(tool.get("parameters") or EMPTY_SCHEMA)}
                 tool = {**tool, "input_schema": schema, "parameters": None, "type": None}
             tools.append(drop_empty(tool))
         return tools
@@ -2582,7 +2954,7 @@ def foreign_conversation(request: ChatRequest) -> Json:
         "system": [block["text"] for block in system],
         "conversation": conversation,
         "params": drop_empty(params),
-        "effort": request.body.get("reasoning_effort"),
+        "effort": effort_of(request.body),
     }
 
 
@@ -2601,7 +2973,7 @@ def chat_conversation(request: ChatRequest) -> Json:
             last_role = message["role"]
         for part in parts_of(message):
             has_image = has_image or part["type"] == "image_url"
-    return stub_conversation(last_role != "user", has_image, request.body.get("reasoning_effort"))
+    return stub_conversation(last_role != "user", has_image, effort_of(request.body))
 
 
 def stub_conversation(is_agent: bool, has_image: bool, effort: str | None = None) -> Json:
@@ -4269,6 +4641,52 @@ class StopSequences:
         return 0
 
 
+MAX_FENCE_CHARACTERS = 32  # of a fence's line, blanks at its end among them
+FENCE_LINE = re.compile(r"\s*```(?i:json)?[ \t\r]*\n")
+MAY_BE_FENCE_LINE = re.compile(r"(`{0,3}|```(?i:j|js|jso|json)?[ \t\r]*)")
+FENCE_END_CHARACTERS = "` \t\r\n"
+
+
+class Fence:
+    """Removes a fence of Markdown around a whole text that comes in pieces.
+
+    Claude puts one around the JSON object that it was told to give. Held back are the beginning
+    while it may be a fence's line, and an end that may be the closing one.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._is_begun = False  # the first line is known
+        self._is_fenced = False
+
+    def feed(self, text: str) -> str:
+        """Return what can be shown now."""
+        self._held += text
+        if not self._is_begun:
+            start = self._held.lstrip()
+            fence = FENCE_LINE.match(self._held)
+            if fence is None and MAY_BE_FENCE_LINE.fullmatch(start[:MAX_FENCE_CHARACTERS]):
+                return ""
+            self._is_begun = True
+            self._is_fenced = fence is not None
+            if fence is not None:
+                self._held = self._held[fence.end() :]
+        size = len(self._held)
+        if self._is_fenced:
+            size = len(self._held.rstrip(FENCE_END_CHARACTERS))
+        shown = self._held[:size]
+        self._held = self._held[size:]
+        return shown
+
+    def end(self) -> str:
+        """Return what remains, less the closing fence."""
+        rest = self._held
+        self._held = ""
+        if self._is_fenced and rest.strip() == "```":
+            return ""
+        return rest
+
+
 class ChatExchange:
     """A chat completion, in the wire format that opencode uses for the model.
 
@@ -4288,6 +4706,7 @@ class ChatExchange:
         self._format: Any = OpencodeFormat()
         self._body = BodyReader()
         self._stops = StopSequences(request.stop)
+        self._fence: Fence | None = None
         self._is_framed = True  # the end of the body is told from a dropped connection
         self._is_over = False
 
@@ -4303,6 +4722,8 @@ class ChatExchange:
         if target is None:
             return None
         self._format = target.wire_format(self._request, target, self._thoughts)
+        if target.wire_format is Messages and wants_json_object(self._request):
+            self._fence = Fence()
         body: bytes = self._format.body(theirs)
         return body
 
@@ -4356,11 +4777,19 @@ class ChatExchange:
 
     def _before_stop(self, event: Event) -> Event:
         text = event.delta.get("content")
-        if not text or not self._request.stop:
+        if not text or not (self._request.stop or self._fence):
             return event
-        return event._replace(delta={**event.delta, "content": self._stops.before(text)})
+        if self._fence is not None:
+            text = self._fence.feed(text)
+        if self._request.stop:
+            text = self._stops.before(text)
+        return event._replace(delta={**event.delta, "content": text})
 
     def _last(self, event: Event) -> Iterator[Event]:
+        if self._fence is not None and not self._stops.is_cut:
+            rest = Event({"content": self._fence.end()})
+            self._fence = None
+            yield self._before_stop(rest)
         if self._stops.held:
             yield Event({"content": self._stops.held})
         if self._stops.is_cut:
