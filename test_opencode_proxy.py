@@ -1863,7 +1863,7 @@ DONE = {"role": "tool", "tool_call_id": "c", "content": "r"}
 WIRE_IMAGE = {"type": "image_url", "image_url": {"url": WIRE_PNG}}
 PDF = {"file_data": "data:application/pdf;base64,UERG", "filename": "a.pdf"}
 OBJECT = {"type": "object"}
-NO_ARGUMENTS = {"type": "object", "properties": {}}
+EMPTY_SCHEMA = {"type": "object", "properties": {}}
 SCHEMA = {"name": "n", "strict": True, "schema": OBJECT}
 
 
@@ -1965,11 +1965,11 @@ CHAT_BODY = {
     "service_tier": "flex",
     "usage": {"include": True},
     **{name: value for name, value in FIELDS.items() if name != "n"},
+    "messages": [*CONVERSATION[:-1], said("user", text("\ufffd \u2028é"))],
     "tools": [
         TOOLS[0],
-        {"type": "function", "function": {"name": "g", "parameters": NO_ARGUMENTS}},
+        {"type": "function", "function": {"name": "g", "parameters": EMPTY_SCHEMA}},
     ],
-    "messages": list(CONVERSATION),
     "stream_options": {"include_usage": True},
 }
 RESPONSES_BODY = {
@@ -2022,7 +2022,7 @@ RESPONSES_BODY = {
         {"type": "function_call_output", "call_id": "c2", "output": ""},
         said("developer", text("d", "input_text")),
         said("assistant", {"type": "refusal", "refusal": "no"}),
-        said("user", text("\ud800 \u2028é", "input_text")),
+        said("user", text("\ufffd \u2028é", "input_text")),
     ],
 }
 PNG_BLOCK = {
@@ -2044,14 +2044,14 @@ MESSAGES_BODY = {
     "metadata": {"user_id": "u"},
     "tools": [
         {"name": "f", "input_schema": FUNCTION["parameters"]},
-        {"name": "g", "input_schema": {"type": "object", "properties": {}}},
+        {"name": "g", "input_schema": EMPTY_SCHEMA},
     ],
     "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
     "output_config": {
         "effort": "low",
         "format": {"type": "json_schema", "schema": OBJECT},
     },
-    "system": [text("s"), {**text("d"), **MARK}],
+    "system": [{**text("s"), **MARK}],
     "messages": [
         said("user", text("look"), PNG_BLOCK, PDF_BLOCK),
         said(
@@ -2070,9 +2070,10 @@ MESSAGES_BODY = {
             {"type": "tool_result", "tool_use_id": "c_1", "content": [text("r"), PNG_BLOCK]},
             {"type": "tool_result", "tool_use_id": "c2", "content": ""},
             text("q"),
+            text("d"),
         ),
         said("assistant", text("no")),
-        said("user", {**text("\ud800 \u2028é"), **MARK}),
+        said("user", {**text("\ufffd \u2028é"), **MARK}),
     ],
 }
 FLAT_CUSTOM = {"type": "custom", "name": "c", "format": {"type": "grammar", "syntax": "lark"}}
@@ -2188,14 +2189,192 @@ BODY_ROWS = (
         },
     ),
 )
+LATE_SYSTEM = said("system", text("now"))
+
+
+def used(call_id):
+    return {"type": "tool_use", "id": call_id, "name": "f", "input": {}}
+
+
+def result(call_id, content="r"):
+    return {"type": "tool_result", "tool_use_id": call_id, "content": content}
+
+
+HISTORY_ROWS = (
+    Row(
+        "an id in two turns, and two ids that become one",
+        AT_MESSAGES,
+        {
+            "messages": [
+                asks("c", "{}"),
+                DONE,
+                asks("c", "{}"),
+                DONE,
+                asks("c.", "{}"),
+                {**DONE, "tool_call_id": "c."},
+                asks("c_", "{}"),
+                {**DONE, "tool_call_id": "c_"},
+            ]
+        },
+        {
+            "messages": [
+                said("assistant", used("c")),
+                said("user", result("c")),
+                said("assistant", used("c_2")),
+                said("user", result("c_2")),
+                said("assistant", used("c_")),
+                said("user", result("c_")),
+                said("assistant", used("c__2")),
+                said("user", {**result("c__2"), **MARK}),
+            ]
+        },
+    ),
+    Row(
+        "a result without a call",
+        AT_MESSAGES,
+        {"messages": [DONE]},
+        {"messages": [said("user", {**text("Result of a tool: r"), **MARK})]},
+    ),
+    Row(
+        "a call without a result, in the middle and at the end",
+        AT_MESSAGES,
+        {"messages": [asks("c", "{}"), USER, asks("d", "{}")]},
+        {
+            "messages": [
+                said("assistant", used("c")),
+                said("user", result("c", "No result"), text("q")),
+                said("assistant", used("d")),
+                said("user", {**result("d", "No result"), **MARK}),
+            ]
+        },
+    ),
+    Row(
+        "a call without a result, and a result without a call, on /responses",
+        AT_RESPONSES,
+        {"messages": [asks("c", "{}"), {**DONE, "tool_call_id": "x"}]},
+        {
+            "input": [
+                {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "c", "output": "No result"},
+                said("user", text("Result of a tool: r", "input_text")),
+            ]
+        },
+    ),
+    Row(
+        "a system message in the middle",
+        AT_MESSAGES,
+        {"messages": [SYSTEM, USER, LATE_SYSTEM, USER]},
+        {
+            "system": [{**text("s"), **MARK}],
+            "messages": [said("user", text("q"), text("now"), {**text("q"), **MARK})],
+        },
+    ),
+    Row(
+        "nothing but system messages",
+        AT_MESSAGES,
+        {"messages": [SYSTEM, LATE_SYSTEM]},
+        {
+            "system": [{**text("s"), **MARK}],
+            "messages": [said("user", {**text("now"), **MARK})],
+        },
+    ),
+    Row(
+        "the client's own marks",
+        AT_MESSAGES,
+        {
+            "messages": [said("user", {**text("a"), **MARK}, text("b"))],
+            "tools": [{**TOOLS[1], **MARK}],
+        },
+        {
+            "messages": [said("user", {**text("a"), **MARK}, text("b"))],
+            "tools": [{"name": "g", "input_schema": EMPTY_SCHEMA, **MARK}],
+        },
+    ),
+    Row(
+        "more marks than four",
+        AT_MESSAGES,
+        {"messages": [said("user", *[{**text("a"), **MARK}] * 5)]},
+        {"messages": [said("user", text("a"), *[{**text("a"), **MARK}] * 4)]},
+    ),
+    Row(
+        "marks where nobody knows them",
+        AT_RESPONSES,
+        {"messages": [{**said("user", text("a")), **MARK}], "tools": [{**TOOLS[0], **MARK}]},
+        {"input": [said("user", text("a", "input_text"))]},
+    ),
+    Row(
+        "a JSON object",
+        AT_MESSAGES,
+        {"response_format": {"type": "json_object"}},
+        {"system": [{**text(proxy.JSON_ONLY), **MARK}]},
+    ),
+    Row(
+        "parts in the words of /responses",
+        AT_CHAT,
+        {
+            "messages": [
+                said(
+                    "user",
+                    text("a", "input_text"),
+                    {"type": "input_image", "image_url": WIRE_PNG, "detail": "low"},
+                    {"type": "image_url", "image_url": WIRE_PNG},
+                    {"type": "input_file", **PDF},
+                    {"type": "video_url", "video_url": {"url": "x"}},
+                )
+            ]
+        },
+        {
+            "messages": [
+                said(
+                    "user",
+                    text("a"),
+                    {"type": "image_url", "image_url": {"url": WIRE_PNG, "detail": "low"}},
+                    WIRE_IMAGE,
+                    {"type": "file", "file": PDF},
+                    {"type": "video_url", "video_url": {"url": "x"}},
+                )
+            ]
+        },
+    ),
+    Row(
+        "flat tools, and a flat choice",
+        AT_CHAT,
+        {
+            "tools": [{"type": "function", **FUNCTION}],
+            "tool_choice": {"type": "function", "name": "f"},
+        },
+        {"tools": [TOOLS[0]], "tool_choice": NAMED},
+    ),
+    Row(
+        "an empty schema",
+        AT_RESPONSES,
+        {"tools": [{"type": "function", "function": {"name": "g", "parameters": {}}}]},
+        {"tools": [{"type": "function", "name": "g", "strict": False, "parameters": EMPTY_SCHEMA}]},
+    ),
+)
 HEARD = {"type": "input_audio", "input_audio": {"data": "x", "format": "mp3"}}
 FILE_BY_ID = {"type": "file", "file": {"file_id": "i"}}
-BAD_ARGUMENTS = {
-    "cut off": '{"a":',
-    "an array": "[]",
-    "NaN": '{"a":NaN}',
-    "a surrogate": "\ud800",
-    "too deep": "[" * 100000,
+# Arguments in a history, and the object that Anthropic gets.
+ODD_ARGUMENTS = {
+    "nothing": ("", {}),
+    "null": ("null", {}),
+    "an array": ("[1]", {"arguments": [1]}),
+    "a number": ("1", {"arguments": 1}),
+    "a text": ('"x"', {"arguments": "x"}),
+    "encoded twice": ('"{\\"a\\":1}"', {"a": 1}),
+    "a raw newline": ('{"a":"x\ny"}', {"a": "x\ny"}),
+    "cut off behind a colon": ('{"a":', {"a": None}),
+    "cut off in a text": ('{"path": "a', {"path": "a"}),
+    "cut off in an escape": ('{"a":"x\\u00', {"a": "x"}),
+    "cut off behind a backslash": ('{"a":"x\\', {"a": "x"}),
+    "cut off in a name": ('{"a":1,"b', {"a": 1, "b": None}),
+    "cut off behind a name": ('{"a":1,"b"', {"a": 1, "b": None}),
+    "cut off behind a comma": ('{"a":[1,', {"a": [1]}),
+    "cut off in a word": ('{"a":tr', {"a": None}),
+    "NaN": ('{"a":NaN}', {"arguments": '{"a":NaN}'}),
+    "no JSON": ("ls -l", {"arguments": "ls -l"}),
+    "a surrogate": ("\ud800", {"arguments": "\ufffd"}),
+    "too deep": ("[" * 100000, {"arguments": "[" * 100000}),
 }
 # What has no place in a format, and the param of the 400 that says so.
 NO_PLACE = {
@@ -2204,14 +2383,35 @@ NO_PLACE = {
     "a call of a custom tool": (AT_MESSAGES, asks("c", "i", "custom"), {}, "messages[0]"),
     "a custom tool": (AT_MESSAGES, USER, {"tools": [CUSTOM]}, "tools[0]"),
     "a choice of those allowed": (AT_MESSAGES, USER, {"tool_choice": ALLOWED}, "tool_choice"),
-    "nothing but a system's text": (AT_MESSAGES, SYSTEM, {}, "messages"),
+    "a part of an unknown type": (AT_MESSAGES, said("user", {"type": "x"}), {}, "messages[0]"),
 }
 # The same for formats that only opencode knows: it is handed nothing but text.
 NO_TEXT = {
     "tools": (USER, {"tools": TOOLS}, "tools"),
-    "a tool's result": (DONE, {}, "messages"),
+    "a call": (asks("c", "{}"), {}, "messages"),
     "a format": (USER, {"response_format": {"type": "json_object"}}, "response_format"),
     "an image": (said("user", WIRE_IMAGE), {}, "messages"),
+}
+
+
+FENCED = {
+    "a fence": ('```json\n{"a": 1}\n```', '{"a": 1}'),
+    "a fence without a word": ("```\n{}\n```\n", "{}"),
+    "none": ('{"a": "```"}', '{"a": "```"}'),
+    "code in the text": ('```json\n{"a": "```x"}\n```', '{"a": "```x"}'),
+    "another language": ("```js\n1\n```", "```js\n1\n```"),
+    "nothing but a fence's beginning": ("``", "``"),
+    "cut off": ('```json\n{"a":', '{"a":'),
+}
+EFFORTS = {
+    "OpenAI's": ({"reasoning_effort": "low", "reasoning": {"effort": "high"}}, "low"),
+    "OpenRouter's": ({"reasoning": {"effort": "high"}}, "high"),
+    "OpenRouter's budget": ({"reasoning": {"max_tokens": 1024}}, "low"),
+    "OpenRouter's switch": ({"reasoning": {"enabled": False}}, "none"),
+    "a middle budget": ({"thinking": {"type": "enabled", "budget_tokens": 8000}}, "medium"),
+    "a large budget": ({"thinking": {"type": "enabled", "budget_tokens": 32000}}, "high"),
+    "no thinking": ({"thinking": {"type": "disabled"}}, "none"),
+    "nonsense": ({"thinking": 1, "reasoning": []}, None),
 }
 
 
@@ -2244,12 +2444,15 @@ class BodyTest(unittest.TestCase):
         self.assertIn(b'"input":{"b":1.0,"a":12345678901234567890}', body)
         self.assertIn(b'"properties":{"2":{},"1":{}}', body)
 
-    def test_text_is_utf8_and_a_lone_surrogate_is_escaped(self):
+    def test_text_is_utf8_and_a_lone_surrogate_is_replaced(self):
         body = wire(AT_CHAT, CONVERSATION).body({})
-        self.assertIn('"\\ud800 \u2028é"'.encode(), body)
+        self.assertIn('"\ufffd \u2028é"'.encode(), body)
+
+    def test_surrogates_that_are_a_pair_are_a_character(self):
+        self.assertEqual(proxy.json_bytes("\ud83d\ude00\udc00a"), '"\U0001f600\ufffda"'.encode())
 
     def test_fields_and_messages(self):
-        for row in BODY_ROWS:
+        for row in (*BODY_ROWS, *HISTORY_ROWS):
             with self.subTest(row.name):
                 body = json.loads(wire(row.url, **row.client).body(row.theirs))
                 found = {name: body.get(name) for name in row.expected}
@@ -2274,12 +2477,33 @@ class BodyTest(unittest.TestCase):
                 status, found, _ = error(proxy.foreign_conversation, request)
                 self.assertEqual((status, found), (400, param))
 
-    def test_arguments_that_are_no_object_are_a_400(self):
-        for name, arguments in BAD_ARGUMENTS.items():
+    def test_arguments_are_an_object_whatever_they_were(self):
+        for name, (arguments, expected) in ODD_ARGUMENTS.items():
             with self.subTest(name):
-                form = wire(AT_MESSAGES, [asks("c", arguments)])
-                status, param, _ = error(form.body, {})
-                self.assertEqual((status, param), (400, "messages[0].tool_calls"))
+                body = json.loads(wire(AT_MESSAGES, [asks("c", arguments), DONE]).body({}))
+                self.assertEqual(body["messages"][0]["content"][0]["input"], expected)
+
+    def test_arguments_are_read_in_linear_time(self):
+        for text in ('{"a":"' + "\\" * 1000001, '{"a":"' + "," * 1000000, '{"a' * 300000):
+            start = time.process_time()
+            proxy.read_arguments(text)
+            self.assertLess(time.process_time() - start, 5)
+
+    def test_a_fence_around_a_whole_text_is_removed(self):
+        for name, (text, expected) in FENCED.items():
+            for size in (1, 3, 1000):
+                with self.subTest(name, size=size):
+                    fence = proxy.Fence()
+                    shown = ""
+                    for start in range(0, len(text), size):
+                        shown += fence.feed(text[start : start + size])
+                    self.assertEqual(shown + fence.end(), expected)
+
+    def test_efforts_are_understood(self):
+        for name, (fields, expected) in EFFORTS.items():
+            with self.subTest(name):
+                request = wire(AT_CHAT, **fields).request
+                self.assertEqual(proxy.chat_conversation(request)["effort"], expected)
 
     def test_text_for_a_format_that_only_opencode_knows(self):
         form = wire(AT_CHAT, [SYSTEM, USER, USER], temperature=0.5, max_tokens=9, tools=[])
@@ -2547,7 +2771,7 @@ def flat_tool(**fields):
 
 
 def claude_tool(**fields):
-    return {"name": "f", "input_schema": NO_ARGUMENTS, **fields}
+    return {"name": "f", "input_schema": EMPTY_SCHEMA, **fields}
 
 
 def called(call_id, **more):
@@ -2605,14 +2829,14 @@ EVERYWHERE_ROWS = (
         "none, in a chat completion",
         AT_CHAT,
         {"tools": [chat_tool()]},
-        {"tools": [chat_tool(parameters=NO_ARGUMENTS)]},
+        {"tools": [chat_tool(parameters=EMPTY_SCHEMA)]},
     ),
     QuirkRow(
         "describe_parameters",
         "{}, in /responses",
         AT_RESPONSES,
         {"tools": [flat_tool(parameters={}), {"type": "web_search"}]},
-        {"tools": [flat_tool(parameters=NO_ARGUMENTS), {"type": "web_search"}]},
+        {"tools": [flat_tool(parameters=EMPTY_SCHEMA), {"type": "web_search"}]},
     ),
     QuirkRow(
         "describe_parameters",
@@ -3408,7 +3632,7 @@ TOOL_ROWS = (
                     eager_input_streaming=True,
                     defer_loading=True,
                     input_examples=[],
-                    input_schema={"$schema": "s", **NO_ARGUMENTS},
+                    input_schema={"$schema": "s", **EMPTY_SCHEMA},
                 )
             ],
         ),
