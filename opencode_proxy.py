@@ -2373,7 +2373,7 @@ def turns_of(request: ChatRequest) -> tuple[list[Json], list[Json]]:
     ids = ClaudeIds()
     last = len(request.messages) - 1
     for index, (role, said, param) in enumerate(convert_messages(request)):
-        blocks = blocks_of(said, param, ids)
+        blocks = said_blocks(said, param, ids)
         if role in SYSTEM_ROLES and not turns and index != last:
             system += blocks
         elif role == "assistant":
@@ -2386,7 +2386,7 @@ def turns_of(request: ChatRequest) -> tuple[list[Json], list[Json]]:
     return turns, system
 
 
-def blocks_of(said: list[Json], param: str, ids: ClaudeIds) -> list[Json]:
+def said_blocks(said: list[Json], param: str, ids: ClaudeIds) -> list[Json]:
     """Return what a message says as content blocks, its calls and results with new ids."""
     blocks = []
     for item in said:
