@@ -4641,9 +4641,9 @@ class StopSequences:
         return 0
 
 
-MAX_FENCE_CHARACTERS = 32  # of a fence's line, blanks at its end among them
+MAX_FENCE_CHARACTERS = 64  # of a fence's line with the blanks around it
 FENCE_LINE = re.compile(r"\s*```(?i:json)?[ \t\r]*\n")
-MAY_BE_FENCE_LINE = re.compile(r"(`{0,3}|```(?i:j|js|jso|json)?[ \t\r]*)")
+MAY_BE_FENCE_LINE = re.compile(r"\s*(`{0,3}|```(?i:j|js|jso|json)?[ \t\r]*)")
 FENCE_END_CHARACTERS = "` \t\r\n"
 
 
@@ -4663,9 +4663,9 @@ class Fence:
         """Return what can be shown now."""
         self._held += text
         if not self._is_begun:
-            start = self._held.lstrip()
             fence = FENCE_LINE.match(self._held)
-            if fence is None and MAY_BE_FENCE_LINE.fullmatch(start[:MAX_FENCE_CHARACTERS]):
+            is_short = len(self._held) <= MAX_FENCE_CHARACTERS
+            if fence is None and is_short and MAY_BE_FENCE_LINE.fullmatch(self._held):
                 return ""
             self._is_begun = True
             self._is_fenced = fence is not None
@@ -4673,7 +4673,8 @@ class Fence:
                 self._held = self._held[fence.end() :]
         size = len(self._held)
         if self._is_fenced:
-            size = len(self._held.rstrip(FENCE_END_CHARACTERS))
+            end = len(self._held.rstrip(FENCE_END_CHARACTERS))
+            size = max(end, size - MAX_FENCE_CHARACTERS)
         shown = self._held[:size]
         self._held = self._held[size:]
         return shown

@@ -1525,10 +1525,10 @@ BAD_MESSAGES = {
 BAD_CONTENTS = {
     "a number": ("", 1),
     "a text as part": ("[0]", ["x"]),
-    "an unknown type": ("[1].type", [TEXT, {"type": "video"}]),
+    "no type": ("[1].type", [TEXT, {"video": "x"}]),
     "a list as type": ("[0].type", [{"type": ["text"]}]),
     "a text without text": ("[0].text", [{"type": "text"}]),
-    "an image that is a text": ("[0].image_url", [{"type": "image_url", "image_url": "x"}]),
+    "an image that is a text": ("[0].image_url.url", [{"type": "image_url", "image_url": "x"}]),
     "an image in a file": ("[0].image_url.url", [changed(IMAGE, url="file:///etc/passwd")]),
     "a number as detail": ("[0].image_url.detail", [changed(IMAGE, detail=1)]),
     "a file without a file": ("[0].file", [{"type": "file"}]),
@@ -1564,7 +1564,7 @@ BAD_CHOICES = {
     "an empty object": (".function", {}),
     "an unknown type": (".type", {"type": "mcp"}),
     "a list as type": (".type", {"type": ["function"]}),
-    "a flat function": (".function", {"type": "function", "name": "f"}),
+    "a flat function without a name": (".function.name", {"type": "function", "name": 1}),
     "a text as function": (".function", {"type": "function", "function": "f"}),
     "a number as name": (".function.name", {"function": {"name": 1}}),
     "no custom tool": (".custom", {"type": "custom"}),
@@ -2498,6 +2498,18 @@ class BodyTest(unittest.TestCase):
                     for start in range(0, len(text), size):
                         shown += fence.feed(text[start : start + size])
                     self.assertEqual(shown + fence.end(), expected)
+
+    def test_a_fence_is_looked_for_in_linear_time(self):
+        for beginning, piece in (("", " "), ("```json\n", "`")):
+            with self.subTest(beginning):
+                fence = proxy.Fence()
+                fence.feed(beginning)
+                shown = 0
+                start = time.process_time()
+                for _ in range(50000):
+                    shown += len(fence.feed(piece))
+                self.assertLess(time.process_time() - start, 5)
+                self.assertEqual(shown + len(fence.end()), 50000)
 
     def test_efforts_are_understood(self):
         for name, (fields, expected) in EFFORTS.items():
