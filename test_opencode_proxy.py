@@ -5059,6 +5059,22 @@ class ExchangeTest(unittest.TestCase):
         self.assertEqual(caught.exception.status, status)
         return caught.exception
 
+    def test_a_json_object_comes_without_a_fence_from_claude_alone(self):
+        fenced = '```json\n{"a":1}\n```'
+        delta = {"type": "content_block_delta", "index": 0}
+        said_by_claude = []
+        for piece in ("``", "`json\n{", '"a":1}\n`', "``"):
+            said_by_claude.append({**delta, "delta": {"type": "text_delta", "text": piece}})
+        said_by_claude.append({"type": "message_delta", "delta": {"stop_reason": "end_turn"}})
+        said_by_claude.append({"type": "message_stop"})
+        pieces = [f"data: {json.dumps(message)}\n\n" for message in said_by_claude]
+        for name, expected in (("json_object", '{"a":1}'), ("text", fenced)):
+            for stream in (False, True):
+                with self.subTest(name, stream=stream):
+                    fields = {"response_format": {"type": name}, "stream": stream}
+                    choice = answered(AT_MESSAGES, *pieces, **fields)
+                    self.assertEqual(choice["message"]["content"], expected)
+
     def test_what_providers_send_is_understood_whole_and_streamed(self):
         for name, url, data, expected in ANSWERS:
             message = {"role": "assistant", "content": None, "refusal": None, **expected}
