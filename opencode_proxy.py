@@ -1742,11 +1742,14 @@ def convert_result(message: Json, call_type: str, parts: list[Json]) -> Json:
     output = message["content"]
     if isinstance(output, list):
         output = parts
-    return {
+    result = {
         "type": CALL_ITEMS[call_type] + "_output",
         "call_id": message["tool_call_id"],
         "output": output,
     }
+    if message.get("cache_control"):
+        result["cache_control"] = message["cache_control"]
+    return result
 
 
 class Target(NamedTuple):

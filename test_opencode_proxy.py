@@ -2291,6 +2291,27 @@ HISTORY_ROWS = (
         },
     ),
     Row(
+        "a mark on a result, and on a part of one",
+        AT_MESSAGES,
+        {
+            "messages": [
+                asks("c", "{}"),
+                {**DONE, **MARK},
+                asks("d", "{}"),
+                {**DONE, "tool_call_id": "d", "content": [{**text("r"), **MARK}]},
+                USER,
+            ]
+        },
+        {
+            "messages": [
+                said("assistant", used("c")),
+                said("user", {**result("c"), **MARK}),
+                said("assistant", used("d")),
+                said("user", {**result("d", [text("r")]), **MARK}, text("q")),
+            ]
+        },
+    ),
+    Row(
         "more marks than four",
         AT_MESSAGES,
         {"messages": [said("user", *[{**text("a"), **MARK}] * 5)]},
