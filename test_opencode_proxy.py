@@ -3941,6 +3941,16 @@ BAD_NATIVE = {
 }
 
 
+def collected(*events):
+    """Return the pieces of an answer of chatgpt.com to a request that does not stream."""
+    exchange = native(AT_CHATGPT, input="q")
+    exchange.body(AT_CHATGPT, {})
+    pieces = [*exchange.begin(200, {"content-type": "text/event-stream"})]
+    for event in events:
+        pieces += exchange.feed(f"data: {json.dumps(event)}\n\n")
+    return [*pieces, *exchange.end()]
+
+
 class NativeTest(unittest.TestCase):
     """A body in a format's own words goes to the provider as it is, but for quirks."""
 
@@ -3951,6 +3961,24 @@ class NativeTest(unittest.TestCase):
             '{"model":"real","messages":[{"role":"user","content":"q"}],"max_tokens":5,'
             '"any":{"b":1.0,"a":"\u2028"}}'.encode(),
         )
+
+    def test_a_stream_becomes_the_object_that_the_client_wants(self):
+        item = {"type": "message", "role": "assistant"}
+        head, body = collected(
+            {"type": "response.created", "response": {"id": "r"}},
+            {"type": "response.output_item.done", "output_index": 0, "item": item},
+            {"type": "response.completed", "response": {"id": "r", "output": []}},
+        )
+        self.assertEqual(head.headers, {"content-type": "application/json"})
+        self.assertEqual(json.loads(body.text), {"id": "r", "output": [item]})
+        self.assertEqual(body.finish_reason, "stop")
+
+    def test_a_stream_that_ends_early_or_fails_is_a_502_instead_of_an_object(self):
+        created = {"type": "response.created", "response": {"id": "r"}}
+        failed = {"type": "response.failed", "response": {"error": {"message": "no"}}}
+        for events in ((), (created,), (created, failed)):
+            with self.subTest(events):
+                self.assertEqual(error(collected, *events)[0], 502)
 
     def test_opencode_gets_the_least_that_it_makes_headers_from(self):
         for name, (url, fields, is_agent, has_image) in NATIVE_CONVERSATIONS.items():
@@ -8837,9 +8865,10 @@ class RealPassThroughTest(RealCase):
     def test_headers_of_the_format_go_along_and_no_others(self):
         self.upstream.respond = self.respond
         for path, body in self.each_body():
-            headers = {"anthropic-beta": "a-1", "X-Private": "p"}
+            beta = "interleaved-thinking-2025-05-14"  # one that Copilot takes
+            headers = {"anthropic-beta": beta, "X-Private": "p"}
             self.proxy.request("POST", path, body, headers)
-            self.assertEqual(self.exchange().headers["anthropic-beta"], "a-1")
+            self.assertEqual(self.exchange().headers["anthropic-beta"], beta)
             self.assertIsNone(self.exchange().headers["X-Private"])
 
     def test_refusals_come_back_as_they_are(self):
@@ -9198,6 +9227,65 @@ class RealFilesTest(unittest.TestCase):
         self.assertEqual(list(temporary.glob("opencode*proxy-*")), [])
 
 
+ODD_REQUESTS = {
+    "lists that are empty": {
+        "tools": [],
+        "messages": [USER, {**ASSISTANT, "tool_calls": []}, USER],
+    },
+    "calls without tools": {"messages": [USER, called("c"), result_of("c")]},
+    "a long id, twice": {
+        "messages": [
+            USER,
+            called(LONG_ID),
+            result_of(LONG_ID),
+            called(LONG_ID),
+            result_of(LONG_ID),
+        ]
+    },
+    "schemas of every kind": {
+        "tools": [
+            chat_tool(parameters=LOOSE_SCHEMA, strict=False),
+            {"type": "function", "function": {"name": "g"}},
+        ]
+    },
+    "words that are not everywhere": {"service_tier": "auto", "stop": ["x"], **SAMPLING},
+    "an answer that has begun": {"messages": [USER, ASSISTANT]},
+}
+ODD_NATIVE_REQUESTS = {
+    "Codex at Copilot": (
+        "/v1/responses",
+        CHAT,
+        {
+            "input": [{**HELLO_ITEM, "id": "i" * 400}, REASONING_ITEM],
+            "tools": [{"type": "image_generation"}],
+            "client_metadata": {},
+            "service_tier": "flex",
+            "max_output_tokens": 1,
+            **SAMPLING,
+        },
+    ),
+    "a text for ChatGPT": (
+        "/v1/responses",
+        LIVE["chatgpt"],
+        {"input": "q", "stream": True, "max_output_tokens": 9, "user": "u"},
+    ),
+    "Claude Code at Copilot": (
+        "/v1/messages",
+        MESSAGES,
+        {
+            "max_tokens": 64000,
+            "system": [{**text("s"), **LONG_MARK}],
+            "messages": [USER, CALLED, RESULT, SYSTEM, CALLED, RESULT, ASSISTANT],
+            "thinking": LONG_THINKING,
+            "tools": [claude_tool(strict=True, eager_input_streaming=True, defer_loading=True)],
+            "tool_choice": {"type": "any"},
+            **PLAIN_MARK,
+            **SAMPLING,
+        },
+    ),
+}
+
+
 class RealLoginTest(RealCase):
     """With a login as it really is: GPT over /responses, Claude over /messages, ChatGPT."""
 
@@ -9233,6 +9321,25 @@ class RealLoginTest(RealCase):
                     self.assertEqual(answer["usage"]["total_tokens"], 31)
                     expected = "responses" if service == "chatgpt" else service
                     self.assertEqual(self.exchange().format, expected)
+
+    def test_what_services_refuse_is_put_into_words_that_they_take(self):
+        for service, model in LIVE.items():
+            for name, fields in ODD_REQUESTS.items():
+                with self.subTest(f"{service}, {name}"):
+                    status, answer = self.proxy.chat(model=model, **fields)
+                    self.assertEqual(status, 200, answer)
+
+    def test_what_services_refuse_of_bodies_that_are_passed_through(self):
+        for name, (path, model, fields) in ODD_NATIVE_REQUESTS.items():
+            with self.subTest(name):
+                status, _, data = self.proxy.request("POST", path, {"model": model, **fields})
+                self.assertEqual(status, 200, data)
+
+    def test_a_whole_answer_of_a_service_that_only_streams(self):
+        body = {"model": LIVE["chatgpt"], "input": "q"}
+        status, headers, data = self.proxy.request("POST", "/v1/responses", body)
+        self.assertEqual((status, headers["Content-Type"]), (200, "application/json"), data)
+        self.assertEqual(json.loads(data)["output"][0]["type"], "message")
 
     def test_chatgpt_gets_instructions_and_stores_nothing(self):
         self.proxy.content(model=LIVE["chatgpt"], **self.REQUESTS["with a system message"])
