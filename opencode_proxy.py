@@ -133,7 +133,7 @@ from collections.abc import (
 )
 from typing import Any, NamedTuple, NoReturn, Union
 
-__version__ = "2.0.0"
+__version__ = "3.0.0"
 Json = dict[str, Any]
 DEFAULT_MODEL = "github-copilot/gpt-4.1"
 # GitHub took gpt-4.1 out of Copilot in June 2026: these take its place, in this order.
