@@ -8423,16 +8423,36 @@ class ReadmeTest(unittest.TestCase):
     )
 
     def setUp(self):
-        path = HERE / "README.md"
-        if not path.exists():
-            missing("README.md")
-        self.text = path.read_text(encoding="utf-8")
+        self.text = self.read("README.md")
 
-    def test_it_tells_of_every_field(self):
-        rows = self.text.partition("| field |")[2].partition("\n\n")[0]
+    def read(self, name):
+        """Return the text of a file of the repository; skip where the tests stand alone."""
+        path = HERE / name
+        if not path.exists():
+            missing(name)
+        return path.read_text(encoding="utf-8")
+
+    def test_the_reference_tells_of_every_field(self):
+        text = self.read(".github/REFERENCE.md")
+        rows = text.partition("| field |")[2].partition("\n\n")[0]
         for name in proxy.FIELDS:
             with self.subTest(name):
                 self.assertIn(f"`{name}`", rows)
+
+    def test_it_tells_of_every_option(self):
+        rows = self.text.partition("| option |")[2].partition("\n\n")[0]
+        stdout = io.StringIO()
+        with contextlib.redirect_stdout(stdout), self.assertRaises(SystemExit):
+            proxy.read_settings(["--help"])
+        options = set(re.findall(r"--[a-z-]+", stdout.getvalue().partition("\n\n")[2]))
+        for name in sorted(options - {"--help"}):
+            with self.subTest(name):
+                self.assertIn(f"| `{name}", rows)
+
+    def test_its_links_lead_to_files(self):
+        for name in re.findall(r"\]\((?!http)([^)#]+)\)", self.text):
+            with self.subTest(name):
+                self.assertTrue((HERE / name).exists())
 
     def messages(self):
         """Return the constant pieces of the messages that it explains."""
