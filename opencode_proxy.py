@@ -915,6 +915,9 @@ def understand(body: Json) -> None:
         body["tools"] = [understood_tool(tool) for tool in tools]
     if "tool_choice" in body:
         body["tool_choice"] = understood_tool(body["tool_choice"])
+    if isinstance(body.get("tool_choice"), str):  # in Google's and Anthropic's words
+        choice = body["tool_choice"]
+        body["tool_choice"] = {"validated": "auto", "any": "required"}.get(choice, choice)
 
 
 def understood_part(part: Any) -> Any:
@@ -3017,6 +3020,7 @@ MIN_RESPONSES_TOKENS = 16
 MIN_THINKING_TOKENS = 1024
 MAX_THINKING_TOKENS = 16000  # what opencode asks for
 MAX_CALL_ID_CHARACTERS = 64
+MAX_CHAT_CALL_ID_CHARACTERS = 40
 MAX_CACHE_MARKS = 4
 MISTRAL_ID = re.compile("[a-zA-Z0-9]{9}")
 CLAUDE_VERSION = re.compile(r"claude-[a-z]+-(\d+)(?:[.-](\d{1,2}))?(?!\d)")
@@ -3287,6 +3291,10 @@ def is_openai(target: Target) -> bool:
     """Tell whether OpenAI's own service answers, or Azure's, which is the same."""
     is_azure = target.provider.startswith("azure") or is_at(target, "azure.com")
     return is_azure or target.provider == "openai" or is_at(target, "openai.com")
+
+
+def is_openai_or_copilot(target: Target) -> bool:
+    return is_openai(target) or is_copilot(target)
 
 
 def is_compatible(target: Target) -> bool:
@@ -3916,6 +3924,18 @@ def short_id(call_id: str) -> str:
     return "call_" + hashed(call_id, 24)
 
 
+@quirk(ChatCompletions, is_openai_or_copilot)
+def shorten_chat_call_ids(body: Json, target: Target) -> None:
+    """OpenAI, Copilot: "'messages[1].tool_calls[0].id': string too long", more than 40 (2025)."""
+    rename_chat_calls(body, CallIds(short_chat_id))
+
+
+def short_chat_id(call_id: str) -> str:
+    if 0 < len(call_id) <= MAX_CHAT_CALL_ID_CHARACTERS:
+        return call_id
+    return "call_" + hashed(call_id, 24)
+
+
 @quirk(Responses, always)
 def drop_reasoning_of_nothing(body: Json, target: Target) -> None:
     """OpenAI: "'reasoning' was provided without its required following item" (2025)."""
@@ -4015,9 +4035,14 @@ def take_system_messages_as_instructions(body: Json, target: Target) -> None:
     if body.get("instructions"):
         return
     texts = []
-    while len(items) > 1 and items[0].get("role") == "developer":
+    while len(items) > 1 and is_developer_message(items[0]):
         texts.append(responses_text(items.pop(0)))
     body["instructions"] = "\n\n".join(texts)
+
+
+def is_developer_message(item: Json) -> bool:
+    """Tell whether an item is a message; Codex also sends tools under the role "developer"."""
+    return item.get("type", "message") == "message" and item.get("role") == "developer"
 
 
 @quirk(Responses, is_chatgpt)
@@ -5001,8 +5026,10 @@ class NativeExchange:
         body = self._request.body
         said = body.get("input") or body.get("messages")
         is_agent = False
-        if isinstance(said, list) and said:
-            is_agent = said[-1].get("role") != "user" or has_type(said[-1], "tool_result")
+        if isinstance(said, list):
+            spoken = [item for item in said if item.get("role") not in SYSTEM_ROLES]
+            last = spoken[-1] if spoken else {"role": "user"}
+            is_agent = last.get("role") != "user" or has_type(last, "tool_result")
         has_image = has_type(said, "image", "input_image")
         return stub_conversation(is_agent, has_image)
 
@@ -5052,7 +5079,19 @@ class NativeExchange:
 
     def refused(self, status: int, headers: Json, body: str) -> Iterator[Piece]:
         yield from self.begin(status, headers)
-        yield Piece(body, finish_reason="stop")
+        yield Piece(self._refusal(status, headers, body), finish_reason="stop")
+
+    def _refusal(self, status: int, headers: Json, body: str) -> str:
+        """Return a refusal's body, in the format's words where it is in chatgpt.com's alone."""
+        detail = None
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            detail = json.loads(body, parse_int=float).get("detail")
+        if detail is None:
+            return body
+        error = upstream_error(status, headers, body).body()
+        if self._request.wire_format is Messages:
+            error = {"type": "error", **error}
+        return compact_json(error)
 
     def _wrong_endpoint(self, target: Target | None) -> APIError:
         spoken = target.wire_format.ending if target else "a format of its own"

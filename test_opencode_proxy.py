@@ -3047,6 +3047,26 @@ COPILOT_CHAT_ROWS = (
     QuirkRow("drop_stop", "GPT-5", AT_CHAT, {"stop": ["x"], "seed": 1}, {"seed": 1}, GPT_5),
     QuirkRow("drop_stop", "Gemini", AT_CHAT, {"stop": ["x"]}, {"stop": ["x"]}, GEMINI),
     QuirkRow(
+        "shorten_chat_call_ids",
+        "41 characters, and 40",
+        AT_CHAT,
+        spoken(
+            called("c" * 41),
+            result_of("c" * 41),
+            called("c" * 40),
+            result_of("c" * 40),
+            tools=[CHAT_STUB],
+        ),
+        spoken(
+            called("call_" + proxy.hashed("c" * 41, 24)),
+            result_of("call_" + proxy.hashed("c" * 41, 24)),
+            called("c" * 40),
+            result_of("c" * 40),
+            tools=[CHAT_STUB],
+        ),
+        GPT_5,
+    ),
+    QuirkRow(
         "drop_text_that_says_nothing",
         "beside a call",
         AT_CHAT,
@@ -10193,6 +10213,64 @@ class RealMemoryTest(unittest.TestCase):
         peak = int(re.search(r"VmPeak:\s+(\d+)", status)[1]) << 10
         self.doCleanups()
         return peak - (1 << 30)
+
+
+class NativeRefusalTest(unittest.TestCase):
+    """What a service refuses, in words that the client's library reads."""
+
+    ROWS = (
+        ("the format's own words", proxy.Responses, '{"error": {"message": "no"}}', None),
+        ("a page", proxy.Responses, "<html>", None),
+        (
+            "chatgpt.com's words",
+            proxy.Responses,
+            '{"detail": "no"}',
+            {
+                "error": {
+                    "message": "no",
+                    "type": "invalid_request_error",
+                    "param": None,
+                    "code": None,
+                }
+            },
+        ),
+        (
+            "the same where Anthropic's are wanted",
+            proxy.Messages,
+            '{"detail": "no"}',
+            {
+                "type": "error",
+                "error": {
+                    "message": "no",
+                    "type": "invalid_request_error",
+                    "param": None,
+                    "code": None,
+                },
+            },
+        ),
+    )
+
+    def test_a_reason_is_where_clients_look_for_it(self):
+        for name, wire_format, body, expected in self.ROWS:
+            with self.subTest(name):
+                request = proxy.NativeRequest({}, wire_format, "m", {})
+                exchange = proxy.NativeExchange(request, proxy.Model("p/m"))
+                head, refusal = exchange.refused(400, {}, body)
+                self.assertEqual(head.status, 400)
+                if expected is None:
+                    self.assertEqual(refusal.text, body)
+                else:
+                    self.assertEqual(json.loads(refusal.text), expected)
+
+    def test_a_system_message_at_the_end_is_no_agents_turn(self):
+        for name, last in (("a user's", USER), ("a system's", SYSTEM)):
+            with self.subTest(name):
+                body = {"messages": [USER, last]}
+                request = proxy.NativeRequest(body, proxy.Messages, "m", {})
+                exchange = proxy.NativeExchange(request, proxy.Model("p/m"))
+                self.assertEqual(
+                    exchange.conversation(False), proxy.stub_conversation(False, False)
+                )
 
 
 class StableIdsTest(unittest.TestCase):
