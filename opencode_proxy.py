@@ -8773,16 +8773,34 @@ class PassedAnswer:
         return {names[name]: str(count) for name, count in self._counts.items()}
 
     def failure(self, error: APIError) -> bytes:
-        """Return the event that tells of an error, in the format's own words."""
-        event: Json = {"type": "error"}
-        if self._wire_format is Responses:
-            event["code"] = error.code
-            event["message"] = error.message
-            event["param"] = error.param
-            event["sequence_number"] = self._number
-        else:
-            event["error"] = {"type": error.type, "message": error.message}
-        return b"event: error\n" + sse_data(event)
+        """Return the events that tell of an error, in the format's own words."""
+        if self._wire_format is not Responses:
+            words = {"type": error.type, "message": error.message}
+            return named_event({"type": "error", "error": words})
+        event = {
+            "type": "error",
+            "code": error.code,
+            "message": error.message,
+            "param": error.param,
+            "sequence_number": self._number,
+        }
+        # Codex does not know that one: it waits for the end of the response.
+        failed = {
+            "type": "response.failed",
+            "sequence_number": self._number + 1,
+            "response": {
+                "object": "response",
+                "status": "failed",
+                "error": {"code": error.code or "server_error", "message": error.message},
+                "output": [],
+            },
+        }
+        return named_event(event) + named_event(failed)
+
+
+def named_event(event: Json) -> bytes:
+    """Return a server-sent event whose name is its type."""
+    return f"event: {event['type']}\n".encode() + sse_data(event)
 
 
 class Route(NamedTuple):

@@ -7710,17 +7710,29 @@ class HTTPTest(HTTPCase):
         "param": None,
         "sequence_number": 42,
     }
+    RESPONSES_FAILED = {
+        "type": "response.failed",
+        "sequence_number": 43,
+        "response": {
+            "object": "response",
+            "status": "failed",
+            "error": {"code": "upstream_failed", "message": "broken"},
+            "output": [],
+        },
+    }
     MESSAGES_ERROR = {"type": "error", "error": {"type": "server_error", "message": "broken"}}
 
     def test_a_passed_stream_that_fails_says_why(self):
         for path, expected in (
-            ("/v1/responses", self.RESPONSES_ERROR),
-            ("/v1/messages", self.MESSAGES_ERROR),
+            ("/v1/responses", (self.RESPONSES_ERROR, self.RESPONSES_FAILED)),
+            ("/v1/messages", (self.MESSAGES_ERROR,)),
         ):
             with self.subTest(path):
                 got = self.broken(path, "text/event-stream", self.CREATED[:-1], "\n")
-                event = b"event: error\n" + proxy.sse_data(expected)
-                chunk = b"%x\r\n%b\r\n" % (len(event), event)
+                events = b""
+                for event in expected:
+                    events += f"event: {event['type']}\n".encode() + proxy.sse_data(event)
+                chunk = b"%x\r\n%b\r\n" % (len(events), events)
                 self.assertTrue(got.endswith(b"\r\n" + chunk + b"0\r\n\r\n"), got)
 
     def test_a_passed_answer_that_fails_elsewhere_is_cut(self):
