@@ -48,6 +48,7 @@ Locks
     Child._lock           stdin of a process: whole lines, not closed under a writer
     Opencode._lock        what is made in the private directory
     ProxyServer._lock     the connections, and how much of requests is held in memory
+    Thoughts._lock        what is remembered of answers
     LogWriter._lock       its thread, and how many lines were dropped
 
 Protocol with the plugin (JSON-RPC lines of stdout, HTTP over a Unix socket)
