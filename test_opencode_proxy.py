@@ -5317,7 +5317,7 @@ class AnswerTest(unittest.TestCase):
             start,
             '^data: {"id":"chatcmpl-[0-9a-f]{32}","object":"chat.completion.'
             'chunk","created":[0-9]+,"model":"m","system_fingerprint":"fp_opencode",'
-            '"choices":[[]$',
+            '"choices":\\[$',
         )
         deltas = {
             '{"role":"assistant","content":""}': "null",
