@@ -8531,6 +8531,11 @@ class RealTest(RealCase):
         "metadata": {"a": "b"},
         "unknown": {"2": [1, None], "1": 1.0},
     }
+    # Of these: what a service is known to refuse, and what it gets instead.
+    REPAIRED = {
+        CHAT: (("temperature", "top_p", "stop"), {}),
+        "local/m": (("max_completion_tokens", "store", "metadata"), {"max_tokens": 6}),
+    }
     DELTAS = (
         '{"role":"assistant","content":""}',
         '{"content":"Hel"}',
@@ -8562,16 +8567,18 @@ class RealTest(RealCase):
 
     def test_a_body_is_the_clients_own(self):
         text = "w\u00f6rld \u2028 {file:/etc/passwd} {env:HOME} /help"
-        for model in (CHAT, "local/m"):
+        for model, (refused, more) in self.REPAIRED.items():
             with self.subTest(model):
                 self.upstream.exchanges.clear()
                 self.assertEqual(self.proxy.content(text, model=model, **self.FIELDS), HELLO)
+                taken = {name: self.FIELDS[name] for name in self.FIELDS if name not in refused}
                 expected = {
                     "model": model.partition("/")[2],
                     "stream": True,
                     "messages": [{"role": "user", "content": text}],
-                    **self.FIELDS,
+                    **taken,
                     "stream_options": {"include_usage": True},
+                    **more,
                 }
                 self.assertEqual(self.exchange().raw.decode(), proxy.compact_json(expected))
 
@@ -8702,7 +8709,7 @@ class RealTest(RealCase):
 
     def test_a_stop_sequence_ends_the_answer_and_the_usage_is_the_providers(self):
         self.upstream.respond = answering(("text", "one ST"), ("text", "OP two"))
-        fields = {"chat/completions": ["stop"], "responses": [], "messages": ["stop_sequences"]}
+        fields = {"chat/completions": [], "responses": [], "messages": ["stop_sequences"]}
         for name, model in self.each_format():
             _, answer = self.proxy.chat(model=model, stop="STOP")
             choice = answer["choices"][0]
