@@ -4,8 +4,10 @@
     python3 opencode_proxy.py --port 4141        serve; apps use http://localhost:4141/v1
     python3 -m unittest -v                       run the tests (in the folder that holds them)
 
-The map: one streamed answer, in the order of this file from `request` on
-    The thread of the connection runs its request from top to bottom (ProxyHandler._chat):
+The map: one streamed answer
+    The sections of this file stand in the order in which they use each other: `http` is among the
+    last, and its ProxyHandler._chat is where a request begins. The thread of the connection runs
+    it from top to bottom:
 
     request = parse_chat_request(body)           the client's words, checked
     model = pool.ready(look).resolve(name)       which of opencode's models is meant
@@ -15,16 +17,20 @@ The map: one streamed answer, in the order of this file from `request` on
       -> POST /request {url, body}               opencode is about to send its request: the plugin
                                                  asks for the body; a WireFormat makes it from the
                                                  client's words, quirks repair it for the service
-      <- upstream, data, data, ... end           the plugin relays the answer as lines of stdout;
+      <- upstream, data, data, ...               the plugin relays the answer as lines of stdout;
                                                  the WireFormat makes Events of it
     answer.take(event)                           makes chunks, which the handler writes at once
+    turn.leave()                                 after the last event: the session is cancelled,
+                                                 the process serves the next turn or ends
 
     opencode only logs in and talks to the provider: it has no tools, no files and no memory.
 
 When the client hangs up
-    Every wait calls `look` at least every LOOK_SECONDS. It raises ClientDisconnected, the stack
-    unwinds, and `finally` gives everything back: Turn.leave takes the turn from its process, and
-    cancels the session in opencode, which drops the connection to the provider.
+    Every wait for opencode or the provider calls `look` at least every LOOK_SECONDS. It raises
+    ClientDisconnected, the stack unwinds, and `finally` gives everything back: Turn.leave cancels
+    the session in opencode, which drops the connection to the provider (`init.signal` of the
+    plugin's fetch aborts), and takes the turn from its process. A client that takes nothing of
+    its answer has WRITE_SECONDS; one that leaves while its body is read is logged with 408.
 
 When a process dies
     Its thread (Pool._live) reads the end of its stdout, retires it, and puts a letter into the
@@ -37,8 +43,10 @@ Threads
     server                accepts connections
     one a connection      reads requests, runs their turns, alone writes to its socket
     one a choice          of a request with n > 1: runs that turn
+    one an image          fetches it
     one a process         starts it, reads its stdout, waits for its end
-    asks, one an ask      answers the plugins; puts letters into inboxes
+    asks, one an ask      accept, and answer, the plugins' asks; put letters into inboxes
+    prove                 reads the catalog and starts the first process, then ends
     Pool._tend            measures processes, starts the next one when it is time
     CatalogWatch._watch   reads the catalog again when the user's files change
     LogWriter._run        writes the log, which may have to wait for its reader
@@ -140,7 +148,7 @@ DEFAULT_MODEL = "github-copilot/gpt-4.1"
 # GitHub took gpt-4.1 out of Copilot in June 2026: these take its place, in this order.
 SUCCESSORS = ("github-copilot/gpt-5-mini", "github-copilot/gpt-5.4-mini", "github-copilot/gpt-5.5")
 MIN_OPENCODE = (1, 17, 0)  # older ones send no session header or keep sessions on disk
-LOOK_SECONDS = 0.25  # the longest wait of any kind: then somebody looks whether to go on waiting
+LOOK_SECONDS = 0.25  # the longest wait for opencode or a provider without a look at the client
 
 # ------------------------------------------------------------------------------------------- limits
 # Each says what it protects, or what it protects against.
@@ -336,7 +344,23 @@ class StartError(Exception):
 
 
 class ProcessFailed(Exception):
-    """An opencode process ended, broke its protocol or was too slow; the text says which."""
+    """An opencode process ended, broke its protocol or was too slow; the text says which.
+
+    `status` and `code` are what the client is told where no other process can take its place.
+    """
+
+    def __init__(self, text: str, status: int = 502, code: str = "opencode_failed") -> None:
+        super().__init__(text)
+        self.status = status
+        self.code = code
+
+
+def start_thread(target: Callable[..., None], *arguments: Any) -> None:
+    """Run `target` on a thread of its own; raise APIError where no more threads are allowed."""
+    try:
+        threading.Thread(target=target, args=arguments, daemon=True).start()
+    except RuntimeError as error:
+        raise APIError(503, f"Too much goes on at once: {error}", code="too_busy") from None
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
@@ -516,9 +540,10 @@ def retry_seconds(error: Json, message: str) -> float | None:
         value = error.get(name)
         if isinstance(value, (int, float)):
             return float(value)
-    for detail in error.get("details") or ():  # Google's
+    details = error.get("details")  # Google's
+    for detail in details if isinstance(details, list) else ():
         delay = detail.get("retryDelay") if isinstance(detail, dict) else None
-        if isinstance(delay, str) and re.fullmatch(r"[0-9.]{1,9}s", delay):
+        if isinstance(delay, str) and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?s", delay):
             return float(delay[:-1])
     told = re.search(
         r"(?i)(?:try again|retry) (?:in|after) ([0-9]{1,6}(?:\.[0-9]{1,6})?) ?(m?s)", message
@@ -2909,6 +2934,10 @@ class OpencodeFormat:
         self.finish_reason: str | None = None
         self.usage: Json | None = None
 
+    def events(self, data: str) -> Iterator[Event]:
+        """Yield nothing: the body of the answer does not come here."""
+        return iter(())
+
     def report(self, params: Json) -> Iterator[Event]:
         """Yield what a `delta` or a `finish` of the plugin means."""
         if "finish" not in params:
@@ -4717,7 +4746,54 @@ class Fence:
         return rest
 
 
-class ChatExchange:
+class Exchange(abc.ABC):
+    """One choice's words to the provider, and what its answer means.
+
+    A turn calls it as the plugin reports: `conversation`, `body`, then `begin`, `feed` for each
+    piece and `end`, or `refused`. `headers` are to be sent besides opencode's. The last event has a
+    finish_reason. What its methods raise, APIError, ends the turn.
+    """
+
+    headers: Mapping[str, str]
+
+    @property
+    def patience(self) -> float | None:
+        """The seconds that the rest of a finished answer is worth, None before it is finished."""
+        return None
+
+    @abc.abstractmethod
+    def conversation(self, is_foreign: bool) -> Json:
+        """Return what the plugin tells opencode of the conversation; raise APIError 400."""
+
+    @abc.abstractmethod
+    def body(self, url: str, theirs: Json) -> bytes | None:
+        """Return the body to send to `url` in place of `theirs`, which is opencode's own.
+
+        None where only opencode knows the wire format: then it sends its own.
+        """
+
+    @abc.abstractmethod
+    def begin(self, status: int, headers: Json) -> Iterator[Any]:
+        """Yield what the head of the provider's answer means."""
+
+    @abc.abstractmethod
+    def feed(self, text: str) -> Iterator[Any]:
+        """Yield the events in a piece of the answer."""
+
+    @abc.abstractmethod
+    def end(self) -> Iterator[Any]:
+        """Yield the last events, at the end of the provider's answer or of the patience with it."""
+
+    @abc.abstractmethod
+    def refused(self, status: int, headers: Json, body: str) -> Iterator[Any]:
+        """Yield what the provider's refusal means, or raise it as an APIError."""
+
+    def report(self, params: Json) -> Iterator[Any]:
+        """Yield the events in a report of the plugin on an answer that opencode reads."""
+        return iter(())
+
+
+class ChatExchange(Exchange):
     """A chat completion, in the wire format that opencode uses for the model.
 
     Not every format cuts at stop sequences, so this does. An answer without a reason to finish is
@@ -4733,7 +4809,7 @@ class ChatExchange:
         self._request = request
         self._model = model
         self._thoughts = thoughts
-        self._format: Any = OpencodeFormat()
+        self._format: WireFormat | OpencodeFormat = OpencodeFormat()
         self._body = BodyReader()
         self._stops = StopSequences(request.stop)
         self._fence: Fence | None = None
@@ -4741,13 +4817,11 @@ class ChatExchange:
         self._is_over = False
 
     def conversation(self, is_foreign: bool) -> Json:
-        """Return what the plugin tells opencode of the conversation; raise APIError 400."""
         if is_foreign:
             return foreign_conversation(self._request)
         return chat_conversation(self._request)
 
     def body(self, url: str, theirs: Json) -> bytes | None:
-        """Return the body to send, None where only opencode knows the wire format of `url`."""
         target = target_of(url, self._model)
         if target is None:
             return None
@@ -4758,21 +4832,18 @@ class ChatExchange:
         return body
 
     def begin(self, status: int, headers: Json) -> Iterator[Event]:
-        """Yield what the head of the provider's answer means: nothing yet."""
         self._is_framed = "content-length" in headers or "transfer-encoding" in headers
         return iter(())
 
     def feed(self, text: str) -> Iterator[Event]:
-        """Yield the events in a piece of the answer."""
         for data in self._body.feed(text):
             yield from self._shown(self._format.events(data))
 
     def report(self, params: Json) -> Iterator[Event]:
-        """Yield the events in a report of the plugin on an answer that opencode reads."""
-        yield from self._shown(self._format.report(params))
+        if isinstance(self._format, OpencodeFormat):
+            yield from self._shown(self._format.report(params))
 
     def end(self) -> Iterator[Event]:
-        """Yield the last events, at the end of the provider's answer or of the patience with it."""
         for data in self._body.end():
             yield from self._shown(self._format.events(data))
         if self._body.rubbish:
@@ -4783,12 +4854,10 @@ class ChatExchange:
         yield from self._shown(self._format.end(is_proven))
 
     def refused(self, status: int, headers: Json, body: str) -> Iterator[Event]:
-        """Raise APIError for what the provider refuses."""
         raise upstream_error(status, headers, body)
 
     @property
     def patience(self) -> float | None:
-        """The seconds that the rest of a finished answer is worth, None before it is finished."""
         if self._stops.is_cut:
             wants_usage = self._request.include_usage or not self._request.stream
             return CUT_SECONDS if wants_usage else 0.0
@@ -5007,10 +5076,8 @@ class WholeResponse:
             self._response = event.get("response")
 
 
-class NativeExchange:
-    """A request and its answer in the client's own wire format; its methods are ChatExchange's."""
-
-    patience = None
+class NativeExchange(Exchange):
+    """A request and its answer in the client's own wire format, which the client judges itself."""
 
     def __init__(
         self, request: NativeRequest, model: Model, thoughts: Thoughts | None = None
@@ -5023,7 +5090,7 @@ class NativeExchange:
         self._whole: WholeResponse | None = None  # of such a stream
 
     def conversation(self, is_foreign: bool) -> Json:
-        """Return the least from which opencode derives the request's headers."""
+        # The least from which opencode derives the request's headers.
         body = self._request.body
         said = body.get("input") or body.get("messages")
         is_agent = False
@@ -5913,6 +5980,7 @@ class Opencode:
             self._directory.restore()
             self._write_models(catalog)
         self.catalog = catalog
+        self.foreign = set()  # the user may have changed a provider's package
 
     def _write_models(self, catalog: Catalog) -> None:
         new = self._models.with_suffix(".new")  # processes may be reading the old one
@@ -6220,8 +6288,32 @@ class Reply(NamedTuple):
     body: bytes | None
 
 
-class WarmUp:
-    """Answers as the turn of a process's start-up proof, which sends nothing."""
+class Asked(abc.ABC):
+    """Answers the asks of a session, each on a thread of the asks."""
+
+    @abc.abstractmethod
+    def answer_turn(self) -> Json:
+        """Return what opencode is to be told of the conversation."""
+
+    def answer_request(self, session_id: str, question: Json) -> Reply | None:
+        """Return the body to send to the provider, None where nobody waits for its answer."""
+        return None
+
+    def may_hand_over(self, session_id: str) -> bool:
+        """Return whether the last of that body may go to opencode, which makes it handed over."""
+        return False
+
+    def note_hand_over(self, session_id: str, failure: str) -> None:
+        """Note how the answer to a request went: whole, or not, for the reason `failure`."""
+        return
+
+    def answer_more(self, session_id: str) -> bool:
+        """Wait until the client has taken what was sent; return whether it wants the rest."""
+        return False
+
+
+class WarmUp(Asked):
+    """The turn of a process's start-up proof, which sends nothing."""
 
     TURN = {
         "warmup": True,
@@ -6231,28 +6323,21 @@ class WarmUp:
     }
 
     def answer_turn(self) -> Json:
-        """Return what opencode is to be told of the turn."""
+        """Return a user's shortest text."""
         return self.TURN
-
-    def answer_request(self, session_id: str, question: Json) -> None:
-        """Refuse what should never be asked."""
-
-    def answer_more(self, session_id: str) -> bool:
-        """Refuse what should never be asked."""
-        return False
 
 
 class Asks:
     """Owns the server that the plugins ask, and knows whose each session is.
 
-    `turns` maps a session to who answers for it: a Turn, or a WarmUp. It changes by single steps
-    that need no lock. `restore` is called under the lock of Opencode.
+    `turns` maps a session to who answers for it. It changes by single steps that need no lock.
+    `restore` is called under the lock of Opencode.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
         """Listen at `path`; raise OSError where that is not possible."""
         self.path = path
-        self.turns: dict[str, Any] = {}
+        self.turns: dict[str, Asked] = {}
         self._server = self._listen()
 
     def _listen(self) -> AskServer:
@@ -6279,7 +6364,7 @@ class AskServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, path: str, turns: Mapping[str, Any]) -> None:
+    def __init__(self, path: str, turns: Mapping[str, Asked]) -> None:
         self.turns = turns
         super().__init__(path, AskHandler)
 
@@ -6314,7 +6399,7 @@ class AskHandler(http.server.BaseHTTPRequestHandler):
         else:
             self._send(200 if turn.answer_more(session_id) else 410)
 
-    def _hand_over(self, turn: Any, session_id: str, question: Json) -> None:
+    def _hand_over(self, turn: Asked, session_id: str, question: Json) -> None:
         """Answer with the body to send to the provider, and tell the turn how that went.
 
         The turn counts as handed over before the last byte leaves: whatever opencode has got whole
@@ -6324,21 +6409,24 @@ class AskHandler(http.server.BaseHTTPRequestHandler):
         if reply is None:
             self._send(410)
             return
-        headers = {"X-Headers": json.dumps(dict(reply.headers))}
         try:
-            if reply.body is None:
-                turn.handed_over = True
-                self._send_head(204, 0, headers)
-            else:
-                self._send_head(200, len(reply.body), headers)
-                body = memoryview(reply.body)
-                self.wfile.write(body[:-1])
-                turn.handed_over = True
-                self.wfile.write(body[-1:])
+            self._send_reply(turn, session_id, reply)
         except OSError as error:
             turn.note_hand_over(session_id, f"opencode did not take its request: {error}")
         else:
             turn.note_hand_over(session_id, "")
+
+    def _send_reply(self, turn: Asked, session_id: str, reply: Reply) -> None:
+        headers = {"X-Headers": json.dumps(dict(reply.headers))}
+        if reply.body is None:
+            if turn.may_hand_over(session_id):
+                self._send_head(204, 0, headers)
+            return
+        self._send_head(200, len(reply.body), headers)
+        body = memoryview(reply.body)
+        self.wfile.write(body[:-1])
+        if turn.may_hand_over(session_id):
+            self.wfile.write(body[-1:])
 
     def _send(self, status: int, body: bytes = b"") -> None:
         self._send_head(status, len(body), {})
@@ -6447,13 +6535,17 @@ class Child:
 
     def runs_on(self) -> bool:
         """Wait for a program whose stdout is a file, LOOK_SECONDS at most; tell whether it runs."""
-        self._read_stdout()
-        return not self._stderr_has_ended and self._popen.poll() is None
+        if self._stderr_has_ended:  # it ends, or a wrapper has redirected stderr
+            self._kill_when_late()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(LOOK_SECONDS)
+        else:
+            self._read_stdout()
+        return self._popen.poll() is None
 
     def _read_stdout(self) -> bytes | None:
         """Return what is there of stdout, b"" at its end, None after LOOK_SECONDS without it."""
-        if time.monotonic() >= self._stop_at:
-            self._signal(signal.SIGKILL)
+        self._kill_when_late()
         stdout = self._popen.stdout and self._popen.stdout.fileno()
         stderr = self._popen.stderr.fileno()
         ready = [number for number, _ in self._poll.poll(1000 * LOOK_SECONDS)]
@@ -6498,6 +6590,10 @@ class Child:
         if self._stop_at == math.inf:
             self._stop_at = time.monotonic() + STOP_SECONDS
             self._signal(signal.SIGTERM)
+
+    def _kill_when_late(self) -> None:
+        if time.monotonic() >= self._stop_at:
+            self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
         if self.pid:
@@ -6681,7 +6777,7 @@ class OpencodeProcess(Child):
     def _pass_report(self, method: str, params: Json) -> None:
         session_id: Any = params.get("sessionId")
         turn = self.opencode.asks.turns.get(session_id)
-        if turn is not None and method.startswith("proxy/"):
+        if isinstance(turn, Turn) and method.startswith("proxy/"):
             kind = method[len("proxy/") :]
             turn.inbox.put(Letter(kind, self, session_id, params))
 
@@ -6790,20 +6886,21 @@ Look = Callable[[], None]  # is called every LOOK_SECONDS; what it raises gives 
 Events = Generator[Any, None, None]  # of an answer: Event or Piece; the last has a finish_reason
 
 
-class Turn:
+class Turn(Asked):
     """One choice of a request.
 
     `process` is set by the pool, under its lock. `handed_over` says that the body is with opencode:
-    from then on nothing may be sent again. Everything else is its own thread's, but for the
-    `answer_` methods and `note_hand_over`: they run on the threads of the asks, and only put
-    letters into the inbox and read `session_id`, which says whether somebody still waits.
+    from then on nothing may be sent again. `session_id` says whether somebody still waits for what
+    opencode asks. `_lock` protects these two together: either the turn has left its session, or the
+    body is handed over. Everything else is its own thread's; the methods that run on the threads of
+    the asks put letters into the inbox.
     """
 
     def __init__(
         self,
         index: int,
         pool: Pool,
-        new_exchange: Callable[[], Any],
+        new_exchange: Callable[[], Exchange],
         model: Model,
         timeout: float,
     ) -> None:
@@ -6813,13 +6910,14 @@ class Turn:
         self.has_begun = False  # the first event has come
         self.handed_over = False
         self.session_id = ""
+        self._lock = threading.Lock()
         self._pool = pool
         self._new_exchange = new_exchange
         self._model = model
         self._timeout = timeout
         self._conversation: Json = {}  # what opencode is told of it
         self._request_number = 0  # of the last request to opencode
-        self._is_prompted = False  # opencode is at work on it, and is to be told when it leaves
+        self._is_prompted = False  # opencode's turn runs: it has to be cancelled, also at the end
         self._look: Look = lambda: None
         self._look_at = 0.0
 
@@ -6832,33 +6930,46 @@ class Turn:
         self._look = look
         try:
             for attempt in range(1, MAX_ATTEMPTS + 1):
+                process = None
                 try:
-                    yield from self._attempt()
+                    process = self._wait_for_process()
+                    yield from self._attempt(process)
                     return
                 except ProcessFailed as failure:
                     if self._pool.closing.is_set():  # it did not fail: it was told to end
                         raise shutting_down() from None
-                    is_last = self.handed_over or attempt == MAX_ATTEMPTS
-                    self.leave(has_failed=True, again=not is_last)
-                    if is_last:
-                        raise APIError(502, str(failure), code="opencode_failed") from None
+                    if not self.leave(failed=process, again=attempt < MAX_ATTEMPTS):
+                        raise APIError(failure.status, str(failure), code=failure.code) from None
         finally:
             self.leave()
 
-    def leave(self, has_failed: bool = False, again: bool = False) -> None:
-        """Give the process up, or the place in the queue; wait for another process if `again`."""
-        session_id = self.session_id
-        self.session_id = ""
-        process = self._pool.release(self, has_failed, again)
+    def leave(self, failed: OpencodeProcess | None = None, again: bool = False) -> bool:
+        """Give the process up, or the place in the queue; safe to call twice.
+
+        `failed` is the process whose fault it is: it gets no more turns. With `again` the turn
+        waits for another process, unless its body was handed over. Returns whether it waits.
+        """
+        self._end_session()  # from here on nothing can be handed over any more
+        again = again and not self.handed_over
+        self._pool.release(self, failed, again)
+        return again
+
+    def _end_session(self) -> None:
+        """Leave the session; opencode stops its turn in it and drops the provider's connection.
+
+        Also after a whole answer, whose end the plugin mostly has not seen by then.
+        """
+        with self._lock:
+            session_id = self.session_id
+            self.session_id = ""
         self._pool.opencode.asks.turns.pop(session_id, None)
-        if process is not None:
-            process.forget(self._request_number)
+        if self.process is not None:
+            self.process.forget(self._request_number)
             if self._is_prompted:
-                process.cancel(session_id)
+                self.process.cancel(session_id)
         self._is_prompted = False
 
-    def _attempt(self) -> Events:
-        process = self._wait_for_process()
+    def _attempt(self, process: OpencodeProcess) -> Events:
         exchange = self._new_exchange()
         self._prepare(process, exchange)
         for event in self._relay(exchange):
@@ -6869,11 +6980,16 @@ class Turn:
 
     def _wait_for_process(self) -> OpencodeProcess:
         while True:
-            letter = self._receive(math.inf)
-            if letter is not None and letter.kind == "process" and letter.process is not None:
+            letter = self._next_letter(math.inf)
+            if letter is None:
+                continue
+            failure = self._failure_in(letter)
+            if failure is not None:
+                raise failure
+            if letter.kind == "process" and letter.process is not None:
                 return letter.process
 
-    def _prepare(self, process: OpencodeProcess, exchange: Any) -> None:
+    def _prepare(self, process: OpencodeProcess, exchange: Exchange) -> None:
         """Bring opencode to where it would send its request, and let the plugin have the body."""
         foreign = self._pool.opencode.foreign
         is_foreign = self._model.name in foreign
@@ -6882,12 +6998,12 @@ class Turn:
 
         if body is None and not is_foreign:
             foreign.add(self._model.name)  # opencode itself must know the conversation: once more
-            self._abandon_session(process)
+            self._end_session()
             outgoing = self._prompt(process, exchange, is_foreign=True)
             body = exchange.body(outgoing.url, outgoing.body)
         outgoing.replies.put(Reply(exchange.headers, body))
 
-    def _prompt(self, process: OpencodeProcess, exchange: Any, is_foreign: bool) -> Outgoing:
+    def _prompt(self, process: OpencodeProcess, exchange: Exchange, is_foreign: bool) -> Outgoing:
         """Open a session and prompt it; return the request that opencode wants to send."""
         session = process.take_session()
         if session is None:
@@ -6910,33 +7026,34 @@ class Turn:
         outgoing: Outgoing = self._wait_for("request").content
         return outgoing
 
-    def _abandon_session(self, process: OpencodeProcess) -> None:
-        session_id = self.session_id
-        self.session_id = ""
-        self._is_prompted = False
-        del self._pool.opencode.asks.turns[session_id]
-        process.forget(self._request_number)
-        process.cancel(session_id)
-
     def _call(self, process: OpencodeProcess, method: str, params: Json) -> Json:
         self._request_number = process.request(method, params, self)
         return result_of(self._wait_for("reply").content, method)
 
-    def _relay(self, exchange: Any) -> Events:
-        """Yield what the provider's answer means, until it is over."""
+    def _relay(self, exchange: Exchange) -> Events:
+        """Yield what the provider's answer means, until it is over.
+
+        Once it has a finish_reason only its usage is awaited, for `exchange.patience` seconds:
+        what comes instead, silence, a dropped connection or the end of the process, ends it well.
+        """
         heard_at = time.monotonic()
         while True:
-            patience = exchange.patience  # None until the answer has a finish_reason
-            letter = self._receive(heard_at + self._limit(patience) - time.monotonic())
-            if letter is None and patience is None:
-                raise self._silence()
+            is_finished = exchange.patience is not None
+            letter = self._next_letter(heard_at + self._limit(exchange.patience))
+            failure = self._silence() if letter is None else self._failure_in(letter)
+            if failure is not None and not is_finished:
+                raise failure
 
-            events = exchange.end() if letter is None else self._read(exchange, letter)
+            if letter is None or failure is not None:
+                events: Iterable[Any] = exchange.end()
+            else:
+                events = self._read(exchange, letter)
+
             for event in events:
                 yield event
                 if event.finish_reason is not None:
                     return
-            if patience is None:
+            if not is_finished:
                 heard_at = time.monotonic()
 
     def _limit(self, patience: float | None) -> float:
@@ -6945,15 +7062,14 @@ class Turn:
             return START_SECONDS
         return self._timeout if patience is None else patience
 
-    def _silence(self) -> Exception:
+    def _silence(self) -> ProcessFailed:
         """Return the error for silence that lasted too long; the process may be what hangs."""
         if not self.handed_over:
             return ProcessFailed("opencode does not take its request")
-        self.leave(has_failed=True)
         text = f"The model's provider sent nothing for {self._timeout:g} seconds"
-        return APIError(504, text, code="timeout")
+        return ProcessFailed(text, 504, "timeout")
 
-    def _read(self, exchange: Any, letter: Letter) -> Any:
+    def _read(self, exchange: Exchange, letter: Letter) -> Iterable[Any]:
         """Return the events that a letter means."""
         content = letter.content
         if letter.kind == "upstream":
@@ -6972,19 +7088,20 @@ class Turn:
 
     def _wait_for(self, kind: str) -> Letter:
         while True:
-            letter = self._receive(START_SECONDS)
+            letter = self._next_letter(time.monotonic() + START_SECONDS)
             if letter is None:
                 raise ProcessFailed(f"opencode did not go on within {START_SECONDS:.0f} s")
+            failure = self._failure_in(letter)
+            if failure is not None:
+                raise failure
             if letter.kind == kind:
                 return letter
 
-    def _receive(self, seconds: float) -> Letter | None:
-        """Return the next letter that still concerns the turn, None after `seconds` without one.
+    def _next_letter(self, deadline: float) -> Letter | None:
+        """Return the next letter that still concerns the turn, None where there is none in time.
 
-        Raises what it tells of: APIError where opencode gave the turn up, ProcessFailed; and
-        whatever `look` raises.
+        Raises whatever `look` raises.
         """
-        deadline = time.monotonic() + seconds
         while True:
             now = time.monotonic()
             if now >= self._look_at:
@@ -6996,10 +7113,8 @@ class Turn:
                 if time.monotonic() >= deadline:
                     return None
                 continue
-            if self._is_late(letter):
-                continue
-            self._check(letter)
-            return letter
+            if not self._is_late(letter):
+                return letter
 
     def _is_late(self, letter: Letter) -> bool:
         """Tell whether a letter comes from a process, a session or a request that it has left."""
@@ -7007,26 +7122,28 @@ class Turn:
             return True
         return letter.about not in (None, self.session_id, self._request_number)
 
-    def _check(self, letter: Letter) -> None:
-        """Raise what a letter tells of that ends the turn."""
-        if letter.kind == "failed":
-            raise ProcessFailed(letter.content)
+    def _failure_in(self, letter: Letter) -> ProcessFailed | APIError | None:
+        """Return the failure that a letter tells of: of the process, or of opencode's turn.
+
+        Also notes where that turn is over.
+        """
+        content = letter.content
+        if letter.kind == "failed" or (letter.kind == "hand over" and content):
+            return ProcessFailed(content)
         if letter.kind == "unreadable":
-            raise ProcessFailed(letter.content["message"])
-        if letter.kind == "hand over" and letter.content:
-            raise ProcessFailed(letter.content)
+            return ProcessFailed(content["message"])
 
         if self._is_prompted and letter.kind in ("reply", "end", "refused", "error"):
             self._is_prompted = False  # opencode's own turn ends now: there is nothing to cancel
             if letter.kind == "reply":
-                raise turn_error(letter.content.get("error") or {})
+                return turn_error(content.get("error") or {})
             if letter.kind == "error":
-                raise turn_error(letter.content)
+                return turn_error(content)
+        return None
 
     # -- on the threads of the asks
 
     def answer_turn(self) -> Json:
-        """Return what opencode is to be told of the conversation."""
         return self._conversation
 
     def answer_request(self, session_id: str, question: Json) -> Reply | None:
@@ -7049,8 +7166,22 @@ class Turn:
                 return replies.get(timeout=LOOK_SECONDS)
         return None
 
+    def may_hand_over(self, session_id: str) -> bool:
+        """Return whether the last of the body may go to opencode, which makes it handed over.
+
+        False where the turn has left: another process may have its body by now.
+        """
+        with self._lock:
+            if session_id != self.session_id:
+                return False
+            self.handed_over = True
+            return True
+
     def note_hand_over(self, session_id: str, failure: str) -> None:
-        """Note how the answer to a request went: whole, or not, for the reason `failure`."""
+        """Note how the answer to a request went: whole, or not, for the reason `failure`.
+
+        The letter also ends the wait for the hand-over: from now on the provider's time counts.
+        """
         self.inbox.put(Letter("hand over", self.process, session_id, failure))
 
 
@@ -7066,8 +7197,7 @@ def together(turns: list[Turn], look: Look) -> Generator[tuple[int, Any], None, 
     running = len(turns)
     try:
         while without_thread:
-            arguments = (without_thread[0], events, is_given_up)
-            threading.Thread(target=follow, args=arguments, daemon=True).start()
+            start_thread(follow, without_thread[0], events, is_given_up)
             del without_thread[0]
         while running:
             look()
@@ -7079,8 +7209,6 @@ def together(turns: list[Turn], look: Look) -> Generator[tuple[int, Any], None, 
                     running -= 1
                 else:
                     yield index, event
-    except RuntimeError as error:  # no more threads are allowed
-        raise APIError(503, f"Too much goes on at once: {error}", code="too_busy") from None
     finally:
         is_given_up.set()
         for turn in without_thread:
@@ -7167,7 +7295,7 @@ class Pool:
         request: Any,
         model: Model,
         look: Look,
-        exchange: Callable[[Any, Model, Thoughts], Any] = ChatExchange,
+        exchange_class: Callable[[Any, Model, Thoughts], Exchange] = ChatExchange,
     ) -> Generator[tuple[int, Any], None, None]:
         """Yield each event of the answer behind the index of its choice.
 
@@ -7175,8 +7303,8 @@ class Pool:
         raises gives the request up. Raises APIError.
         """
 
-        def new_exchange() -> Any:
-            return exchange(request, model, self.thoughts)
+        def new_exchange() -> Exchange:
+            return exchange_class(request, model, self.thoughts)
 
         turns = []
         for index in range(request.choices):
@@ -7205,16 +7333,18 @@ class Pool:
                     headers={"Retry-After": str(QUEUE_RETRY_SECONDS)},
                 )
             self._waiting.extend(turns)
+            if self._failed_starts > 0:
+                self._wake.set()  # the pause is shorter while somebody waits
 
     def look_again(self) -> None:
         """Decide anew who is served, started and ended: something has happened."""
         with self._changing():
             pass
 
-    def release(self, turn: Turn, has_failed: bool, again: bool) -> OpencodeProcess | None:
-        """Take a turn out of the queue or away from its process; return the process.
+    def release(self, turn: Turn, failed: OpencodeProcess | None, again: bool) -> None:
+        """Take a turn out of the queue or away from its process.
 
-        `has_failed`: the process gets no more turns. `again`: the turn is the next to get another
+        `failed` is a process that gets no more turns. `again`: the turn is the next to get another
         one. Safe to call twice.
         """
         with self._changing():
@@ -7224,15 +7354,14 @@ class Pool:
             if process is not None:
                 process.turns.discard(turn)
                 process.idle_since = time.monotonic()
-                if has_failed:
-                    process.state = RETIRED
+            if failed is not None:
+                failed.state = RETIRED
 
             is_waiting = turn in self._waiting
             if is_waiting and not again:
                 self._waiting.remove(turn)
             if again and not is_waiting:
                 self._waiting.appendleft(turn)
-        return process
 
     # -- decisions
 
@@ -7361,12 +7490,11 @@ class Pool:
     def _live(self, process: OpencodeProcess) -> None:
         """Run a process from its start to its end, on its own thread."""
         failure = ""
-        was_ready = False
         try:
             offered = process.start()
-            was_ready = self.watch.judge(process, offered)
+            is_good = self.watch.judge(process, offered)
             with self._changing():
-                process.state = READY if was_ready else RETIRED
+                process.state = READY if is_good else RETIRED
                 self._failed_starts = 0
             process.serve()
         except Exception as error:  # also an answer in a shape that was never seen
@@ -7392,16 +7520,17 @@ class Pool:
         """Return when a process may start again: after failed starts there is a growing pause."""
         pause = RETRY_SECONDS * 2.0 ** min(self._failed_starts - 1, 10)
         limit = MAX_WAITED_RETRY_SECONDS if self._waiting else MAX_RETRY_SECONDS
-        return self._failed_at + min(limit, MAX_RETRY_SECONDS, pause)
+        return self._failed_at + min(limit, pause)
 
     def _note_failed_start(self, failure: str) -> None:
-        """Let the next start wait; tell the turns that no process has room for. Under the lock."""
+        """Let the next start wait; tell the turns that wait for a process. Under the lock."""
         self.note_error(failure)
         self._failed_starts += 1
         self._failed_at = time.monotonic()
         self._wake.set()  # so that the next look comes when the pause is over
         if self._best() is None and not self._in(STARTING):
-            for turn in self._waiting:
+            places = self._settings.max_concurrency - len(self._turns)
+            for turn in itertools.islice(self._waiting, places):  # the others wait for a place
                 turn.inbox.put(Letter("failed", None, None, failure))
 
     def prove(self) -> None:
@@ -7741,8 +7870,7 @@ def fetch_images(urls: Sequence[str], look: Look) -> dict[str, str]:
     if len(urls) > MAX_IMAGES:
         raise ImageError(f"there are more than {MAX_IMAGES} to fetch", urls[MAX_IMAGES])
     for url in urls:
-        arguments = (url, deadline, results)
-        threading.Thread(target=fetch_into, args=arguments, daemon=True).start()
+        start_thread(fetch_into, url, deadline, results)
 
     fetched: dict[str, str] = {}
     while len(fetched) < len(urls):
@@ -8747,7 +8875,7 @@ class PassedAnswer:
         self._counts: dict[str, int] = {}  # of tokens
         self._tail = ""  # of what was sent: a count may be cut in two
         self._is_stream = headers.get("content-type", "").startswith("text/event-stream")
-        self._end = "\n\n"  # of what was sent
+        self._end = "\n\n"  # of what was sent, without carriage returns
         self._number = 0  # of the next event, in /responses
 
     @property
@@ -8756,15 +8884,15 @@ class PassedAnswer:
 
     def take(self, text: str) -> None:
         """Note a piece that was sent."""
-        self._end = (self._end + text[-2:])[-2:]
+        self._end = (self._end + text[-4:].replace("\r", ""))[-2:]
         if self._status >= 400:
             self._refusal = (self._refusal + text)[:MAX_ERROR_CHARACTERS]
         for name, count in TOKEN_COUNT.findall(self._tail + text):
             self._counts[name] = int(count)  # the last one counts
         self._tail = text[-TOKEN_COUNT_CHARACTERS:]
-        start = text.rfind(SEQUENCE_NUMBER)
-        number = re.match("[ ]*([0-9]{1,18})", text[start + len(SEQUENCE_NUMBER) :][:30])
-        if start >= 0 and number is not None:
+        _, found, rest = text.rpartition(SEQUENCE_NUMBER)
+        number = re.match("[ ]*([0-9]{1,18})", rest[:30])
+        if found and number is not None:
             self._number = int(number[1]) + 1
 
     def facts(self) -> dict[str, str]:
@@ -9673,10 +9801,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 # after the other: a one-shot with the interval 0, and a repeating one of a second. Closing both
 # ends it; /dev/null holds their numbers, so that whoever still uses them hits nothing else.
 # The preload does it 30 to 70 ms after the start and, with a ballast of memory that is never
-# touched, keeps Bun from collecting while opencode loads; where it did not run, the plugin does it.
+# touched, keeps Bun from collecting while opencode loads: beside it nothing has grown. Nobody holds
+# the ballast, and it goes with the first full collection: as long as it counts, garbage may grow by
+# its size, 20 MB a request. Where the preload did not run, the plugin closes the timers.
 # Where not exactly these two are found (another Bun, macOS, no /proc) it closes none and says so:
 # later processes collect no garbage at all. When every opencode that is supported carries the
-# mended Bun, CLOSE_TIMERS, PRELOAD, Opencode.collects_rarely and BUN_JSC_useGC can go.
+# mended Bun, CLOSE_TIMERS, PRELOAD, Opencode._collects_rarely and BUN_JSC_useGC can go.
 
 CLOSE_TIMERS = r"""
 import { closeSync, openSync, readdirSync, readFileSync, readlinkSync } from "node:fs"
@@ -9707,10 +9837,8 @@ PRELOAD = (
 delete process.env.BUN_INSPECT_PRELOAD // not for what opencode starts
 globalThis.opencodeProxyHasClosedTimers = closeTimers()
 const BALLAST_BYTES = 2 ** 31
-const BALLAST_MILLISECONDS = 1500
 try {
-  globalThis.opencodeProxyBallast = new ArrayBuffer(BALLAST_BYTES)
-  setTimeout(() => delete globalThis.opencodeProxyBallast, BALLAST_MILLISECONDS).unref()
+  new ArrayBuffer(BALLAST_BYTES)
 } catch {} // no room for it (RLIMIT_AS, strict overcommit): the start collects garbage
 """
 )

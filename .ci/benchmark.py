@@ -40,6 +40,7 @@ import rig
 
 IDLE_CONNECTIONS = 500
 LOOK_SECONDS = 0.3  # between looks at the memory
+IDLE_SECONDS = 2.0  # until a process has collected its garbage
 DELAY_TOKENS = 200
 DELAY_INTERVAL = 0.02
 PAUSELESS_TOKENS = 20_000
@@ -439,6 +440,7 @@ class Measures:
                 for _ in range(count):
                     answers.append([ask(proxy.url, rig.Question())])
             rig.tests.eventually(proxy.is_quiet, rig.PATIENCE_SECONDS)
+            time.sleep(IDLE_SECONDS)
             figures = cost.figures(count)
             figures["cpu"] = rig.cpu_seconds(proxy.pid) / count  # with the start
             figures["rest"] = max(rig.pss([pid]) for pid in proxy.opencodes())
