@@ -1338,6 +1338,8 @@ ERRORS_IN_ANSWERS = {
     "... as a field": ({"code": "usage_limit_reached", "resets_in_seconds": 90}, 429, "90"),
     "... as Google says it": ({"code": 429, "details": [RETRY_INFO]}, 429, "35"),
     "... that is no time": ({"code": 429, "retry_after": -1}, 429, None),
+    "... with details that are none": ({"code": 429, "details": True}, 429, None),
+    "... that is no number": ({"code": 429, "details": [{"retryDelay": "1.2.3s"}]}, 429, None),
     "a quota": ({"code": "insufficient_quota", "message": "again in 5s"}, 429, None),
     "Anthropic's overload": ({"type": "overloaded_error"}, 503, None),
     "Anthropic's number for it": ({"code": 529}, 503, None),
@@ -5479,6 +5481,10 @@ class FaultTest(FakeCase):
             "do subprocess.Popen(['sleep', '5'], start_new_session=True); os._exit(0)"
         ),
     }
+    LATE_FAULTS = {
+        "a dropped connection": "report('error', network='ECONNRESET', message='reset'); rest(600)",
+        "an end of the process": "os._exit(3)",
+    }
     BROKEN_LINES = {
         "too long": "report('data', text='x' * (17 << 20))",
         "broken off": "write(line(method='proxy/data', params=own)[:-9] + '\\n')",
@@ -5587,6 +5593,23 @@ while 'reply refused' not in open(HERE + '/journal').read(): rest(0.02)"""
                 self.assertEqual(other.result(), self.journal("pid")[-1] + " b")
                 self.assert_error(reply, 502, "opencode_failed")
 
+    def test_what_fails_behind_the_finish_reason_takes_nothing(self):
+        running = self.start(spares=1)
+        for name, script in self.LATE_FAULTS.items():
+            with self.subTest(name):
+                script = f"do say('all'); data(chunk({{}}, 'stop')); {script}"
+                self.assertEqual(running.content(script), "all")
+                events = running.stream(script)
+                self.assertEqual(deltas_of(events)[-2:], [{"content": "all"}, {}])
+                self.assertEqual(events[-1], "[DONE]")
+
+    def test_a_defect_in_one_of_several_choices_is_an_internal_error(self):
+        running = self.start()
+        defect = RecursionError("a defect of the program")  # which is a RuntimeError
+        with unittest.mock.patch.object(proxy, "chat_conversation", side_effect=defect):
+            status, answer = running.chat(n=2)
+        self.assertEqual((status, answer["error"]["type"]), (500, "server_error"))
+
     def test_a_silent_provider_fails_the_request_after_the_time_out(self):
         clock = self.wind()
         running = self.start(spares=1, timeout=300.0)
@@ -5674,6 +5697,22 @@ class PingTest(FakeCase):
             self.clock.ahead += 86401
             lines_until(answer, b'"code":"timeout"')
             lines_until(answer, b"data: [DONE]")
+
+
+class HandOverTest(unittest.TestCase):
+    """The last of a body goes to opencode, or the turn has left: never both."""
+
+    def setUp(self):
+        self.turn = proxy.Turn(0, None, None, None, 300.0)
+        self.turn.session_id = "its own"
+
+    def test_a_turn_that_waits_hands_over(self):
+        self.assertTrue(self.turn.may_hand_over("its own"))
+        self.assertTrue(self.turn.handed_over)
+
+    def test_a_session_that_was_left_gets_nothing(self):
+        self.assertFalse(self.turn.may_hand_over("one before"))
+        self.assertFalse(self.turn.handed_over)
 
 
 class LeavingTest(FakeCase):
@@ -5803,6 +5842,14 @@ class StartTest(FakeCase):
                 self.mode(mode)
                 self.start()
 
+    def test_a_wrapper_that_redirects_stderr_is_waited_for(self):
+        self.patch(proxy, STOP_SECONDS=0.1)
+        redirect = "os.dup2(os.open(os.devnull, os.O_WRONLY), 2)"
+        self.mode(f"if not fake.is_acp: {redirect}; time.sleep(1)")
+        running = self.start()
+        self.mode("")
+        self.assertEqual(running.content("well"), "well")
+
     def test_an_opencode_that_does_not_answer_is_said(self):
         self.patch(proxy, START_SECONDS=0.7)
         self.mode("if fake.is_acp: time.sleep(600)")
@@ -5904,6 +5951,30 @@ class StartTest(FakeCase):
         self.assertLessEqual(len(self.journal("start")), before + proxy.MAX_ATTEMPTS)
         self.let_go()
         self.assertEqual(answer.result(), "first")
+
+    def test_a_failed_start_fails_nobody_who_waits_for_a_place(self):
+        self.patch(proxy, MAX_TURNS_PER_PROCESS=1, RETRY_SECONDS=0.01, MAX_RETRY_SECONDS=0.01)
+        running = self.start(spares=1, max_concurrency=1)
+        self.mode(FAILS)
+        answer = self.background.submit(running.content, "do say('first'); hold()")
+        self.assertTrue(self.noted("post"))
+        waiting = self.background.submit(running.content, "second")
+        self.assertTrue(running.becomes(waiting=1))
+        self.assertTrue(self.noted("start", count=3 + 2 * proxy.MAX_ATTEMPTS))
+        self.assertEqual(running.health()["waiting"], 1)
+        self.mode("")
+        self.let_go()
+        self.assertEqual((answer.result(), waiting.result()), ("first", "second"))
+
+    def test_a_request_that_comes_during_a_long_pause_shortens_it(self):
+        self.patch(proxy, TEND_SECONDS=600.0, RETRY_SECONDS=600.0, MAX_RETRY_SECONDS=600.0)
+        self.patch(proxy, MAX_WAITED_RETRY_SECONDS=1.0)
+        running = self.start(spares=1)
+        self.mode(FAILS)
+        os.kill(opencode_pids()[0], signal.SIGKILL)
+        self.assertTrue(eventually(lambda: running.health()["last_error"]))
+        self.mode("")
+        self.assertEqual(running.content("well"), "well")
 
     def test_starts_that_fail_pause_although_requests_wait(self):
         pause = 0.5
@@ -6404,6 +6475,18 @@ report("finish", finish="length", tokens={"input": 7, "output": 13, "reasoning":
         self.assertEqual(sessions, [2, 1])
         self.assertEqual(len(self.journal("post")), 3)
 
+    def test_a_format_that_changed_with_the_catalog_is_found_out_anew(self):
+        running = self.start(spares=1)
+        running.content(self.ANSWER, model="other/m")
+        self.assertEqual(running.chat(model="other/m", tools=[self.TOOL])[0], 400)
+        self.mode("fake.paths.clear()")
+        self.auth.write_text('{"other":{}}')
+
+        def has_changed():
+            return running.chat("well", model="other/m", tools=[self.TOOL])[0] == 200
+
+        self.assertTrue(eventually(has_changed))
+
     def test_a_refusal_that_opencode_gets_is_passed_on(self):
         body = json.dumps({"error": {"message": "slow down"}})
         script = f"do report('refused', status=429, headers={{}}, body={body!r})"
@@ -6427,6 +6510,12 @@ class PassThroughTest(FakeCase):
         "responses": ("/v1/responses", RESPONSES, "input", {"reasoning": {"effort": "low"}}),
         "messages": ("/v1/messages", MESSAGES, "messages", {"max_tokens": 7, "temperature": 1.0}),
     }
+    ENDS = (  # of what was sent when the connection drops, whether the client is told
+        ("lines of Unix", "\n\n", True),
+        ("lines of the Internet", "\r\n\r\n", True),
+        ("half an event", "\n", False),
+        ("half an event, lines of the Internet", "\r\n", False),
+    )
     ANSWER = 'event: a\r\ndata: {"text": "w\u00f6r"}\r\n\r\n: odd\n\ndata: [DONE]\n\n'
 
     def ask(self, running, name, script, model=None, **headers):
@@ -6449,6 +6538,17 @@ class PassThroughTest(FakeCase):
                 sent = json.loads(self.journal("sent")[-1].partition(" ")[2])
                 self.assertIn(sent.pop("store", False), (False,))
                 self.assertEqual(sent, body)
+
+    def test_an_error_follows_whole_events_only(self):
+        running = self.start(spares=1, requests_per_process=100)
+        for name, end, is_told in self.ENDS:
+            with self.subTest(name):
+                script = f"do data({'data: 1' + end!r}); report('error', network='x', message='y')"
+                try:
+                    (status, _, data), _ = self.ask(running, "messages", script)
+                except http.client.IncompleteRead as cut:
+                    data = cut.partial
+                self.assertEqual(b"event: error\n" in data, is_told, data)
 
     def test_headers_of_the_format_go_along_and_no_others(self):
         beta = "interleaved-thinking-2025-05-14"  # one that Copilot takes
@@ -10625,6 +10725,13 @@ class ImageTest(ImageStoreCase):
         with unittest.mock.patch.object(proxy, "IMAGE_SECONDS", 0.2):
             with self.assertRaisesRegex(proxy.ImageError, "did not come|timed out"):
                 self.fetch("/slow")
+
+    def test_a_refused_thread_is_said(self):
+        refused = RuntimeError("can't start new thread")
+        with unittest.mock.patch.object(threading.Thread, "start", side_effect=refused):
+            with self.assertRaises(proxy.APIError) as caught:
+                self.fetch("/a.png")
+        self.assertEqual((caught.exception.status, caught.exception.code), (503, "too_busy"))
 
     def test_a_client_that_leaves_ends_the_wait(self):
         gone = unittest.mock.Mock(side_effect=proxy.ClientDisconnected("the client hung up"))
