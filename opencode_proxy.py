@@ -149,6 +149,7 @@ DEFAULT_MODEL = "github-copilot/gpt-4.1"
 SUCCESSORS = ("github-copilot/gpt-5-mini", "github-copilot/gpt-5.4-mini", "github-copilot/gpt-5.5")
 MIN_OPENCODE = (1, 17, 0)  # older ones send no session header or keep sessions on disk
 LOOK_SECONDS = 0.25  # the longest wait for opencode or a provider without a look at the client
+SHORT_LOOK_SECONDS = 0.02  # between looks at what is about to happen, where nothing tells of it
 
 # ------------------------------------------------------------------------------------------- limits
 # Each says what it protects, or what it protects against.
@@ -196,7 +197,7 @@ LINE_HEAD_BYTES = 4 << 10  # of a line that is too long: enough to tell whose it
 MAX_WORDS_CHARACTERS = 500  # of what a process said last, in an error
 MAX_STDERR_BYTES = 4 << 10  # memory: the end of what a process says on stderr
 MAX_ERROR_CHARACTERS = 64 << 10  # memory: the beginning of an answer that may be no stream
-MAX_TURNS_PER_PROCESS = 32  # answers that a process which ends takes with it
+MAX_TURNS_PER_PROCESS = 32  # answers that are lost when a process dies
 MIN_MEMORY_BYTES = 3 << 30  # a machine with less does not bear processes that collect no garbage
 LARGE_HEAP_BYTES = 256 << 20  # ... whose heap is let grow so far between collections
 WORN_GROWTH_BYTES = 400 << 20  # memory: a fresh process takes the place of one that grew by more
@@ -5905,9 +5906,10 @@ NEVER_MILLISECONDS = 10**9  # opencode gives an answer up after 5 minutes; 1.17.
 class Opencode:
     """The installed opencode, and what every process of it is started with.
 
-    `catalog`, `trim` and `foreign` are exchanged or changed as a whole, by the thread of the
-    CatalogWatch or of a process, and read by all. `_lock` is for what is made in the private
-    directory. `pids` are those of all processes that run, for `reap_orphans`.
+    `catalog` and `trim` are exchanged as a whole, by the thread of the CatalogWatch or of a
+    process, and read by all; to `foreign`, which goes with the catalog, the threads of turns add.
+    `_lock` is for what is made in the private directory. `pids` are those of all processes that
+    run, for `reap_orphans`.
     """
 
     def __init__(self, path: str, requested_model: str | None = None) -> None:
@@ -7255,6 +7257,12 @@ def shutting_down() -> APIError:
 class Pool:
     """Owns every opencode process and the queue of turns.
 
+    A turn gets a process that is ready, a fresh one or one that may serve more; where there is
+    none, one starts for it. Besides, --spares fresh processes are kept ready. A process that has
+    served --requests-per-process turns, has grown or is old, is worn: as soon as another can take
+    its place it gets no turns, and it ends when it answers none. With the default of 1 every
+    process is worn by its first answer: under load one process is shared until a fresh one is up.
+
     `_lock` protects `_processes` and their accounts (state, turns, served, size, idle_since),
     `_waiting`, `_turns` (those that have a process) and the account of failed starts. Each process
     has a thread from its start to its end (`_live`); the pool's own thread (`_tend`) looks at all
@@ -7561,7 +7569,7 @@ class Pool:
             raise StartError(f"--model {name} is not offered; these are, among others: {offered}")
 
     def _start_first(self) -> None:
-        while not self.closing.wait(LOOK_SECONDS / 10):
+        while not self.closing.wait(SHORT_LOOK_SECONDS):
             with self._changing():
                 self._failed_at = -math.inf
                 if self._in(READY):
@@ -7643,7 +7651,7 @@ class Pool:
         self.watch.wake()
         deadline = time.monotonic() + 3 * STOP_SECONDS
         while self._is_busy() and time.monotonic() < deadline:
-            time.sleep(LOOK_SECONDS / 25)
+            time.sleep(SHORT_LOOK_SECONDS)
         self.opencode.close()
 
     def _is_busy(self) -> bool:
@@ -7712,7 +7720,7 @@ class CatalogWatch:
                 raise APIError(503, message, code="opencode_failed")
             self.wake()
             look()
-            time.sleep(LOOK_SECONDS / 10)
+            time.sleep(SHORT_LOOK_SECONDS)
         return self._opencode.catalog
 
     def wake(self) -> None:
@@ -8962,9 +8970,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     """Accepts connections, one daemon thread each, as many as there may be; owns the pool.
 
     A connection is idle while it has no complete head of a request: then it may be ended, to make
-    room or because the server stops. Until then, the bytes of its body count. `_lock` protects
-    `_idle`, whose first is idle for longest, `_busy`, which counts each one's bytes, and
-    `_told_health`.
+    room or because the server stops. Otherwise it is busy, and the bytes of its request's body
+    count until that is answered. `_lock` protects `_idle`, whose first is idle for longest,
+    `_busy`, which counts each one's bytes, and `_told_health`.
     """
 
     daemon_threads = True
@@ -9707,10 +9715,7 @@ def make_server(settings: argparse.Namespace) -> ProxyServer:
     trace = None
     if settings.verbose:
         trace = trace_message
-    try:
-        pool = Pool(Opencode(path, settings.model), settings, trace)
-    except OSError as error:
-        raise StartError(f"cannot make a temporary folder: {error}") from None
+    pool = Pool(Opencode(path, settings.model), settings, trace)
     try:
         return ProxyServer(settings, pool)
     except (OSError, UnicodeError) as error:
