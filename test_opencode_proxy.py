@@ -8426,12 +8426,6 @@ class ServeTest(unittest.TestCase):
         self.assertIn(f"cannot listen on 127.0.0.1:{port}: Address", str(caught.exception))
         self.assertTrue(self.pool.closing.is_set())
 
-    def test_a_temporary_folder_that_cannot_be_made(self):
-        self.patch(Opencode=unittest.mock.Mock(side_effect=OSError("disk full")))
-        with self.assertRaises(proxy.StartError) as caught:
-            proxy.serve(settings())
-        self.assertEqual(str(caught.exception), "cannot make a temporary folder: disk full")
-
 
 class MainTest(unittest.TestCase):
     """The program as a process, on a stub pool."""
