@@ -1097,7 +1097,6 @@ CLOSERS = {"{": "}", "[": "]"}
 JSON_STRING_OR_BRACKET = re.compile(r'"((?:[^"\\]|\\.)*)("?)|[\[\]{}]', re.DOTALL)
 NO_RESULT = "No result"  # where a client has cut it off its history
 ORPHAN_RESULT = "Result of a tool:"  # ... or the call
-MAX_CACHE_MARKS = 4  # Anthropic takes no more
 JSON_ONLY = "Answer with a single JSON object and nothing else: no Markdown, no explanation."
 # What /messages calls the choices of tools.
 CLAUDE_CHOICES = {
@@ -2485,32 +2484,17 @@ def add_blocks(turns: list[Json], role: str, blocks: list[Json]) -> None:
     turns[-1]["content"] += blocks
 
 
-def mark_for_cache(block: Json) -> None:
-    """Let the provider keep all up to this block for the next request."""
-    block["cache_control"] = {"type": "ephemeral"}
-
-
 def wants_json_object(request: ChatRequest) -> bool:
     return bool(request.body.get("response_format", {}).get("type") == "json_object")
 
 
-def keep_last_marks(body: Json) -> None:
-    """Leave as many of the client's own marks as Anthropic takes, those that reach furthest."""
-    marked = []
-    for block in [*body["tools"], *body["system"]]:
-        if "cache_control" in block:
-            marked.append(block)
-    for turn in body["messages"]:
-        for block in turn["content"]:
-            if "cache_control" in block:
-                marked.append(block)
-    for block in marked[:-MAX_CACHE_MARKS]:
-        del block["cache_control"]
-    if marked:
+def mark_for_cache(body: Json) -> None:
+    """Let the provider keep the prompt for the next request, unless the client has its own marks."""
+    if marked_in(body):
         return
     if body["system"]:
-        mark_for_cache(body["system"][-1])
-    mark_for_cache(body["messages"][-1]["content"][-1])
+        body["system"][-1]["cache_control"] = {"type": "ephemeral"}
+    body["messages"][-1]["content"][-1]["cache_control"] = {"type": "ephemeral"}
 
 
 def block_of(item: Json, param: str) -> Json:
@@ -2709,7 +2693,7 @@ class Messages(WireFormat):
         body["tools"] = self._tools()
         if body["tools"]:
             body["tool_choice"] = choice
-        keep_last_marks(body)
+        mark_for_cache(body)
         return drop_empty(body)
 
     def _restore_thoughts(self, body: Json) -> None:
@@ -3052,7 +3036,7 @@ MIN_THINKING_TOKENS = 1024
 MAX_THINKING_TOKENS = 16000  # what opencode asks for
 MAX_CALL_ID_CHARACTERS = 64
 MAX_CHAT_CALL_ID_CHARACTERS = 40
-MAX_CACHE_MARKS = 4
+MAX_CACHE_MARKS = 4  # Anthropic's
 MISTRAL_ID = re.compile("[a-zA-Z0-9]{9}")
 CLAUDE_VERSION = re.compile(r"claude-[a-z]+-(\d+)(?:[.-](\d{1,2}))?(?!\d)")
 MEDIA_TYPES = (  # of images, by how their bytes begin

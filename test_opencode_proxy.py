@@ -2317,7 +2317,11 @@ HISTORY_ROWS = (
         "more marks than four",
         AT_MESSAGES,
         {"messages": [said("user", *[{**text("a"), **MARK}] * 5)]},
-        {"messages": [said("user", text("a"), *[{**text("a"), **MARK}] * 4)]},
+        {
+            "messages": [
+                said("user", {**text("a"), **MARK}, text("a"), *[{**text("a"), **MARK}] * 3)
+            ]
+        },
     ),
     Row(
         "marks where nobody knows them",
