@@ -2402,10 +2402,9 @@ def turns_of(request: ChatRequest) -> tuple[list[Json], list[Json]]:
     """
     turns: list[Json] = []
     system: list[Json] = []
-    ids = ClaudeIds()
     last = len(request.messages) - 1
     for index, (role, said, param) in enumerate(convert_messages(request)):
-        blocks = said_blocks(said, param, ids)
+        blocks = [block_of(item, param) for item in said]
         if role in SYSTEM_ROLES and not turns and index != last:
             system += blocks
         elif role == "assistant":
@@ -2416,19 +2415,6 @@ def turns_of(request: ChatRequest) -> tuple[list[Json], list[Json]]:
         raise invalid("This model needs a message of the user", "messages")
     pair_results(turns)
     return turns, system
-
-
-def said_blocks(said: list[Json], param: str, ids: ClaudeIds) -> list[Json]:
-    """Return what a message says as content blocks, its calls and results with new ids."""
-    blocks = []
-    for item in said:
-        block = block_of(item, param)
-        if block["type"] == "tool_use":
-            block["id"] = ids.of_call(item["call_id"])
-        elif block["type"] == "tool_result":
-            block["tool_use_id"] = ids.of_result(item["call_id"])
-        blocks.append(block)
-    return blocks
 
 
 def pair_results(turns: list[Json]) -> None:
@@ -2450,22 +2436,24 @@ def pair_results(turns: list[Json]) -> None:
 
 
 def with_results(blocks: list[Json], calls: list[str]) -> list[Json]:
-    """Return a turn of the user with one result for each of `calls`, before all else."""
-    known = set(calls)
-    results: dict[str, Json] = {}
+    """Return a turn of the user with one result for each of `calls`, before all else.
+
+    Calls may have the same id: clients use one again.
+    """
+    waiting = collections.Counter(calls)  # calls without a result
+    results: list[Json] = []
     others: list[Json] = []
     for block in blocks:
         if block["type"] != "tool_result":
             others.append(block)
-        elif block["tool_use_id"] in known and block["tool_use_id"] not in results:
-            results[block["tool_use_id"]] = block
+        elif waiting[block["tool_use_id"]] > 0:
+            waiting[block["tool_use_id"]] -= 1
+            results.append(block)
         else:
             others += result_as_text(block["content"])
-    for call_id in calls:
-        if call_id not in results:
-            result = {"type": "tool_result", "tool_use_id": call_id, "content": NO_RESULT}
-            results[call_id] = result
-    return [*results.values(), *others]
+    for call_id in waiting.elements():
+        results.append({"type": "tool_result", "tool_use_id": call_id, "content": NO_RESULT})
+    return [*results, *others]
 
 
 def result_as_text(content: Any) -> list[Json]:
@@ -2547,39 +2535,6 @@ def tool_result_block(item: Json, param: str) -> Json:
             content.append(block)
     result["content"] = content
     return result
-
-
-class ClaudeIds:
-    """Gives the calls of one conversation ids that the format takes: its characters, each once.
-
-    Clients use an id again in a later turn, and two ids may become one by replacing characters. A
-    result belongs to the latest call of its id.
-    """
-
-    def __init__(self) -> None:
-        self._used: set[str] = set()
-        self._counts: dict[str, int] = {}  # calls whose ids are the same by their characters
-        self._latest: dict[str, str] = {}  # by the client's id
-
-    def of_call(self, call_id: str) -> str:
-        """Return a new id for a call."""
-        plain = claude_id(call_id)
-        new_id = plain
-        while new_id in self._used:
-            self._counts[plain] = self._counts.get(plain, 1) + 1
-            new_id = f"{plain}_{self._counts[plain]}"
-        self._used.add(new_id)
-        self._latest[call_id] = new_id
-        return new_id
-
-    def of_result(self, call_id: str) -> str:
-        """Return the id of the call that a result belongs to, "" where there is none."""
-        return self._latest.get(call_id, "")
-
-
-def claude_id(call_id: str) -> str:
-    """Return the id of a call in the characters that the format allows."""
-    return re.sub("[^a-zA-Z0-9_-]|^$", "_", call_id)
 
 
 def read_arguments(text: str) -> Json:
@@ -3445,13 +3400,15 @@ def hashed(text: str, size: int) -> str:
 class CallIds:
     """Gives the calls of a conversation ids that a service takes, and the same to their results.
 
-    A result belongs to the last call before it that had its id; of several with one id in one
+    Clients use an id again in a later turn, and two ids may become one by what `make` does. A
+    result belongs to the last call before it that had its id; of several with one id in one
     turn, to each in turn. What an id becomes depends on nothing that comes after it.
     """
 
     def __init__(self, make: Callable[[str], str]) -> None:
         self._make = make
         self._used: set[str] = set()
+        self._counts: dict[str, int] = {}  # calls that would have got the same id
         self._ids: dict[str, list[str]] = {}  # new ones, by the old ones, of calls without results
         self._has_results = False  # since the last call
 
@@ -3463,11 +3420,11 @@ class CallIds:
         if self._has_results:
             self._has_results = False
             self._ids.clear()
-        new = self._make(old)
-        number = 1
+        first = self._make(old)
+        new = first
         while new in self._used:
-            number += 1
-            new = self._make(f"{old}_{number}")
+            self._counts[first] = self._counts.get(first, 1) + 1
+            new = self._make(f"{old}_{self._counts[first]}")
         self._used.add(new)
         self._ids.setdefault(old, []).append(new)
         holder[name] = new
@@ -4185,6 +4142,11 @@ def say_ids_once(body: Json, target: Target) -> None:
             ids.call(block, "id")
         else:
             ids.result(block, "tool_use_id")
+
+
+def claude_id(call_id: str) -> str:
+    """Return the id of a call in the characters that Anthropic takes."""
+    return re.sub("[^a-zA-Z0-9_-]|^$", "_", call_id)
 
 
 @quirk(Messages, takes_no_prefill)

@@ -2232,6 +2232,22 @@ HISTORY_ROWS = (
         },
     ),
     Row(
+        "one id for two calls of a turn, and three results",
+        AT_MESSAGES,
+        {"messages": [asks("c", "{}"), asks("c", "{}"), DONE, {**DONE, "content": "s"}, DONE]},
+        {
+            "messages": [
+                said("assistant", used("c"), used("c_2")),
+                said(
+                    "user",
+                    result("c"),
+                    result("c_2", "s"),
+                    {**text("Result of a tool: r"), **MARK},
+                ),
+            ]
+        },
+    ),
+    Row(
         "a result without a call",
         AT_MESSAGES,
         {"messages": [DONE]},
@@ -3891,6 +3907,19 @@ class QuirkTest(unittest.TestCase):
                 if body != row.before:
                     changing.add(row.quirk)
         self.assertEqual({quirk.repair.__name__ for quirk in proxy.QUIRKS} - changing, set())
+
+    def test_ids_are_made_unique_in_linear_time(self):
+        for name, call_ids in (
+            ("one id", ["c"] * 50000),
+            ("ids that become one", [f"c{chr(0x4E00 + number)}" for number in range(20000)] * 2),
+        ):
+            with self.subTest(name):
+                body = spoken(said("assistant", *[use(call_id) for call_id in call_ids]))
+                start = time.process_time()
+                proxy.say_ids_once(body, None)
+                self.assertLess(time.process_time() - start, 5)
+                found = {block["id"] for block in body["messages"][0]["content"]}
+                self.assertEqual(len(found), len(call_ids))
 
     def test_a_quirk_says_what_was_observed(self):
         for quirk in proxy.QUIRKS:
