@@ -1105,8 +1105,6 @@ CLAUDE_CHOICES = {
     "required": "any",
     "function": "tool",
 }
-EMPTY_SCHEMA: Json = {"type": "object", "properties": {}}
-FUNCTION_DEFAULTS: Json = {"strict": False, "parameters": EMPTY_SCHEMA}
 CALL_DELTA = {"function_call_arguments": "function", "custom_tool_call_input": "custom"}
 # The texts of /responses, by the names of their events: where a chat completion has them.
 TEXT_FIELDS = {
@@ -1941,17 +1939,6 @@ class WireFormat(abc.ABC):
             yield Event({"tool_calls": [entry]})
 
 
-def with_schemas(tools: list[Json]) -> list[Json]:
-    """Return tools whose functions have a schema, be it an empty one: services insist on it."""
-    complete = []
-    for tool in tools:
-        function = tool.get("function")
-        if isinstance(function, dict) and not function.get("parameters"):
-            tool = {**tool, "function": {**function, "parameters": EMPTY_SCHEMA}}
-        complete.append(tool)
-    return complete
-
-
 class ChatCompletions(WireFormat):
     """/chat/completions: the client's own words, and the provider's."""
 
@@ -1970,8 +1957,6 @@ class ChatCompletions(WireFormat):
         for name, value in self.request.body.items():
             if name not in PROXY_FIELDS:
                 body[name] = value
-        if "tools" in self.request.body:
-            body["tools"] = with_schemas(self.request.body["tools"])
         stream_options = self.request.body.get("stream_options", {})
         body["stream_options"] = {**stream_options, "include_usage": True}
         return body
@@ -2227,8 +2212,7 @@ class Responses(WireFormat):
             tool = {**tool}
             tool.pop("cache_control", None)  # Anthropic's
             if tool["type"] == "function":
-                tool = {**FUNCTION_DEFAULTS, **tool}
-                tool["parameters"] = tool["parameters"] or EMPTY_SCHEMA
+                tool.setdefault("strict", False)  # which /responses takes for true
             tools.append(tool)
         return tools
 
@@ -2695,7 +2679,7 @@ class Messages(WireFormat):
             if tool["type"] == "custom":
                 raise invalid("This model takes no custom tools", param)
             if tool["type"] == "function":
-                schema = {"type": "object", **(tool.get("parameters") or EMPTY_SCHEMA)}
+                schema = tool.get("parameters")
                 tool = {**tool, "input_schema": schema, "parameters": None, "type": None}
             tools.append(drop_empty(tool))
         return tools
