@@ -3699,11 +3699,16 @@ def say_enum_in_strings(schema: Json) -> None:
 
 def say_items(schema: Json) -> None:
     """Say of an array what its items are: one schema."""
+    say_one_schema_of_items(schema)
+    if schema.get("type") == "array" and not schema.get("items"):
+        schema["items"] = {"type": "string"}
+
+
+def say_one_schema_of_items(schema: Json) -> None:
+    """Put the first schema in the place of a list of them, one for each item."""
     items = schema.get("items")
     if isinstance(items, list):
         schema["items"] = items[0] if items else {}
-    if schema.get("type") == "array" and not schema.get("items"):
-        schema["items"] = {"type": "string"}
 
 
 def require_what_is_there(schema: Json) -> None:
@@ -3818,9 +3823,7 @@ def simplify_schemas_for_kimi(body: Json, target: Target) -> None:
         for schema in schemas_in(function.get("parameters")):
             if isinstance(schema.get("$ref"), str):
                 keep_only(schema, ("$ref",))
-            items = schema.get("items")
-            if isinstance(items, list):
-                schema["items"] = items[0] if items else {}
+            say_one_schema_of_items(schema)
 
 
 @quirk(ChatCompletions, is_xai)
