@@ -3869,7 +3869,7 @@ def raise_max_output_tokens(body: Json, target: Target) -> None:
 @quirk(Responses, always)
 def shorten_call_ids(body: Json, target: Target) -> None:
     """OpenAI, Copilot: "'input[1].call_id': string too long", more than 64 (2026)."""
-    ids = CallIds(short_id)
+    ids = CallIds(lambda call_id: short_id(call_id, MAX_CALL_ID_CHARACTERS))
     for item in objects(body.get("input")):
         if str(item.get("type")).endswith("_output"):
             ids.result(item, "call_id")
@@ -3877,8 +3877,9 @@ def shorten_call_ids(body: Json, target: Target) -> None:
             ids.call(item, "call_id")
 
 
-def short_id(call_id: str) -> str:
-    if 0 < len(call_id) <= MAX_CALL_ID_CHARACTERS:
+def short_id(call_id: str, limit: int) -> str:
+    """Return the id of a call, another one where it is empty or has more characters."""
+    if 0 < len(call_id) <= limit:
         return call_id
     return "call_" + hashed(call_id, 24)
 
@@ -3886,13 +3887,8 @@ def short_id(call_id: str) -> str:
 @quirk(ChatCompletions, is_openai_or_copilot)
 def shorten_chat_call_ids(body: Json, target: Target) -> None:
     """OpenAI, Copilot: "'messages[1].tool_calls[0].id': string too long", more than 40 (2025)."""
-    rename_chat_calls(body, CallIds(short_chat_id))
-
-
-def short_chat_id(call_id: str) -> str:
-    if 0 < len(call_id) <= MAX_CHAT_CALL_ID_CHARACTERS:
-        return call_id
-    return "call_" + hashed(call_id, 24)
+    ids = CallIds(lambda call_id: short_id(call_id, MAX_CHAT_CALL_ID_CHARACTERS))
+    rename_chat_calls(body, ids)
 
 
 @quirk(Responses, always)
