@@ -5007,7 +5007,11 @@ class WholeResponse:
 
 
 class NativeExchange(Exchange):
-    """A request and its answer in the client's own wire format, which the client judges itself."""
+    """A request and its answer in the client's own wire format, which the client judges itself.
+
+    It is made with `thoughts` as every exchange is, and needs none: the client's own format has a
+    place for them.
+    """
 
     def __init__(
         self, request: NativeRequest, model: Model, thoughts: Thoughts | None = None
