@@ -4907,7 +4907,8 @@ class StableIds:
     """Gives each item of a /responses stream one id in all events: the first one seen.
 
     Copilot names the same item differently in every event (2026), so that clients lose arguments or
-    give up. Only where ids differ is anything rewritten; an event leaves when it is complete.
+    give up. Only where ids differ is anything rewritten; an event leaves when it is complete. (It
+    cuts the events itself: an SSEReader gives their data, and here every byte must go on.)
     """
 
     EVENT_END = re.compile(r"\r?\n\r?\n")
@@ -8803,7 +8804,8 @@ TOKEN_COUNT_CHARACTERS = 40  # at most, of such a count
 class PassedAnswer:
     """What must be known of an answer that is passed through: for the log, and for its end.
 
-    An event stream can end so between two events. Anything else can only be cut.
+    An event stream can end so between two events. Anything else can only be cut. (It searches the
+    text and parses nothing: that serves every format, streamed or whole, complete or cut off.)
     """
 
     def __init__(
