@@ -1791,8 +1791,10 @@ class Target(NamedTuple):
 class WireFormat(abc.ABC):
     """One choice's exchange with a provider in an HTTP dialect, in both directions.
 
-    An encoder says what the format says and nothing else: what a service insists on beyond that
-    is a quirk. Only the thread of the request uses it.
+    An encoder makes what the format itself wants: a result for each call, in /messages turns that
+    alternate, texts and stop sequences that say something. What services insist on beyond that is a
+    quirk. There is one exception, `takes_reasoning_back`: only the encoder can tell what it puts
+    back from what the client says. Only the thread of the request uses it.
     """
 
     ending = ""  # of the URL's path
@@ -1976,7 +1978,7 @@ class ChatCompletions(WireFormat):
             thought = self._thought_of(call["id"])
             restored_calls.append({**thought.get("call", {}), **call})
             message_fields.update(thought.get("message", {}))
-        if not wants_reasoning_content(self.target):
+        if not takes_reasoning_back(self.target):
             message_fields.pop("reasoning_content", None)
         return {**message_fields, **message, "tool_calls": restored_calls}
 
@@ -2804,15 +2806,6 @@ class Messages(WireFormat):
         self.usage = token_usage(prompt, count_in(self._tokens, "output_tokens"), cached)
 
 
-def wants_reasoning_content(target: Target) -> bool:
-    """Tell whether a service takes its `reasoning_content` back: DeepSeek, Kimi (2026).
-
-    Others refuse the field, or have other names for it.
-    """
-    place = f"{target.host} {target.model.name}".lower()
-    return any(word in place for word in ("deepseek", "moonshot", "kimi"))
-
-
 def is_signed(block: Json) -> bool:
     """Tell whether Anthropic would take a block of thoughts for its own."""
     return bool(block.get("signature") or block.get("data"))
@@ -3226,6 +3219,14 @@ def is_moonshot(target: Target) -> bool:
 
 def is_kimi(target: Target) -> bool:
     return is_moonshot(target) or is_named(target, "kimi")
+
+
+def takes_reasoning_back(target: Target) -> bool:
+    """Tell whether a service takes its `reasoning_content` back: DeepSeek, Kimi (2026).
+
+    Others refuse the field, or have other names for it.
+    """
+    return is_deepseek(target) or is_kimi(target)
 
 
 def is_openrouter(target: Target) -> bool:
