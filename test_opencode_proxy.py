@@ -1882,10 +1882,10 @@ def asks(call_id, arguments, kind="function"):
     return {"role": "assistant", "tool_calls": [{"id": call_id, "type": kind, kind: inner}]}
 
 
-def wire(url=AT_CHAT, messages=(USER,), model=WARM, **fields):
+def wire(url=AT_CHAT, messages=(USER,), model=WARM, thoughts=None, **fields):
     body = json.dumps({"messages": list(messages), **fields}).encode()
     target = proxy.target_of(url, model)
-    return target.wire_format(proxy.parse_chat_request(body), target)
+    return target.wire_format(proxy.parse_chat_request(body), target, thoughts)
 
 
 def events(url, *messages, **fields):
@@ -10529,6 +10529,28 @@ class ThoughtsTest(unittest.TestCase):
         thoughts.store("p/m", "c", {"text": "x"})
         thoughts.clear()
         self.assertEqual(thoughts.recall("p/m", "c"), {})
+
+
+REASONERS = {
+    "DeepSeek": (DEEPSEEK, True),
+    "Kimi": (KIMI, True),
+    "DeepSeek behind a gateway": (named("openrouter/deepseek/deepseek-r1"), True),
+    "another model": (named("openrouter/z-ai/glm-5"), False),
+    "another model of a provider called so": (named("my-deepseek/m"), False),
+}
+
+
+class RestoredThoughtsTest(unittest.TestCase):
+    def test_reasoning_goes_back_to_who_takes_it(self):
+        for name, (model, takes_it) in REASONERS.items():
+            with self.subTest(name):
+                thoughts = proxy.Thoughts()
+                fields = {"reasoning_content": "r", "reasoning_opaque": "o"}
+                thoughts.store(model.name, "c", {"message": fields, "call": {}})
+                form = wire(AT_CHAT, [asks("c", "{}"), DONE], model, thoughts)
+                message = json.loads(form.body({}))["messages"][0]
+                self.assertEqual(message.get("reasoning_opaque"), "o")
+                self.assertEqual(message.get("reasoning_content"), "r" if takes_it else None)
 
 
 class ReasoningService:
