@@ -80,6 +80,8 @@ Glossary
     fresh      a process that has served nothing                    its wire format
     worn       one that serves only where no other can     target   where a body goes
     foreign    a wire format that only opencode knows      look     see "When the client hangs up"
+    reasoning  what a model says before its answer, for    thought  what is remembered with a call,
+               the client to read                                   for the provider to see again
 
 Facts about opencode were observed with versions 1.17.0 and 1.18.33.
 """
@@ -1526,13 +1528,13 @@ def url_citation(url: str, title: str, start: int, end: int) -> Json:
     return {"type": "url_citation", "url_citation": citation}
 
 
-def thought_in(said: Json) -> str:
+def take_reasoning(said: Json) -> str:
     """Take the reasoning out of a delta or a message; some providers send it under two names."""
-    thought = ""
+    reasoning = ""
     for name in REASONING_FIELDS:
         other = text_or_nothing(said.pop(name, None))
-        thought = thought or other
-    return thought or details_text(said.get("reasoning_details"))
+        reasoning = reasoning or other
+    return reasoning or details_text(said.get("reasoning_details"))
 
 
 def texts_in(content: list[Any]) -> str:
@@ -1544,16 +1546,16 @@ def texts_in(content: list[Any]) -> str:
     return "".join(texts)
 
 
-def thoughts_in(content: list[Any]) -> str:
-    """Return the thoughts of a content that comes in parts, with a blank line between them."""
-    thoughts = []
+def reasoning_in(content: list[Any]) -> str:
+    """Return the reasoning in a content that comes in parts, a blank line between two of them."""
+    texts = []
     for part in content:
-        thought = part.get("thinking") if part["type"] == "thinking" else None
-        if isinstance(thought, list):
-            thought = texts_in(thought)
-        if thought:
-            thoughts.append(text_or_nothing(thought))
-    return "\n\n".join(thoughts)
+        text = part.get("thinking") if part["type"] == "thinking" else None
+        if isinstance(text, list):
+            text = texts_in(text)
+        if text:
+            texts.append(text_or_nothing(text))
+    return "\n\n".join(texts)
 
 
 def details_text(details: Any) -> str:
@@ -1804,15 +1806,15 @@ class WireFormat(abc.ABC):
     ) -> None:
         self.request = request
         self.target = target
-        self.thoughts = thoughts or Thoughts()
+        self._thoughts = thoughts or Thoughts()
         self.finish_reason: str | None = None
         self.usage: Json | None = None
         self._calls = ToolCalls()
-        self._contents = TextParts()
-        self._thoughts = TextParts()
-        self._before_call: list[Json] = []  # thoughts as the provider wants them back
+        self._content_text = TextParts()
+        self._reasoning_text = TextParts()
+        self._before_call: list[Json] = []  # thoughts, for the call that follows
         self._open: set[Any] = set()  # parts of the answer that have begun and not ended
-        self._has_answered = False  # more than thoughts and sources has come
+        self._has_answered = False  # more than reasoning and sources has come
         self._goes_on = False  # behind a finish_reason, which some gateways put into every chunk
         self._frame: Json = {}  # what the client's chunks have in common, in the provider's words
         self._is_frame_new = False
@@ -1828,7 +1830,7 @@ class WireFormat(abc.ABC):
         """Put what is remembered of calls where this format wants it."""
 
     def _thought_of(self, call_id: Any) -> Json:
-        return self.thoughts.recall(self.target.model.name, str(call_id))
+        return self._thoughts.recall(self.target.model.name, str(call_id))
 
     @abc.abstractmethod
     def _encode(self, theirs: Json) -> Json:
@@ -1878,8 +1880,8 @@ class WireFormat(abc.ABC):
     def _store_before_call(self, call_id: Any) -> None:
         """Store the thoughts that stand before a call, each with the first call behind it."""
         if self._before_call and isinstance(call_id, str):
-            stored = {"before": self._before_call}
-            self.thoughts.store(self.target.model.name, call_id, stored)
+            thought = {"before": self._before_call}
+            self._thoughts.store(self.target.model.name, call_id, thought)
             self._before_call = []
 
     @property
@@ -1927,10 +1929,10 @@ class WireFormat(abc.ABC):
         return dict(self._frame)
 
     def _content(self, part: Any, text: str, logprobs: Any = None) -> Event:
-        return Event({"content": self._contents.add(part, text)}, logprobs)
+        return Event({"content": self._content_text.add(part, text)}, logprobs)
 
     def _reasoning(self, part: Any, text: str) -> Event:
-        return Event({"reasoning_content": self._thoughts.add(part, text)})
+        return Event({"reasoning_content": self._reasoning_text.add(part, text)})
 
     def _call(self, place: Any, piece: Json) -> Iterator[Event]:
         return self._call_events(self._calls.add(place, piece))
@@ -1951,8 +1953,8 @@ class ChatCompletions(WireFormat):
     ) -> None:
         super().__init__(request, target, thoughts)
         self._sources_sent: set[str] = set()
-        self._thought = Message()  # what came along with calls, in the provider's words
-        self._call_fields: dict[str, Json] = {}  # the same of single calls, by id
+        self._message_thoughts = Message()  # what came along with calls, in the provider's words
+        self._call_thoughts: dict[str, Json] = {}  # what came with single ones, by their ids
 
     def _encode(self, theirs: Json) -> Json:
         body = without_agent_fields(theirs)
@@ -2013,18 +2015,18 @@ class ChatCompletions(WireFormat):
 
     def _translated(self, said: Json, is_streamed: bool) -> Json:
         """Return a delta or a message of more than a text in OpenAI's words."""
-        self._note_thought(said)
+        self._note_message_thoughts(said)
         content = said.pop("content", None)
         calls = said.pop("tool_calls", [])
         legacy_call = said.pop("function_call", None)
         require_objects(said.get("reasoning_details", []))
         require_objects([said.get("audio", {})])
-        thought = thought_in(said)
+        reasoning = take_reasoning(said)
         if isinstance(content, list):  # Mistral's
-            thought += thoughts_in(content)
+            reasoning += reasoning_in(content)
             content = texts_in(content)
 
-        delta = {"reasoning_content": thought, "content": text_or_nothing(content), **said}
+        delta = {"reasoning_content": reasoning, "content": text_or_nothing(content), **said}
         delta["refusal"] = text_or_nothing(said.get("refusal"))
         if isinstance(said.get("annotations"), list):
             delta["annotations"] = [annotation_of(theirs) for theirs in said["annotations"]]
@@ -2032,25 +2034,25 @@ class ChatCompletions(WireFormat):
         for position, call in enumerate(calls):
             place = position if call.get("index") is None else call["index"]
             entries = self._calls.add(place if is_streamed else None, call)
-            self._note_call_fields(call, entries)
+            self._note_call_thoughts(call, entries)
             delta["tool_calls"] += entries
         if legacy_call:
             delta["tool_calls"] += self._calls.add("function_call", {"function": legacy_call})
         return drop_empty(delta)
 
-    def _note_thought(self, said: Json) -> None:
+    def _note_message_thoughts(self, said: Json) -> None:
         """Keep what of a delta the provider wants to see again."""
         for name in THOUGHT_FIELDS:
             if name in said:
-                self._thought.add({name: said[name]})
+                self._message_thoughts.add({name: said[name]})
 
-    def _note_call_fields(self, piece: Json, entries: list[Json]) -> None:
+    def _note_call_thoughts(self, piece: Json, entries: list[Json]) -> None:
         """Keep what of a call the provider wants to see again (Gemini's signature)."""
         if not isinstance(piece.get("extra_content"), dict):
             return
         for entry in entries:
             if entry.get("id"):
-                self._call_fields[entry["id"]] = {"extra_content": piece["extra_content"]}
+                self._call_thoughts[entry["id"]] = {"extra_content": piece["extra_content"]}
 
     def end(self, is_proven: bool = False) -> Iterator[Event]:
         """Yield what remains; remember what came along with the calls."""
@@ -2058,13 +2060,13 @@ class ChatCompletions(WireFormat):
         yield from super().end(is_proven)
 
     def _remember(self) -> None:
-        message = self._thought.whole()
-        thought = {name: message[name] for name in THOUGHT_FIELDS if name in message}
+        message = self._message_thoughts.whole()
+        message_fields = {name: message[name] for name in THOUGHT_FIELDS if name in message}
         for call_id in self._calls.ids:
-            fields = self._call_fields.get(call_id, {})
-            if thought or fields:
-                stored = {"message": thought, "call": fields}
-                self.thoughts.store(self.target.model.name, call_id, stored)
+            call_fields = self._call_thoughts.get(call_id, {})
+            if message_fields or call_fields:
+                thought = {"message": message_fields, "call": call_fields}
+                self._thoughts.store(self.target.model.name, call_id, thought)
 
     def _count(self, usage: Json | None) -> None:
         """Take a usage, which is OpenAI's, and more: every field passes."""
@@ -2271,7 +2273,7 @@ class Responses(WireFormat):
             self._open.add(index)
         call_type = CALL_OF_ITEM.get(str(item.get("type")))
         if is_done and item.get("type") == "reasoning":
-            self._note_reasoning(item)
+            self._note_thought(item)
         if is_done and call_type is not None:
             self._store_before_call(item.get("call_id"))
         if call_type is not None:
@@ -2283,7 +2285,7 @@ class Responses(WireFormat):
         elif is_done:
             yield from self._parts(index, item)
 
-    def _note_reasoning(self, item: Json) -> None:
+    def _note_thought(self, item: Json) -> None:
         """Keep a reasoning that can be shown again: without an id, which nobody stores."""
         if item.get("encrypted_content"):
             kept = {"type": "reasoning", "summary": item.get("summary") or []}
@@ -2341,7 +2343,7 @@ class Responses(WireFormat):
     def _annotation(self, part: Any, theirs: Any) -> Iterator[Event]:
         """Yield a citation; where its part and its item are whole they repeat it."""
         self._cited.add(part)
-        yield Event({"annotations": [annotation_of(theirs, self._contents.start)]})
+        yield Event({"annotations": [annotation_of(theirs, self._content_text.start)]})
 
     def _logprobs(self, theirs: Any) -> Json | None:
         """Return log probabilities in chat completions' shape, None without any."""
@@ -2638,7 +2640,7 @@ class Messages(WireFormat):
         return drop_empty(body)
 
     def _restore_thoughts(self, body: Json) -> None:
-        """Put blocks of thoughts before the call that followed them, and before its text."""
+        """Put blocks of thinking before the call that followed them, and before its text."""
         for turn in body["messages"]:
             blocks: list[Json] = []
             place = 0  # behind the last call
@@ -2756,25 +2758,25 @@ class Messages(WireFormat):
 
     @staticmethod
     def _add_to_thought(thought: Json, delta: Json) -> None:
-        """Complete a block of thoughts, which goes back exactly as it came."""
+        """Complete a block of thinking, which goes back exactly as it came."""
         for name in ("thinking", "signature"):
             piece = text_or_nothing(delta.get(name))
             if piece:
                 thought[name] = text_or_nothing(thought.get(name)) + piece
 
     def _say(self, index: Any, piece: Json) -> Iterator[Event]:
-        """Yield a piece of text or thought.
+        """Yield a piece of text or reasoning.
 
         A sentence that cites is several blocks of text, so a blank line stands only between texts
         with something else between them.
         """
         text = text_or_nothing(piece.get("text"))
-        thought = text_or_nothing(piece.get("thinking"))
+        reasoning = text_or_nothing(piece.get("thinking"))
         if text:
             yield self._content(self._run, text)
-            self._starts.setdefault(index, self._contents.end - len(text))
-        if thought:
-            yield self._reasoning(index, thought)
+            self._starts.setdefault(index, self._content_text.end - len(text))
+        if reasoning:
+            yield self._reasoning(index, reasoning)
 
     def _end_block(self, index: Any) -> Iterator[Event]:
         """Yield what is known of a block at its end: the input of a call, and what a text cites."""
@@ -2786,8 +2788,8 @@ class Messages(WireFormat):
             yield from self._call_events(self._calls.finish_at(index))
         annotations = []
         for citation in self._citations.pop(index, ()):
-            start = self._starts.get(index, self._contents.end)
-            annotations.append(claude_annotation(citation, start, self._contents.end))
+            start = self._starts.get(index, self._content_text.end)
+            annotations.append(claude_annotation(citation, start, self._content_text.end))
         if annotations:
             yield Event({"annotations": annotations})
 
@@ -2807,7 +2809,7 @@ class Messages(WireFormat):
 
 
 def is_signed(block: Json) -> bool:
-    """Tell whether Anthropic would take a block of thoughts for its own."""
+    """Tell whether Anthropic would take a block of thinking for its own."""
     return bool(block.get("signature") or block.get("data"))
 
 
@@ -4102,7 +4104,7 @@ def drop_blocks_that_say_nothing(body: Json, target: Target) -> None:
 
 
 def without_empty(content: Any) -> Any:
-    """Return a content without blocks of text or thoughts that have neither word nor signature."""
+    """Return a content without blocks of text or thinking that have neither word nor signature."""
     if isinstance(content, str):
         return content if content.strip() else ""
     if not isinstance(content, list):
@@ -4212,7 +4214,7 @@ def think_even_if_told_not_to(body: Json, target: Target) -> None:
 
 @quirk(Messages, thinks_as_it_likes)
 def think_without_budget(body: Json, target: Target) -> None:
-    """Claude 4.7 and newer refuse `enabled` with a budget; they show no thoughts unless asked."""
+    """Claude 4.7 and newer refuse `enabled` with a budget; they show no thinking unless asked."""
     if thinking_type(body) == "enabled":
         body["thinking"] = {"type": "adaptive", "display": "summarized"}
 
@@ -4230,7 +4232,7 @@ def think_with_budget(body: Json, target: Target) -> None:
 
 
 @quirk(Messages, always)
-def think_only_with_earlier_thoughts(body: Json, target: Target) -> None:
+def think_only_with_earlier_thinking(body: Json, target: Target) -> None:
     """Claude, told to think, refuses a result whose call has no thinking before it (2025)."""
     if thinking_type(body) != "enabled":
         return
