@@ -1392,7 +1392,10 @@ class ToolCalls:
             return None
         here = self._by_place.get(place)
         if here and call_id and here.their_id == call_id:
-            return here
+            return here  # some repeat the id with every piece
+
+        # An id that is known tells more than the place; with a name at another place it is one
+        # that the provider gave to two calls.
         call = self._by_id.get(call_id)
         if call and (call.place == place or not name):
             return call
@@ -1403,14 +1406,20 @@ class ToolCalls:
     @staticmethod
     def _is_another(call: ToolCall, call_id: str, name: str) -> bool:
         """Tell whether a piece where `call` is, with an unknown id or none, begins another."""
-        if not call.pieces:
-            if call_id and call.their_id:
-                return bool(name and call.name)
-            return bool(name and call.name and name != call.name and not call.their_id)
-        if name and call.name:
-            is_new = name != call.name or bool(call_id and call.their_id)
-            return is_new or call.is_complete
-        return bool(call_id and call.their_id) and call.is_complete
+        has_other_id = bool(call_id and call.their_id)
+        is_named_again = bool(name and call.name)
+        if has_other_id and is_named_again:
+            return True  # Ollama numbers every call 0, and gives each an id
+        if has_other_id:
+            # Poolside gives the later pieces of a call another id: it goes on until it is complete.
+            return bool(call.pieces) and call.is_complete
+        if not is_named_again:
+            return False  # OpenAI's own way: only the first piece has the id and the name
+        if call.pieces:
+            # Gemini numbers every call 0, without ids. MiniMax at NVIDIA repeats the name with every
+            # piece of a call: it goes on until it is complete.
+            return name != call.name or call.is_complete
+        return name != call.name and not call.their_id  # Gemini's, of a call without arguments
 
     def _begin(self, call: ToolCall) -> Json:
         """Return the first that a client hears of a call."""
