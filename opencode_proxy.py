@@ -5783,7 +5783,7 @@ class PrivateDirectory:
         base = self.base_folder(tempfile.gettempdir())
         self._remove_abandoned(base)
         self.path = pathlib.Path(tempfile.mkdtemp(prefix=self.PREFIX, dir=base))
-        self._lock = self._locked(self.path)
+        self._locked_descriptor = self._locked(self.path)
 
     @classmethod
     def base_folder(cls, temporary: str) -> str:
@@ -5797,13 +5797,13 @@ class PrivateDirectory:
         """Make it again where it was removed."""
         if not self.path.is_dir():
             self.path.mkdir(mode=0o700)
-            os.close(self._lock)
-            self._lock = self._locked(self.path)
+            os.close(self._locked_descriptor)
+            self._locked_descriptor = self._locked(self.path)
 
     def close(self) -> None:
         """Remove it."""
         shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
+        os.close(self._locked_descriptor)
 
     @staticmethod
     def _locked(path: pathlib.Path) -> int:
