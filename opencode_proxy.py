@@ -167,17 +167,17 @@ BYTES_PER_JSON_VALUE = 64  # about, while a body is read: `{},` takes 25 times i
 MAX_DECODED_BYTES = 1 << 20  # memory: what is made at once of a compressed body
 ZSTD_WINDOW_LOG = 23  # memory: 8 MiB, the largest that HTTP allows (RFC 9659)
 MAX_DRAIN_BYTES = 64 << 20  # of a refused body that is read, so that the client reads the refusal
-DRAIN_SECONDS = 5.0  # ... and the time for it
+DRAIN_SECONDS = 5.0  # for reading a refused body
 
 # Images that are fetched for a service that does not.
 MAX_IMAGES = 32  # of a request: each has a thread
-MAX_IMAGE_BYTES = 20 << 20  # memory
-MAX_REDIRECTS = 3  # servers that send the proxy around
+MAX_IMAGE_BYTES = 20 << 20  # memory: one image
+MAX_REDIRECTS = 3  # of one image: servers that send the proxy around
 IMAGE_SECONDS = 10.0  # for all images of a request
 
 # What is remembered of answers for the requests that follow them.
-MAX_THOUGHTS_BYTES = 64 << 20  # memory: of all; an answer's are some kilobytes
-MAX_THOUGHT_BYTES = 4 << 20  # memory: of one call
+MAX_THOUGHTS_BYTES = 64 << 20  # memory: all thoughts; an answer's are some kilobytes
+MAX_THOUGHT_BYTES = 4 << 20  # memory: the thought of one call
 THOUGHT_SECONDS = 3600.0  # a conversation that rests for longer goes on without
 
 # Connections: threads and open files.
@@ -189,8 +189,8 @@ BODY_SECONDS = 120.0  # a request whose body does not arrive
 WRITE_SECONDS = 60.0  # a client that takes nothing of its answer
 SEND_BUFFER_BYTES = 256 << 10  # memory: what a client has not taken of its answer yet
 PING_SECONDS = 15.0  # middleboxes close a stream that is silent for long
-MAX_LOG_LINES = 1000  # memory: lines that nobody reads
-FLUSH_SECONDS = 1.0  # ... and the time for them at the end
+MAX_LOG_LINES = 1000  # memory: lines of the log that nobody reads
+FLUSH_SECONDS = 1.0  # at the end, for lines of the log that nobody reads
 
 # Processes that run away, hang or grow.
 MAX_LINE_BYTES = 16 << 20  # memory: a line of a process's output
@@ -201,7 +201,7 @@ MAX_STDERR_BYTES = 4 << 10  # memory: the end of what a process says on stderr
 MAX_ERROR_CHARACTERS = 64 << 10  # memory: the beginning of an answer that may be no stream
 MAX_TURNS_PER_PROCESS = 32  # answers that are lost when a process dies
 MIN_MEMORY_BYTES = 3 << 30  # a machine with less does not bear processes that collect no garbage
-LARGE_HEAP_BYTES = 256 << 20  # ... whose heap is let grow so far between collections
+LARGE_HEAP_BYTES = 256 << 20  # memory: opencode's heap between two collections of garbage
 WORN_GROWTH_BYTES = 400 << 20  # memory: a fresh process takes the place of one that grew by more
 MAX_GROWTH_BYTES = 900 << 20  # memory: one that grew by more serves nothing more
 MAX_ATTEMPTS = 3  # processes that may fail a request before it fails
@@ -216,10 +216,10 @@ WORN_SECONDS = 1800.0  # a process of this age is replaced
 CATALOG_SECONDS = 6 * 3600.0  # the catalog is read again: providers change their models
 KEEP_WARM_SECONDS = 300.0  # processes beyond --spares that could serve more end when idle so long
 TEND_SECONDS = 5.0  # between looks at the user's files and the processes
-MAX_RETRY_SECONDS = 60.0  # between starts while they fail
-MAX_WAITED_RETRY_SECONDS = 2.0  # ... and requests wait for one
+MAX_RETRY_SECONDS = 60.0  # between starts of processes while they fail
+MAX_WAITED_RETRY_SECONDS = 2.0  # between starts while they fail and requests wait for a process
 FINISH_SECONDS = 3.0  # for the rest of an answer (its usage) after the finish_reason
-CUT_SECONDS = 1.0  # ... and after a stop sequence
+CUT_SECONDS = 1.0  # for the rest of an answer (its usage) after a stop sequence
 MAX_EVENTS_AHEAD = 256  # memory: of all choices of a request, while their client reads slowly
 NEW_SECONDS = 60.0  # an empty private directory of this age was given up when it was made
 RETRY_SECONDS = 0.5  # until the next start after one that failed; then twice as long
@@ -1097,8 +1097,8 @@ MAX_ESCAPE_CHARACTERS = 6  # of an escape in a JSON string
 WORD_CHARACTERS = string.ascii_letters + string.digits + "+-."  # of a JSON number or literal
 CLOSERS = {"{": "}", "[": "]"}
 JSON_STRING_OR_BRACKET = re.compile(r'"((?:[^"\\]|\\.)*)("?)|[\[\]{}]', re.DOTALL)
-NO_RESULT = "No result"  # where a client has cut it off its history
-ORPHAN_RESULT = "Result of a tool:"  # ... or the call
+NO_RESULT = "No result"  # of a call, where a client has cut it off its history
+ORPHAN_RESULT = "Result of a tool:"  # before one whose call a client has cut off its history
 JSON_ONLY = "Answer with a single JSON object and nothing else: no Markdown, no explanation."
 # What /messages calls the choices of tools.
 CLAUDE_CHOICES = {
@@ -1416,7 +1416,7 @@ class ToolCalls:
         if not is_named_again:
             return False  # OpenAI's own way: only the first piece has the id and the name
         if call.pieces:
-            # Gemini numbers every call 0, without ids. MiniMax at NVIDIA repeats the name with every
+            # Gemini numbers every call 0, without ids. MiniMax at NVIDIA repeats the name with each
             # piece of a call: it goes on until it is complete.
             return name != call.name or call.is_complete
         return name != call.name and not call.their_id  # Gemini's, of a call without arguments
@@ -2474,7 +2474,7 @@ def wants_json_object(request: ChatRequest) -> bool:
 
 
 def mark_for_cache(body: Json) -> None:
-    """Let the provider keep the prompt for the next request, unless the client has its own marks."""
+    """Let the provider keep the prompt for the next request, unless the client has marks."""
     if marked_in(body):
         return
     if body["system"]:
