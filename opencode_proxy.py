@@ -6803,8 +6803,8 @@ def models_of(session: Json) -> tuple[frozenset[str], str]:
 
 # ------------------------------------------------------------------------------------------- turns
 # A Turn is one choice of a request on its way from the queue to its last event: straight-line code
-# on the thread that wants the events. Its only wait is `_receive`. What other threads have to say
-# to it (the pool, the thread of its process, those of the asks) they put into its inbox.
+# on the thread that wants the events. Its only wait is `_next_letter`. What other threads have to
+# say to it (the pool, the thread of its process, those of the asks) they put into its inbox.
 
 
 class Letter(NamedTuple):
