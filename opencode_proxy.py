@@ -6367,8 +6367,8 @@ class AskHandler(http.server.BaseHTTPRequestHandler):
     def _send_reply(self, turn: Asked, session_id: str, reply: Reply) -> None:
         headers = {"X-Headers": json.dumps(dict(reply.headers))}
         if reply.body is None:
-            if turn.may_hand_over(session_id):
-                self._send_head(204, 0, headers)
+            may_go = turn.may_hand_over(session_id)
+            self._send_head(204 if may_go else 410, 0, headers)
             return
         self._send_head(200, len(reply.body), headers)
         body = memoryview(reply.body)

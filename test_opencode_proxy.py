@@ -1248,6 +1248,7 @@ PAGE = (
 OPENAI_ERROR = '{"error":{"message":"slow","type":"tokens","param":"p","code":"rate"}}'
 ANTHROPIC_ERROR = '{"type":"error","error":{"type":"authentication_error","message":"key"}}'
 NESTED = {"error": {"message": "inner words", "type": "invalid_request_error"}}
+BURIED = '{"error":' * 20 + '"no"' + "}" * 20
 RAW = {"message": "Provider returned error", "metadata": {"raw": json.dumps(NESTED)}}
 # Status and body of a refusal; status, message, type, param and code of the error.
 REFUSALS = {
@@ -1316,6 +1317,11 @@ REFUSALS = {
         "",
         (500, UNKNOWN_REASON + "500 Internal Server Error", "server_error", None, None),
     ),
+    "a reason that is buried too deep": (
+        500,
+        BURIED,
+        (500, f"{UNKNOWN_REASON}500 Internal Server Error: {BURIED}", "server_error", None, None),
+    ),
     "an error that is null": (
         599,
         '{"error":null}',
@@ -1374,6 +1380,15 @@ class ErrorTest(unittest.TestCase):
         headers = {"retry-after": "7", "retry-after-ms": "7000", "server": "x"}
         error = proxy.upstream_error(429, headers, OPENAI_ERROR)
         self.assertEqual(error.headers, {"Retry-After": "7", "Retry-After-Ms": "7000"})
+
+    def test_the_time_in_a_refusals_headers_counts_before_that_in_its_words(self):
+        body = '{"error": {"message": "Please try again in 30s."}}'
+        for name, headers, expected in (
+            ("in both", {"retry-after": "7"}, {"Retry-After": "7"}),
+            ("in its words alone", {}, {"Retry-After": "30"}),
+        ):
+            with self.subTest(name):
+                self.assertEqual(proxy.upstream_error(429, headers, body).headers, expected)
 
     def test_an_error_in_an_answer_has_the_status_that_it_means(self):
         for name, (theirs, status, retry_after) in ERRORS_IN_ANSWERS.items():
@@ -2254,6 +2269,17 @@ HISTORY_ROWS = (
         {"messages": [said("user", {**text("Result of a tool: r"), **MARK})]},
     ),
     Row(
+        "two results of one call",
+        AT_MESSAGES,
+        {"messages": [asks("c", "{}"), DONE, {**DONE, "content": "s"}]},
+        {
+            "messages": [
+                said("assistant", used("c")),
+                said("user", result("c"), {**text("Result of a tool: s"), **MARK}),
+            ]
+        },
+    ),
+    Row(
         "a call without a result, in the middle and at the end",
         AT_MESSAGES,
         {"messages": [asks("c", "{}"), USER, asks("d", "{}")]},
@@ -2451,6 +2477,8 @@ EFFORTS = {
     "OpenRouter's": ({"reasoning": {"effort": "high"}}, "high"),
     "OpenRouter's budget": ({"reasoning": {"max_tokens": 1024}}, "low"),
     "OpenRouter's switch": ({"reasoning": {"enabled": False}}, "none"),
+    "the largest low budget": ({"reasoning": {"max_tokens": 4096}}, "low"),
+    "the largest middle budget": ({"thinking": {"budget_tokens": 12288}}, "medium"),
     "a middle budget": ({"thinking": {"type": "enabled", "budget_tokens": 8000}}, "medium"),
     "a large budget": ({"thinking": {"type": "enabled", "budget_tokens": 32000}}, "high"),
     "no thinking": ({"thinking": {"type": "disabled"}}, "none"),
@@ -3582,6 +3610,14 @@ THINKING_ROWS = (
     ),
     QuirkRow(
         "think_with_budget",
+        "Claude 4.5 with the least room for it",
+        AT_MESSAGES,
+        spoken(USER, max_tokens=2048, thinking={"type": "adaptive"}),
+        spoken(USER, max_tokens=2048, thinking={"type": "enabled", "budget_tokens": 1024}),
+        ANTHROPIC,
+    ),
+    QuirkRow(
+        "think_with_budget",
         "Claude 4.5 without room for it",
         AT_MESSAGES,
         spoken(USER, max_tokens=2000, thinking={"type": "adaptive"}),
@@ -4028,6 +4064,21 @@ class NativeTest(unittest.TestCase):
         self.assertEqual(json.loads(body.text), {"id": "r", "output": [item]})
         self.assertEqual(body.finish_reason, "stop")
 
+    def test_items_of_a_collected_answer_stand_in_their_places_whichever_ends_first(self):
+        done = [
+            {"type": "response.output_item.done", "output_index": index, "item": {"id": str(index)}}
+            for index in (1, 0)
+        ]
+        _, body = collected(*done, {"type": "response.completed", "response": {"output": []}})
+        self.assertEqual(json.loads(body.text), {"output": [{"id": "0"}, {"id": "1"}]})
+
+    def test_what_opencode_says_of_storing_counts(self):
+        exchange = native(AT_RESPONSES, input="q")
+        self.assertEqual(
+            exchange.body(AT_RESPONSES, {"model": "real", "store": False}),
+            b'{"model":"real","input":"q","store":false}',
+        )
+
     def test_a_stream_that_ends_early_or_fails_is_a_502_instead_of_an_object(self):
         created = {"type": "response.created", "response": {"id": "r"}}
         failed = {"type": "response.failed", "response": {"error": {"message": "no"}}}
@@ -4289,6 +4340,10 @@ STREAMED_CALLS = {
         sent_calls(function_call(OSLO, index=0, id="a"), function_call(ROME, index=1, id="a")),
         got_calls(("a", "weather", OSLO), ("ours", "weather", ROME)),
     ),
+    "of a custom tool whose input never comes": (
+        sent_calls({"index": 0, "id": "a", "type": "custom", "custom": {"name": "f"}}),
+        got_calls(("a", "f", ""), call_type="custom"),
+    ),
     "with pieces that alternate": (
         sent_calls(
             function_call("", index=0, id="a"),
@@ -4345,6 +4400,10 @@ CHAT_ANSWERS = {
     ),
     "a finish_reason in every chunk": (
         (chunk("stop", content="a"), chunk("stop", content="b"), "[DONE]"),
+        {"content": "ab"},
+    ),
+    "a gateway's note beside the choices": (
+        ({**chunk(content="a"), "message": "queued"}, chunk("stop", content="b")),
         {"content": "ab"},
     ),
     "Mistral's thoughts": (
@@ -5537,6 +5596,17 @@ class FaultTest(FakeCase):
         self.assertIn({"content": "a"}, deltas_of(events))
         self.assertEqual((events[-2]["error"]["code"], events[-1]), ("opencode_failed", "[DONE]"))
 
+    def test_what_comes_behind_a_finish_reason_prolongs_no_answer(self):
+        self.patch(proxy, FINISH_SECONDS=0.3)
+        running = self.start(timeout=600.0)
+        script = """do data(chunk({'content': 'a'}, 'stop'))
+while True:
+    data(': ping\\n\\n')
+    rest(0.02)
+"""
+        answer = self.background.submit(running.content, script)
+        self.assertEqual(answer.result(SOON), "a")
+
     def test_what_was_handed_over_is_not_sent_twice(self):
         running = self.start(spares=1)
         self.assert_fails(running, "do os._exit(3)", "opencode ended")
@@ -5547,6 +5617,23 @@ class FaultTest(FakeCase):
         for name, script in self.ORPHANS.items():
             with self.subTest(name):
                 self.assert_fails(running, script, "opencode ended")
+
+    def test_what_a_process_started_ends_with_it_even_deaf_to_sigterm(self):
+        fifo = self.folder / "fifo"
+        os.mkfifo(fifo)
+        heard = self.background.submit(fifo.read_bytes)  # until all that write to it have ended
+        script = """do
+words = ["sh", "-c", "trap '' TERM; echo deaf; exec sleep 600"]
+subprocess.Popen(words, stdout=open(HERE + "/fifo", "wb"))
+hold()
+os._exit(0)
+"""
+        running = self.start(spares=1)
+        answer = self.background.submit(running.chat, script)
+        self.assertTrue(self.noted("post"))
+        self.let_go()
+        self.assert_error(answer.result(), 502, "opencode_failed")
+        self.assertEqual(heard.result(DEADLINE), b"deaf\n")
 
     def test_a_request_that_was_not_asked_for_is_given_to_another_process(self):
         self.mode("fake.before_request = 'os._exit(3)'")
@@ -5605,7 +5692,7 @@ if not os.path.exists(HERE + "/first"):
 
     def test_what_opencode_asks_for_is_refused(self):
         script = """do send(id=9, method='fs/read_text_file', params={})
-while 'reply refused' not in open(HERE + '/journal').read(): rest(0.02)"""
+while 'reply' + ' refused' not in open(HERE + '/journal').read(): rest(0.02)"""
         self.assertEqual(self.start().content(script), "")
 
     def test_a_full_stderr_stops_nothing(self):
@@ -5652,13 +5739,75 @@ while 'reply refused' not in open(HERE + '/journal').read(): rest(0.02)"""
         self.assert_error(answer.result(), 504, "timeout", "sent nothing for 300 seconds")
         self.assertEqual(running.content("well"), "well")
 
+    def test_a_provider_has_its_time_although_it_is_silent_from_the_beginning(self):
+        handed_over = threading.Event()
+        note_hand_over = proxy.Turn.note_hand_over
+
+        def note(turn, session_id, failure):
+            note_hand_over(turn, session_id, failure)
+            handed_over.set()
+
+        self.patch(proxy.Turn, note_hand_over=note)
+        clock = self.wind()
+        running = self.start(spares=1, timeout=300.0)
+        answer = self.background.submit(running.content, "do hold(); say('well')")
+        self.assertTrue(handed_over.wait(SOON))
+        clock.ahead += proxy.START_SECONDS + 1  # what opencode has before the hand-over
+        self.assertTrue(self.noted("post"))
+        self.let_go()
+        self.assertEqual(answer.result(), "well")
+
     def test_a_child_that_ignores_sigterm_is_killed(self):
         self.patch(proxy, STOP_SECONDS=0.3)
         self.mode("signal.signal(signal.SIGTERM, signal.SIG_IGN)")
         running = self.start(spares=1)
         (first,) = opencode_pids()
         self.assertEqual(running.content("well"), "well")
-        self.assertTrue(eventually(lambda: first not in opencode_pids(), SOON))
+
+        def is_gone():
+            running.pool.look_again()  # others' requests put nothing off
+            return first not in opencode_pids()
+
+        self.assertTrue(eventually(is_gone, SOON))
+
+
+class TurnTest(unittest.TestCase):
+    """What reaches a turn from what it has left."""
+
+    def turn(self):
+        pool = types.SimpleNamespace(
+            closing=threading.Event(),
+            opencode=types.SimpleNamespace(asks=types.SimpleNamespace(turns={}), foreign=set()),
+            release=lambda turn, failed, again: None,
+        )
+        return proxy.Turn(0, pool, lambda: None, WARM, timeout=1.0)
+
+    def test_a_process_that_was_left_fails_nothing_any_more(self):
+        reached = proxy.APIError(400, "reached")
+        left = types.SimpleNamespace()
+        process = types.SimpleNamespace(take_session=unittest.mock.Mock(side_effect=reached))
+        process.forget = process.cancel = lambda about: None
+        turn = self.turn()
+        turn.process = process
+        turn.inbox.put(proxy.Letter("failed", left, None, "opencode ended"))
+        turn.inbox.put(proxy.Letter("process", process))
+        with unittest.mock.patch.object(proxy, "MAX_ATTEMPTS", 1):
+            self.assertEqual(error(turn.events, lambda: None)[2], "reached")
+
+    def test_a_body_is_handed_over_to_the_session_of_its_turn_alone(self):
+        turn = self.turn()
+        turn.session_id = "ses_1"
+        self.assertFalse(turn.may_hand_over("ses_0"))
+        self.assertFalse(turn.handed_over)
+        self.assertTrue(turn.may_hand_over("ses_1"))
+        self.assertTrue(turn.handed_over)
+
+    def test_no_body_is_handed_over_once_its_turn_has_left(self):
+        turn = self.turn()
+        turn.session_id = "ses_1"
+        self.assertTrue(turn.leave(again=True))
+        self.assertFalse(turn.may_hand_over("ses_1"))
+        self.assertFalse(turn.handed_over)
 
 
 class PingTest(FakeCase):
@@ -5730,22 +5879,6 @@ class PingTest(FakeCase):
             self.clock.ahead += 86401
             lines_until(answer, b'"code":"timeout"')
             lines_until(answer, b"data: [DONE]")
-
-
-class HandOverTest(unittest.TestCase):
-    """The last of a body goes to opencode, or the turn has left: never both."""
-
-    def setUp(self):
-        self.turn = proxy.Turn(0, None, None, None, 300.0)
-        self.turn.session_id = "its own"
-
-    def test_a_turn_that_waits_hands_over(self):
-        self.assertTrue(self.turn.may_hand_over("its own"))
-        self.assertTrue(self.turn.handed_over)
-
-    def test_a_session_that_was_left_gets_nothing(self):
-        self.assertFalse(self.turn.may_hand_over("one before"))
-        self.assertFalse(self.turn.handed_over)
 
 
 class LeavingTest(FakeCase):
@@ -5889,6 +6022,25 @@ class StartTest(FakeCase):
         text = "opencode did not answer initialize within"
         with self.assertRaisesRegex(proxy.StartError, text):
             self.start()
+
+    def test_opencode_reaches_itself_around_a_proxy_however_its_variable_is_spelled(self):
+        os.environ.update(NO_PROXY="a.example", no_proxy="b.example")
+        self.mode("note('around', os.environ['NO_PROXY'], os.environ['no_proxy'])")
+        self.start()
+        hosts = "a.example,b.example,127.0.0.1,localhost,::1"
+        self.assertEqual(set(self.journal("around")), {f"{hosts} {hosts}"})
+
+    def test_a_process_that_cannot_close_its_timers_is_the_last_that_tries(self):
+        names = "('BUN_INSPECT_PRELOAD', 'BUN_JSC_useGC')"
+        self.mode(f"if fake.is_acp: note('engine', *map(os.environ.get, {names}))")
+        self.patch(proxy, memory_of_machine=lambda: proxy.MIN_MEMORY_BYTES)
+        running = self.start(spares=1)
+        self.assertEqual(running.health()["collecting"], "at every token")
+        self.assertEqual(running.content("uses the first"), "uses the first")
+        self.assertTrue(eventually(lambda: running.health()["collecting"] == "never"))
+        first, second = self.journal("engine")
+        self.assertRegex(first, "^/.*/preload.js None$")
+        self.assertEqual(second, "None 0")
 
     def test_a_program_that_cannot_be_run_is_said(self):
         self.fake.write_text("#!/no/such/interpreter\n")
@@ -6159,9 +6311,20 @@ class LoadTest(FakeCase):
         self.assertEqual(len(self.journal("start")), 2)
 
     def test_a_process_starts_when_the_only_answer_has_begun(self):
+        self.patch(proxy, TEND_SECONDS=600.0)  # at once, not at the next look
         running = self.start(spares=1)
         with running.send(PAUSE):
             self.assertTrue(running.becomes(running=1, spares=1))
+
+    def test_nothing_is_kept_of_sessions_that_are_over(self):
+        running = self.start(spares=1, requests_per_process=100)
+        for script in ("well", DIE):
+            running.chat(script)
+        with running.send(PAUSE):
+            self.assertTrue(self.noted("post", PAUSE))
+            self.assertEqual(len(running.pool.opencode.asks.turns), 1)
+        self.assertTrue(running.becomes(SOON, running=0))
+        self.assertEqual(running.pool.opencode.asks.turns, {})
 
     def test_the_queue_is_answered_in_order_and_has_an_end(self):
         running = self.start(max_concurrency=1, max_queue=2)
@@ -6379,6 +6542,16 @@ class WatchTest(FakeCase):
                     self.assertIn(old, opencode_pids())  # it finishes what it has begun
                 self.assertTrue(eventually(lambda: old not in opencode_pids()))
 
+    def test_tokens_that_opencode_renews_are_no_other_login(self):
+        def signature(**fields):
+            self.auth.write_text(json.dumps({"github-copilot": {**OAUTH, **fields}}))
+            return running.pool.opencode.signature()
+
+        running = self.start()
+        first = signature()
+        self.assertEqual(signature(access="a", refresh="r", expires=1), first)
+        self.assertNotEqual(signature(enterpriseUrl="x.example"), first)
+
     def test_a_catalog_that_could_not_be_read_is_read_again(self):
         running = self.start()
         self.mode("if not fake.is_acp: note('failed', 1); sys.exit('no memory')")
@@ -6519,6 +6692,12 @@ report("finish", finish="length", tokens={"input": 7, "output": 13, "reasoning":
             return running.chat("well", model="other/m", tools=[self.TOOL])[0] == 200
 
         self.assertTrue(eventually(has_changed))
+
+    def test_what_opencode_itself_has_sent_is_not_sent_twice(self):
+        running = self.start(spares=1)
+        reply = running.chat("do os._exit(3)", model="other/m")
+        self.assert_error(reply, 502, "opencode_failed", "opencode ended")
+        self.assertEqual(len(self.journal("post", "_exit")), 1)
 
     def test_a_refusal_that_opencode_gets_is_passed_on(self):
         body = json.dumps({"error": {"message": "slow down"}})
@@ -6789,6 +6968,101 @@ subprocess.run(["sh", "-c", words], start_new_session=True)
 
         self.assertTrue(eventually(lambda: not zombies(), SOON), zombies())
         self.assertEqual(client.content("well"), "well")
+
+
+class LeftTurn(proxy.Asked):
+    """A turn that leaves its session while the plugin reads the body."""
+
+    def __init__(self, body):
+        self.body = body
+
+    def answer_turn(self):
+        return {}
+
+    def answer_request(self, session_id, question):
+        return proxy.Reply({}, self.body)
+
+
+class AsksTest(unittest.TestCase):
+    """What plugins ask, over a socket of their own."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.asks = proxy.Asks(pathlib.Path(folder.name, "ask"))
+        self.addCleanup(self.asks.close)
+
+    def answer(self, data):
+        """Return all that comes back for `data`."""
+        with socket.socket(socket.AF_UNIX) as plugin:
+            plugin.settimeout(DEADLINE)
+            plugin.connect(str(self.asks.path))
+            plugin.sendall(data)
+            return b"".join(iter(lambda: plugin.recv(1 << 16), b""))
+
+    def test_opencode_never_has_all_of_what_would_be_sent_for_a_turn_that_has_left(self):
+        question = b'{"url": "u", "body": 1}'
+        head_of_question = b"POST /request/ses_1 HTTP/1.1\r\nContent-Length: 23\r\n\r\n"
+        for name, body, expected in (
+            ("ours", b"body", (b"200", b"bod")),
+            ("opencode's own", None, (b"410", b"")),
+        ):
+            with self.subTest(name):
+                self.asks.turns["ses_1"] = LeftTurn(body)
+                head, _, rest = self.answer(head_of_question + question).partition(b"\r\n\r\n")
+                self.assertEqual((head.split()[1], rest), expected)
+
+    def test_a_plugin_that_stops_in_the_middle_is_given_up(self):
+        short = proxy.AskHandler.timeout / 300
+        with unittest.mock.patch.object(proxy.AskHandler, "timeout", short):
+            self.assertEqual(
+                self.answer(b"POST /turn/s HTTP/1.1\r\nContent-Length: 9\r\n\r\n"), b""
+            )
+
+
+class ChildTest(unittest.TestCase):
+    """A program with pipes, whatever it does with them."""
+
+    def start(self, script, path="/bin/sh"):
+        """Return a running shell script."""
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        home = pathlib.Path(folder.name)
+        (home / "cwd").mkdir()
+        opencode = types.SimpleNamespace(
+            path=path,
+            pids=set(),
+            new_home=lambda: home,
+            environment=lambda home, is_acp: dict(os.environ),
+        )
+        child = proxy.Child(opencode)
+        child.spawn("-c", script)
+        self.addCleanup(child.close)
+        self.addCleanup(child.stop)
+        return child
+
+    def test_a_line_without_end_is_not_kept(self):
+        with unittest.mock.patch.object(proxy, "MAX_LINE_BYTES", 1 << 16):
+            child = self.start("head -c 4000000 /dev/zero")
+            lines = [line for line in child.lines() if line is not None]
+        self.assertLessEqual(max(len(line) for line in lines), 1 << 16)
+
+    def test_a_program_that_closes_its_stderr_is_not_looked_at_all_the_time(self):
+        child = self.start("exec 2>&-; sleep 1")
+        looks = len(list(child.lines()))
+        self.assertLess(looks, 50)
+
+    def test_a_program_that_does_not_read_is_an_error(self):
+        child = self.start("sleep 600")
+        with self.assertRaisesRegex(proxy.ProcessFailed, "opencode does not read its input"):
+            for _ in range(100):
+                child.write_line(b"x" * (1 << 16))
+
+    def test_memory_is_that_of_a_program_and_of_what_it_started(self):
+        large = "x = b'x' * (64 << 20); print('there', flush=True); import time; time.sleep(600)"
+        child = self.start(f'"{sys.executable}" -c "{large}" & wait')
+        self.assertIn(b"there", child.lines())
+        self.assertGreater(child.memory(), 64 << 20)
 
 
 class MachineTest(unittest.TestCase):
@@ -7555,6 +7829,29 @@ class HTTPTest(HTTPCase):
         self.assertNotIn("internal error", " ".join(self.logged))
         self.assertNotIn("connection failed", " ".join(self.logged))
 
+    def test_an_answer_that_ends_while_the_server_stops_ends_its_connection(self):
+        self.start()
+        may_end = threading.Event()
+        self.pool.respond = lambda request, look: self.pool.wait(look, may_end)
+        connection = self.connect(post_chat())
+        self.assertTrue(eventually(lambda: self.pool.running == 1))
+        stop = threading.Thread(target=self.server.stop, args=(DEADLINE, time.sleep))
+        stop.start()
+        self.addCleanup(stop.join)
+        self.addCleanup(may_end.set)
+        self.assertTrue(eventually(lambda: self.server.stopping))
+        may_end.set()
+        head, _, body = self.rest(connection).partition(b"\r\n\r\n")
+        self.assertIn(END.encode(), head)
+        self.assertEqual(json.loads(body)["object"], "chat.completion")
+
+    def test_a_refused_client_hears_the_end_although_its_body_never_comes(self):
+        self.patch(DRAIN_SECONDS=600.0)
+        self.start(api_key=["k"])
+        connection = self.connect(post(b"{", "Content-Length: 1999"))
+        self.assertIn(b'"code": "invalid_api_key"', self.rest(connection))
+        connection.close()
+
     # -- bounds
 
     def test_a_large_body_is_refused_so_that_the_client_reads_it(self):
@@ -7583,6 +7880,20 @@ class HTTPTest(HTTPCase):
         self.pool.respond = lambda request, look: iter([self.pool.finish])
         self.assertTrue(eventually(lambda: self.pool.running == 0))
         self.assertEqual(self.request("POST", COMPLETIONS, chat_body(**big))[0], 200)
+
+    def test_images_that_are_fetched_are_bounded_as_the_bodies_are_that_hold_them(self):
+        picture = {"type": "image_url", "image_url": {"url": "https://x.example/a.png"}}
+        body = chat_body([picture, picture])
+        self.patch(MAX_BODIES_BYTES=4000, wants_images_fetched=lambda model: True)
+        for name, count, limit, expected in (
+            ("each place counts", 700, 1400, (413, "body_too_large")),
+            ("all that is held counts", 1900, 4000, (503, "too_busy")),
+        ):
+            with self.subTest(name):
+                image = "data:image/png;base64," + "A" * count
+                self.patch(fetch_images=lambda urls, look, image=image: dict.fromkeys(urls, image))
+                self.start(max_body_size=limit)
+                self.assertEqual(self.error("POST", COMPLETIONS, body)[:2], expected)
 
     def test_json_of_many_values_is_refused(self):
         self.patch(MAX_JSON_VALUES=1000)
@@ -10205,16 +10516,16 @@ class ConfigurationTest(unittest.TestCase):
                 (source / "opencode.json").write_text(f'{{"a": "{{file:{name}}}"}}')
                 proxy.link_references(source / "opencode.json", target)
             links = {
-                str(path.relative_to(pathlib.Path(folder, "proxy"))): os.readlink(path)
-                for path in pathlib.Path(folder, "proxy").rglob("*")
+                str(path.relative_to(folder)): os.readlink(path)
+                for path in pathlib.Path(folder).rglob("*")
                 if path.is_symlink()
             }
             self.assertEqual(
                 links,
                 {
-                    "home/config/opencode/key": f"{source}/key",
-                    "home/config/opencode/keys/key": f"{source}/keys/key",
-                    "home/config/above": f"{source.parent}/above",
+                    "proxy/home/config/opencode/key": f"{source}/key",
+                    "proxy/home/config/opencode/keys/key": f"{source}/keys/key",
+                    "proxy/home/config/above": f"{source.parent}/above",
                 },
             )
 
@@ -10469,7 +10780,8 @@ class StableIdsTest(unittest.TestCase):
     def test_an_event_leaves_when_it_is_complete(self):
         ids = proxy.StableIds()
         self.assertEqual(ids.feed("data: 1\n"), "")
-        self.assertEqual(ids.feed("\ndata"), "data: 1\n\n")
+        self.assertEqual(ids.feed("\ndata: 2\n"), "data: 1\n\n")
+        self.assertEqual(ids.feed("\ndata"), "data: 2\n\n")
         self.assertEqual(ids.end(), "data")
 
     def test_a_large_event_in_small_pieces_takes_linear_time(self):
@@ -10523,6 +10835,32 @@ class ThoughtsTest(unittest.TestCase):
         thoughts = proxy.Thoughts()
         thoughts.store("p/m", "c", {"text": "x" * (proxy.MAX_THOUGHT_BYTES + 1)})
         self.assertEqual(thoughts.recall("p/m", "c"), {})
+
+    def test_a_thought_stands_before_the_first_call_behind_it_alone(self):
+        thinking = {**THINKING_BLOCK, "thinking": "hm", "signature": "s"}
+        calls = ({**TOOL_BLOCK, "id": "a"}, {**TOOL_BLOCK, "id": "b"})
+        thoughts = proxy.Thoughts()
+        form = wire(AT_MESSAGES, thoughts=thoughts)
+        for message in blocks((thinking,), *((call,) for call in calls), stop_reason="tool_use"):
+            list(form.events(json.dumps(message)))
+        self.assertEqual(thoughts.recall(WARM.name, "a"), {"before": [thinking]})
+        self.assertEqual(thoughts.recall(WARM.name, "b"), {})
+
+    def test_a_thought_goes_back_before_the_text_that_came_with_its_call(self):
+        call = {**asks("c", "{}"), "content": "I look"}
+        for url, name, thought in (
+            (AT_RESPONSES, "input", {"type": "reasoning", "summary": [], "encrypted_content": "x"}),
+            (AT_MESSAGES, "messages", {**THINKING_BLOCK, "signature": "s"}),
+        ):
+            with self.subTest(name):
+                thoughts = proxy.Thoughts()
+                form = wire(url, [USER, call, DONE], thoughts=thoughts)
+                thoughts.store(WARM.name, "c", {"before": [thought]})
+                said_with_call = json.loads(form.body({}))[name][1:]
+                if url == AT_MESSAGES:
+                    said_with_call = said_with_call[0]["content"]
+                self.assertEqual(said_with_call[0], thought)
+                self.assertIn("I look", json.dumps(said_with_call[1]))
 
     def test_another_login_sees_nothing(self):
         thoughts = proxy.Thoughts()
@@ -10758,12 +11096,14 @@ class ImageTest(ImageStoreCase):
 
     def test_what_is_no_image_of_the_internet_is_refused(self):
         private = urllib.parse.quote(f"http://127.0.0.2:{self.store.server_port}/a.png")
+        named = urllib.parse.quote(f"http://me@127.0.0.1:{self.store.server_port}/a.png")
         for name, path, words in (
             ("a page", "/page", "it is no image but text/html"),
             ("gone", "/gone", "its server answered 404"),
             ("too large", "/large", "it is larger than"),
             ("a private address behind a public one", "/moved?" + private, "not a public one"),
             ("a file", "/moved?file%3A///etc/passwd", "no web server"),
+            ("a user's name", "/moved?" + named, "no web server"),
             ("in a circle", "/moved?" + "%2Fmoved%3F" * 3 + "/a.png", "more than 3 times"),
         ):
             with self.subTest(name), self.assertRaisesRegex(proxy.ImageError, words) as caught:
