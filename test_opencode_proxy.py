@@ -8771,6 +8771,11 @@ class ServeTest(unittest.TestCase):
         self.assertTrue(self.pool.closing.is_set())
 
 
+def hear_ctrl_c():
+    """Let a new process hear it: what a shell starts in the background inherits that it does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class MainTest(unittest.TestCase):
     """The program as a process, on a stub pool."""
 
@@ -8871,6 +8876,7 @@ sys.exit(proxy.main())
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env={**clean_environment(), "PYTHONPATH": folder},
+                preexec_fn=hear_ctrl_c,
             )
             self.addCleanup(self.end, program)
             self.assertEqual(program.stdout.readline(), b"loading\n")
