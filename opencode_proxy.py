@@ -7511,7 +7511,7 @@ class Pool:
         catalog = self.opencode.catalog
         name = catalog.default
         if name not in catalog.models and provider_of(name) in catalog.providers:
-            offered = ", ".join(model.bare_name for model in by_provider(catalog)[:12])
+            offered = ", ".join(model.name for model in by_provider(catalog)[:12])
             raise StartError(f"--model {name} is not offered; these are, among others: {offered}")
 
     def _start_first(self) -> None:

@@ -6844,6 +6844,13 @@ class ProgramTest(FakeCase):
         stamp = len("2026-01-01 00:00:00 ")
         self.assertEqual([line[stamp:] for line in lines[:2]], [start, works])
 
+    def test_the_names_it_offers_can_be_chosen_as_they_are(self):
+        program = self.run_program("--model", "local/nope")
+        *_, refusal = program.communicate(timeout=DEADLINE)[1].splitlines()
+        self.assertIn("--model local/nope is not offered; these are, among others: ", refusal)
+        for name in refusal.rpartition(": ")[2].split(", "):
+            self.assertIn("/", name)
+
     def test_signals_end_it_with_code_0_and_nothing_is_left(self):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             with self.subTest(number.name):
