@@ -6928,13 +6928,8 @@ class Turn(Asked):
 
     def _wait_for_process(self) -> OpencodeProcess:
         while True:
-            letter = self._next_letter(math.inf)
-            if letter is None:
-                continue
-            failure = self._failure_in(letter)
-            if failure is not None:
-                raise failure
-            if letter.kind == "process" and letter.process is not None:
+            letter = self._next_without_failure(math.inf)
+            if letter is not None and letter.kind == "process" and letter.process is not None:
                 return letter.process
 
     def _prepare(self, process: OpencodeProcess, exchange: Exchange) -> None:
@@ -7036,14 +7031,19 @@ class Turn(Asked):
 
     def _wait_for(self, kind: str) -> Letter:
         while True:
-            letter = self._next_letter(time.monotonic() + START_SECONDS)
+            letter = self._next_without_failure(time.monotonic() + START_SECONDS)
             if letter is None:
                 raise ProcessFailed(f"opencode did not go on within {START_SECONDS:.0f} s")
-            failure = self._failure_in(letter)
-            if failure is not None:
-                raise failure
             if letter.kind == kind:
                 return letter
+
+    def _next_without_failure(self, deadline: float) -> Letter | None:
+        """Return what `_next_letter` does; raise the failure that a letter tells of."""
+        letter = self._next_letter(deadline)
+        failure = None if letter is None else self._failure_in(letter)
+        if failure is not None:
+            raise failure
+        return letter
 
     def _next_letter(self, deadline: float) -> Letter | None:
         """Return the next letter that still concerns the turn, None where there is none in time.
