@@ -9662,7 +9662,10 @@ def make_server(settings: argparse.Namespace) -> ProxyServer:
     trace = None
     if settings.verbose:
         trace = trace_message
-    pool = Pool(Opencode(path, settings.model), settings, trace)
+    try:
+        pool = Pool(Opencode(path, settings.model), settings, trace)
+    except OSError as error:  # the current folder is gone, and a variable names a file in it
+        raise StartError(f"the files of opencode cannot be found: {error}") from None
     try:
         return ProxyServer(settings, pool)
     except (OSError, UnicodeError) as error:
