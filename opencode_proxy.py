@@ -7472,9 +7472,8 @@ class Pool:
 
     def _start_at(self) -> float:
         """Return when a process may start again: after failed starts there is a growing pause."""
-        pause = RETRY_SECONDS * 2.0 ** min(self._failed_starts - 1, 10)
         limit = MAX_WAITED_RETRY_SECONDS if self._waiting else MAX_RETRY_SECONDS
-        return self._failed_at + min(limit, pause)
+        return self._failed_at + retry_pause(self._failed_starts, limit)
 
     def _note_failed_start(self, failure: str) -> None:
         """Let the next start wait; tell the turns that wait for a process. Under the lock."""
@@ -7602,6 +7601,12 @@ class Pool:
 
     def _is_busy(self) -> bool:
         return bool(self._processes) or self._tender.is_alive() or self.watch.is_alive
+
+
+def retry_pause(failures: int, limit: float) -> float:
+    """Return how many seconds to wait after so many failures: each time twice as long."""
+    doublings = min(failures - 1, 10)  # a thousand would be too large for a float
+    return min(limit, RETRY_SECONDS * 2.0**doublings)
 
 
 def reason_of(error: Exception) -> str:

@@ -14,6 +14,7 @@ import calendar
 import concurrent.futures
 import contextlib
 import errno
+import functools
 import gzip
 import http.client
 import http.server
@@ -122,25 +123,37 @@ def format_of(path):
     return path
 
 
-class Upstream(http.server.ThreadingHTTPServer):
-    """A provider of models: records each request, answers as `respond(exchange)` says.
-
-    Each connection has a thread; `exchanges` only grows, by single steps that need no lock.
-    """
+class LoopbackServer(http.server.ThreadingHTTPServer):
+    """A server on a free port, at `url`; it has a thread, and one for each connection."""
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Exchange)
-        self.exchanges = []
-        self.respond = answer_text
+    def __init__(self, handler):
+        super().__init__(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.thread = threading.Thread(target=self.serve_forever, args=(0.05,))
         self.thread.start()
 
     def handle_error(self, request, client_address):
         """Say nothing: clients that leave in the middle are what many tests are about."""
+
+    def close(self):
+        self.shutdown()
+        self.thread.join()
+        self.server_close()
+
+
+class Upstream(LoopbackServer):
+    """A provider of models: records each request, answers as `respond(exchange)` says.
+
+    `exchanges` only grows, by single steps that need no lock.
+    """
+
+    def __init__(self):
+        self.exchanges = []
+        self.respond = answer_text
+        super().__init__(Exchange)
 
     def login(self):
         """Return what leads to this provider: auth.json, opencode.json, environment variables."""
@@ -161,11 +174,6 @@ class Upstream(http.server.ThreadingHTTPServer):
     def refusal(self, exchange):
         """Return what a service says of a body that it does not take, None where it does."""
 
-    def close(self):
-        self.shutdown()
-        self.thread.join()
-        self.server_close()
-
 
 class Exchange(http.server.BaseHTTPRequestHandler):
     """One request, over TLS to a `host` or not: its `path`, `headers`, `raw`, `body`, `format`."""
@@ -181,6 +189,10 @@ class Exchange(http.server.BaseHTTPRequestHandler):
         if not self.wfile.closed:
             super().finish()
         self.request.close()
+
+    @functools.cached_property
+    def body(self):
+        return json.loads(self.raw)
 
     def do_CONNECT(self):
         self.host = self.path.partition(":")[0]
@@ -203,7 +215,6 @@ class Exchange(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         self.raw = self.rfile.read(int(self.headers["Content-Length"]))
-        self.body = json.loads(self.raw)
         self.format = format_of(self.path)
         self.closed_by_client = threading.Event()
         self.server.exchanges.append(self)
@@ -857,7 +868,7 @@ class RealCase(unittest.TestCase):
 # when it starts, and may change `fake`. The last user message is the answer, or, where it begins
 # with "do ", a script in Python that makes one. A journal beside it tells what happened.
 FAKE = r'''
-import http.client, itertools, json, os, queue, signal, socket, subprocess, sys, threading, time
+import itertools, json, os, signal, socket, sys, threading, time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WINDOW = 1 << 20  # characters of an answer that are relayed before the client has taken them
@@ -872,14 +883,6 @@ ENTRY = {
 
 class Over(Exception):
     """The session is cancelled, or nobody waits for its answer."""
-
-
-class AskConnection(http.client.HTTPConnection):
-    """Leads to the proxy's Unix socket."""
-
-    def connect(self):
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(os.environ["OPENCODE_PROXY_SOCKET"])
 
 
 class Session:
@@ -1001,15 +1004,16 @@ class Session:
 
     def ask(self, kind, question):
         """Return the headers and the body that the proxy answers; None for a body of our own."""
-        connection = AskConnection("localhost")
+        data = json.dumps(question)
+        request = f"POST /{kind}/{self.name} HTTP/1.1\r\nContent-Length: {len(data)}\r\n\r\n{data}"
+        connection = socket.socket(socket.AF_UNIX)
         try:
-            connection.connect()
-            self.asking = connection.sock
+            connection.connect(os.environ["OPENCODE_PROXY_SOCKET"])
+            self.asking = connection
             self.rest(0)
-            connection.request("POST", f"/{kind}/{self.name}", json.dumps(question))
-            response = connection.getresponse()
-            data = self.read(response, kind)
-        except (OSError, http.client.HTTPException) as error:
+            connection.sendall(request.encode())
+            status, headers, data = self.read(connection.makefile("rb"), kind)
+        except OSError as error:
             self.rest(0)
             note("broken", os.getpid(), kind)
             self.report("error", network=None, message="asking the proxy: " + repr(error))
@@ -1017,19 +1021,36 @@ class Session:
         finally:
             self.asking = None
             connection.close()
-        if response.status not in (200, 204):
-            note("refused", response.status, kind)
+        if status not in (200, 204):
+            note("refused", status, kind)
             self.report("error", network=None, message="nobody waits for this answer")
             raise Over("nobody waits")
-        return response.headers, data if response.status == 200 else None
+        return headers, data if status == 200 else None
 
-    def read(self, response, kind):
-        """Return a whole body; what is shorter than announced raises an error."""
-        if kind != "request" or not fake.in_request:
-            return response.read()
-        first = response.read(1000)
-        self.do(fake.in_request)
-        return first + response.read()
+    def read(self, stream, kind):
+        """Return the status, the headers and the body of an answer; an OSError if it is cut."""
+        status = int(self.line(stream).split()[1])
+        headers = {}
+        header = self.line(stream)
+        while header:
+            name, _, value = header.partition(": ")
+            headers[name.lower()] = value
+            header = self.line(stream)
+        data = b""
+        if kind == "request" and fake.in_request:
+            data = stream.read(1000)
+            self.do(fake.in_request)
+        size = int(headers.get("content-length", 0))
+        data += stream.read(size - len(data))
+        if len(data) < size:
+            raise OSError("the body is cut")
+        return status, headers, data
+
+    def line(self, stream):
+        line = stream.readline()
+        if not line:
+            raise OSError("the answer is cut")
+        return line.decode().rstrip("\r\n")
 
 
 class Fake:
@@ -1173,6 +1194,7 @@ class FakeCase(unittest.TestCase):
         self.stack.enter_context(unittest.mock.patch.dict(os.environ, variables, clear=True))
         self.logged = []
         self.patch(proxy, log=self.logged.append)
+        self.patch(proxy, LOOK_SECONDS=0.05, RETRY_SECONDS=0.02)  # hundreds of tests wait for these
         self.background = self.stack.enter_context(concurrent.futures.ThreadPoolExecutor(64))
 
     def patch(self, target, **values):
@@ -5568,9 +5590,10 @@ class FaultTest(FakeCase):
 
     NOISE = r"""write('Segmentation fault\n\n{}\n[1]\n{"jsonrpc"\nhas printed this')"""
     ORPHANS = {
-        "in its group": "do subprocess.Popen(['sleep', '5']); os._exit(0)",
+        "in its group": "do import subprocess; subprocess.Popen(['sleep', '5']); os._exit(0)",
         "in a session of its own": (
-            "do subprocess.Popen(['sleep', '5'], start_new_session=True); os._exit(0)"
+            "do import subprocess; subprocess.Popen(['sleep', '5'], start_new_session=True);"
+            " os._exit(0)"
         ),
     }
     LATE_FAULTS = {
@@ -5623,6 +5646,7 @@ while True:
         os.mkfifo(fifo)
         heard = self.background.submit(fifo.read_bytes)  # until all that write to it have ended
         script = """do
+import subprocess
 words = ["sh", "-c", "trap '' TERM; echo deaf; exec sleep 600"]
 subprocess.Popen(words, stdout=open(HERE + "/fifo", "wb"))
 hold()
@@ -6089,15 +6113,19 @@ class StartTest(FakeCase):
                 self.assertTrue(running.becomes(http=200, status="healthy"))
                 running.close()
 
-    def test_starts_that_fail_a_thousand_times_end_nothing(self):
-        self.patch(proxy, TEND_SECONDS=0.01, MAX_RETRY_SECONDS=0.0)
+    def test_starts_that_fail_again_and_again_end_nothing(self):
+        self.patch(proxy, TEND_SECONDS=0.01, MAX_RETRY_SECONDS=0.0, MAX_WAITED_RETRY_SECONDS=0.02)
         running = self.start(spares=1)
         full = OSError(28, "No space left on device")
         with unittest.mock.patch.object(tempfile, "mkdtemp", side_effect=full) as mkdtemp:
             os.kill(opencode_pids()[0], signal.SIGKILL)
-            self.assertTrue(eventually(lambda: mkdtemp.call_count > 1030))
+            self.assertTrue(eventually(lambda: mkdtemp.call_count > 30))
             self.assert_error(running.chat(), 502, "opencode_failed", "No space left on device")
         self.assertEqual(running.content("well"), "well")
+
+    def test_pauses_between_failed_starts_grow_up_to_their_limit(self):
+        pauses = [proxy.retry_pause(failures, 2.0) for failures in (1, 2, 3, 7, 8, 1100)]
+        self.assertEqual(pauses, [0.02, 0.04, 0.08, 1.28, 2.0, 2.0])
 
     def test_starts_that_stall_hold_nobody_up(self):
         running = self.start()
@@ -6127,7 +6155,6 @@ class StartTest(FakeCase):
         return answer
 
     def test_a_waiting_request_fails_after_a_few_failed_starts(self):
-        self.patch(proxy, MAX_RETRY_SECONDS=0.1)
         running = self.start()
         answer = self.crowd(running, "do hold(); say('first')")
         before = len(self.journal("start"))
@@ -6138,7 +6165,7 @@ class StartTest(FakeCase):
         self.assertEqual(answer.result(), "first")
 
     def test_a_failed_start_fails_nobody_who_waits_for_a_place(self):
-        self.patch(proxy, MAX_TURNS_PER_PROCESS=1, RETRY_SECONDS=0.01, MAX_RETRY_SECONDS=0.01)
+        self.patch(proxy, MAX_TURNS_PER_PROCESS=1, MAX_WAITED_RETRY_SECONDS=0.02)
         running = self.start(spares=1, max_concurrency=1)
         self.mode(FAILS)
         answer = self.background.submit(running.content, "do say('first'); hold()")
@@ -6153,7 +6180,7 @@ class StartTest(FakeCase):
 
     def test_a_request_that_comes_during_a_long_pause_shortens_it(self):
         self.patch(proxy, TEND_SECONDS=600.0, RETRY_SECONDS=600.0, MAX_RETRY_SECONDS=600.0)
-        self.patch(proxy, MAX_WAITED_RETRY_SECONDS=1.0)
+        self.patch(proxy, MAX_WAITED_RETRY_SECONDS=0.3)
         running = self.start(spares=1)
         self.mode(FAILS)
         os.kill(opencode_pids()[0], signal.SIGKILL)
@@ -6162,8 +6189,8 @@ class StartTest(FakeCase):
         self.assertEqual(running.content("well"), "well")
 
     def test_starts_that_fail_pause_although_requests_wait(self):
-        pause = 0.5
-        self.patch(proxy, MAX_RETRY_SECONDS=pause)
+        pause = 0.3
+        self.patch(proxy, RETRY_SECONDS=pause, MAX_WAITED_RETRY_SECONDS=pause)
         running = self.start()
         answer = self.crowd(running, "do hold(); say('first')")
         self.mode("if fake.is_acp: note('failed', time.monotonic()); sys.exit('no memory')")
@@ -6182,7 +6209,6 @@ class StartTest(FakeCase):
         return unittest.mock.patch.object(proxy, "threading", types.SimpleNamespace(**names))
 
     def test_a_refused_thread_of_a_process_fails_the_request_and_is_no_end(self):
-        self.patch(proxy, MAX_RETRY_SECONDS=0.1)
         running = self.start()
         answer = self.crowd(running, "do hold(); say('first')")
         with self.without_threads():
@@ -6413,7 +6439,7 @@ class LoadTest(FakeCase):
                 running.close()
 
     def test_a_fresh_process_of_any_size_is_kept(self):
-        self.patch(proxy, TEND_SECONDS=0.05)
+        self.patch(proxy, TEND_SECONDS=0.02)
         with unittest.mock.patch.object(proxy.Child, "memory", return_value=4 << 30) as memory:
             running = self.start(spares=1)
             fresh = self.only(running)
@@ -6458,6 +6484,7 @@ class LoadTest(FakeCase):
         self.assertEqual(len(sessions), 3)  # of its proof, ahead, and of the turn that it failed
 
     def test_a_process_that_hangs_after_the_hand_over_serves_nothing_more(self):
+        self.patch(proxy, STOP_SECONDS=0.3)
         clock = self.wind()
         running = self.start(spares=1, requests_per_process=100, timeout=30.0)
         first = self.only(running)
@@ -6964,6 +6991,7 @@ class ProgramTest(FakeCase):
         program = self.run_program(start=("-c", program), before=self.isolation())
         client, _ = self.client_of(program)
         script = """do
+import subprocess
 words = f"(sleep 0.1; echo orphan >>{HERE}/journal)&"
 subprocess.run(["sh", "-c", words], start_new_session=True)
 """
@@ -11078,15 +11106,10 @@ class ImageStoreCase(unittest.TestCase):
     """A store of images on loopback, which counts as public, but for 127.0.0.2."""
 
     def setUp(self):
-        self.store = http.server.ThreadingHTTPServer(("127.0.0.1", 0), ImageStore)
-        self.store.daemon_threads = True
+        self.store = LoopbackServer(ImageStore)
         self.store.released = threading.Event()
-        self.url = f"http://127.0.0.1:{self.store.server_port}"
-        thread = threading.Thread(target=self.store.serve_forever, args=(0.05,))
-        thread.start()
-        self.addCleanup(self.store.server_close)
-        self.addCleanup(thread.join)
-        self.addCleanup(self.store.shutdown)
+        self.url = self.store.url
+        self.addCleanup(self.store.close)
         self.addCleanup(self.store.released.set)
         patch = unittest.mock.patch.object(
             proxy, "is_public", lambda address: address != "127.0.0.2"

@@ -5,7 +5,7 @@ seconds (one second in all where nothing else is said). Each token carries the q
 mark, so that an answer to somebody else is noticed, and says when it was sent, so that its delay
 is known. The program runs as a user runs it, with the real opencode, in a HOME of its own.
 
-What the tests have too is theirs: see the import of test_opencode_proxy.
+What the tests have too is theirs: the provider is one of theirs that reads questions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
-import http.server
 import json
 import os
 import pathlib
@@ -24,9 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import typing
 import urllib.parse
 import urllib.request
 
@@ -38,6 +35,7 @@ import test_opencode_proxy as tests  # noqa: E402
 
 QUESTION = re.compile(rb"(mark[0-9a-f]{12}) tokens=(\d+) interval=([0-9.]+)")
 PATIENCE_SECONDS = 120.0  # of every single wait; what takes longer has failed
+PIECE_BYTES = 1 << 16  # in which tokens without an interval leave
 QUIET_SECONDS = 0.3  # what uses less than QUIET_SHARE of a processor for so long is quiet
 QUIET_SHARE = 0.1
 
@@ -45,63 +43,41 @@ QUIET_SHARE = 0.1
 # ---------------------------------------------------------------------------------- the provider
 
 
-class Provider(http.server.BaseHTTPRequestHandler):
+class Provider(tests.Upstream):
     """Answers questions in chat completions; `GET /posts` tells the marks and sizes so far."""
 
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    wbufsize = 1 << 16  # tokens without an interval between them leave in large pieces
-    posts: typing.ClassVar[list[tuple[str, int]]] = []
+    def __init__(self):
+        self.posts = []
+        super().__init__()
+        self.respond = self.answer
 
-    def do_GET(self):
-        body = json.dumps(self.posts).encode()
-        self.send_response(200 if self.path == "/posts" else 404)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+    def models(self, exchange):
+        """Return what GET tells at a path."""
+        return self.posts if exchange.path == "/posts" else None
 
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        mark, tokens, interval = read_question(body)
-        self.posts.append((mark, len(body)))
+    def answer(self, exchange):
+        """Answer one question, which is not kept: it may be large."""
+        self.exchanges.remove(exchange)
+        mark, tokens, interval = read_question(exchange.raw)
+        self.posts.append((mark, len(exchange.raw)))
+        exchange.begin()
+        exchange.wfile = exchange.connection.makefile("wb", PIECE_BYTES)
+        self.answer_question(exchange, mark, tokens, interval)
+        exchange.send("[DONE]")
 
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-
-        self.answer(body, mark, tokens, interval)
-        self.write("data: [DONE]\n\n")
-        self.write("")
-
-    def answer(self, body, mark, tokens, interval):
-        """Write the events of an answer."""
+    def answer_question(self, exchange, mark, tokens, interval):
+        """Send the events of an answer."""
         for number in range(tokens):
-            self.event({"content": f"{mark}:{number}:{time.monotonic():.6f} "})
-            if interval:
-                self.wfile.flush()
-                time.sleep(interval)
-        self.event({}, "stop")
+            token = f"{mark}:{number}:{time.monotonic():.6f} "
+            exchange.send(tests.chat_chunk({"content": token}))
+            self.rest(exchange, interval)
+        exchange.send(tests.chat_chunk({}, "stop"))
 
-    def event(self, delta, finish_reason=None):
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        event = {"id": "x", "object": "chat.completion.chunk", "choices": [choice]}
-        self.write(f"data: {json.dumps(event)}\n\n")
-
-    def write(self, text):
-        data = text.encode()
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
-
-    def log_message(self, *args):
-        pass
-
-
-class ProviderServer(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-    def handle_error(self, request, client_address):
-        pass  # clients hang up
+    def rest(self, exchange, interval):
+        """Let pass the time between two events, if there is to be any."""
+        if interval:
+            exchange.wfile.flush()
+            time.sleep(interval)
 
 
 def read_question(body):
@@ -111,13 +87,6 @@ def read_question(body):
         return "", 1, 0.0
     mark, tokens, interval = question.groups()
     return mark.decode(), int(tokens), float(interval)
-
-
-def serve(handler):
-    """Serve on loopback with a handler, in a thread; return the base URL."""
-    server = ProviderServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return f"http://127.0.0.1:{server.server_port}"
 
 
 # ------------------------------------------------------------------------------------ the client
@@ -336,5 +305,6 @@ def find_opencode(path):
 
 
 if __name__ == "__main__":  # the provider as a process, until stdin closes
-    print(serve(Provider), flush=True)
-    sys.stdin.read()
+    with contextlib.closing(Provider()) as provider:
+        print(provider.url, flush=True)
+        sys.stdin.read()

@@ -24,7 +24,6 @@ import sys
 import tempfile
 import threading
 import time
-import typing
 
 import rig
 
@@ -58,25 +57,24 @@ FIELDS = {
 class Provider(rig.Provider):
     """Remembers the client's port of each POST; calls the tool where there is one."""
 
-    ports: typing.ClassVar[dict[str, list[int]]] = {}
+    def __init__(self):
+        self.ports = {}
+        super().__init__()
 
-    def answer(self, body, mark, tokens, interval):
-        self.ports.setdefault(mark, []).append(self.client_address[1])
-        if b'"tools":[' in body:
-            self.call_tool(mark, interval)
+    def answer_question(self, exchange, mark, tokens, interval):
+        self.ports.setdefault(mark, []).append(exchange.client_address[1])
+        if b'"tools":[' in exchange.raw:
+            call = ("call", "call_1", "tell", ('{"text": ', f'"{mark}"', "}"))
+            self.call_tool(exchange, call, interval)
         else:
-            super().answer(body, mark, tokens, interval)
+            super().answer_question(exchange, mark, tokens, interval)
 
-    def call_tool(self, mark, interval):
-        """Write the events of a call with the mark as its argument."""
-        function = {"name": "tell", "arguments": ""}
-        call = {"index": 0, "id": "call_1", "type": "function", "function": function}
-        self.event({"tool_calls": [call]})
-        for piece in ('{"text": ', f'"{mark}"', "}"):
-            self.event({"tool_calls": [{"index": 0, "function": {"arguments": piece}}]})
-            self.wfile.flush()
-            time.sleep(interval)
-        self.event({}, "tool_calls")
+    def call_tool(self, exchange, call, interval):
+        """Send the events of a call."""
+        for delta in rig.tests.chat_deltas([call]):
+            exchange.send(rig.tests.chat_chunk(delta))
+            self.rest(exchange, interval)
+        exchange.send(rig.tests.chat_chunk({}, "tool_calls"))
 
 
 class Reply:
@@ -195,10 +193,10 @@ class Killer(threading.Thread):
         return any(0 <= moment - kill < SOON_SECONDS for kill in self.times)
 
 
-def faults_of(clients, killer, unseen):
+def faults_of(clients, provider, killer, unseen):
     """Yield what is wrong with the answers; put what was never POSTed into `unseen`."""
     for client in clients:
-        ports = Provider.ports.get(client.question.mark, [])
+        ports = provider.ports.get(client.question.mark, [])
         name = f"{client.kind} {client.question.mark}, {len(ports)} POSTs"
         if client.wrong:
             yield f"{name}: {client.wrong} {client.lost}"
@@ -258,8 +256,10 @@ def soak(options, folder):
     chance = random.Random(options.seed)
     clients = [Client(chance) for _ in range(options.requests)]
     unseen = []
-    environment = rig.make_home(folder, rig.serve(Provider))
-    with rig.Proxy(options.program, options.opencode, environment) as proxy:
+    with contextlib.ExitStack() as stack:
+        provider = stack.enter_context(contextlib.closing(Provider()))
+        environment = rig.make_home(folder, provider.url)
+        proxy = stack.enter_context(rig.Proxy(options.program, options.opencode, environment))
         proxy.settle()
         files = proxy.open_files()
         killer = Killer(chance, proxy, options.kill)
@@ -267,7 +267,7 @@ def soak(options, folder):
         asked = ask_all(clients, proxy.url, options.seconds)
         killer.end.set()
         killer.join()
-        faults = [*faults_of(asked, killer, unseen), *leftovers(proxy, folder, files)]
+        faults = [*faults_of(asked, provider, killer, unseen), *leftovers(proxy, folder, files)]
 
     kills = len(killer.times)
     if faults:
