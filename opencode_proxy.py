@@ -34,9 +34,10 @@ When the client hangs up
 
 When a process dies
     Its thread (Pool._live) reads the end of its stdout, retires it, and puts a letter into the
-    inbox of each of its turns. A turn whose body was not handed over yet waits for another
-    process, at most MAX_ATTEMPTS in all; one whose body was handed over fails with 502: nothing is
-    ever sent twice.
+    inbox of each of its turns. Before the plugin sends a body, it says so on that stdout. A turn
+    whose body was not sent yet waits for another process, at most MAX_ATTEMPTS in all; one whose
+    body was sent fails with 502: nothing is ever sent twice. A process that hangs may still send
+    what was handed over to it: that counts as sent.
 
 Threads
     main                  waits for a signal
@@ -65,6 +66,7 @@ Protocol with the plugin (JSON-RPC lines of stdout, HTTP over a Unix socket)
                                           204 send opencode's own; 410 nobody waits: send nothing
     POST /more/SESSION                 -> 200 when the client has taken what was relayed so far
     proxy/loaded, proxy/warm           the plugin runs; the start-up proof came as far as it should
+    proxy/sending                      the request leaves as soon as this line is in the pipe
     proxy/upstream {status, headers}   the provider begins to answer
     proxy/data {text}                  a piece of the answer, at most 64 Ki characters
     proxy/end                          the end of the answer
@@ -350,12 +352,20 @@ class ProcessFailed(Exception):
     """An opencode process ended, broke its protocol or was too slow; the text says which.
 
     `status` and `code` are what the client is told where no other process can take its place.
+    `is_unsent` says that the process has ended without having sent the turn's body.
     """
 
-    def __init__(self, text: str, status: int = 502, code: str = "opencode_failed") -> None:
+    def __init__(
+        self,
+        text: str,
+        status: int = 502,
+        code: str = "opencode_failed",
+        is_unsent: bool = False,
+    ) -> None:
         super().__init__(text)
         self.status = status
         self.code = code
+        self.is_unsent = is_unsent
 
 
 def start_thread(target: Callable[..., None], *arguments: Any) -> None:
@@ -6501,7 +6511,7 @@ class Child:
             self._read_stderr()
         if stdout in ready:
             return os.read(stdout, 1 << 18)
-        if not ready and self._popen.poll() is not None:
+        if not ready and self._popen.poll() is not None and not self._poll.poll(0):
             return b""  # something that it started keeps stdout open
         return None
 
@@ -6560,6 +6570,13 @@ class Child:
             self.opencode.pids.discard(self.pid)
         if self.home != pathlib.Path():
             shutil.rmtree(self.home, ignore_errors=True)
+
+    def ended(self) -> ProcessFailed:
+        """Return the error for the end of the program, also where that has not been noticed yet."""
+        code = self._popen.poll() if self.pid else None
+        if code == -signal.SIGKILL:
+            return self.failed("opencode was killed, perhaps for want of memory")
+        return self.failed("opencode ended")
 
     def failed(self, text: str) -> ProcessFailed:
         """Return the error `text`, with what the program said last, without colours."""
@@ -6694,7 +6711,7 @@ class OpencodeProcess(Child):
             if message.get("id") == number:
                 return result_of(message, method)
             self._note_report(message)
-        raise self.failed("opencode ended")
+        raise self.ended()
 
     def _note_report(self, message: Json) -> None:
         kind = str(message.get("method")).partition("proxy/")[2]
@@ -6810,10 +6827,10 @@ def models_of(session: Json) -> tuple[frozenset[str], str]:
 class Letter(NamedTuple):
     """What reaches a turn from another thread.
 
-    `kind` is "process" (it was given `process`), "failed" (the reason is in `content`), "reply" (of
-    opencode), "request" (the plugin asks for the body), "hand over" (how the answer to that went),
-    or a report of the plugin. `about` is the session, or the number of the request, that it belongs
-    to.
+    `kind` is "process" (it was given `process`), "failed" (the reason is in `content`), "ended"
+    (likewise, and all that the process said has been read), "reply" (of opencode), "request" (the
+    plugin asks for the body), "hand over" (how the answer to that went), or one of the plugin's
+    reports. `about` is the session, or the number of the request, that it belongs to.
     """
 
     kind: str
@@ -6838,10 +6855,10 @@ class Turn(Asked):
     """One choice of a request.
 
     `process` is set by the pool, under its lock. `handed_over` says that the body is with opencode:
-    from then on nothing may be sent again. `session_id` says whether somebody still waits for what
-    opencode asks. `_lock` protects these two together: either the turn has left its session, or the
-    body is handed over. Everything else is its own thread's; the methods that run on the threads of
-    the asks put letters into the inbox.
+    from then on nothing may be sent again, unless that process ended without having sent it.
+    `session_id` says whether somebody still waits for what opencode asks. `_lock` protects these
+    two together: either the turn has left its session, or the body is handed over. Everything else
+    is its own thread's; the methods that run on the threads of the asks put letters into the inbox.
     """
 
     def __init__(
@@ -6866,13 +6883,14 @@ class Turn(Asked):
         self._conversation: Json = {}  # what opencode is told of it
         self._request_number = 0  # of the last request to opencode
         self._is_prompted = False  # opencode's turn runs: it has to be cancelled, also at the end
+        self._is_sending = False  # the body is on its way to the provider
         self._look: Look = lambda: None
         self._look_at = 0.0
 
     def events(self, look: Look) -> Events:
         """Yield the events of the answer; iterate it under contextlib.closing.
 
-        A process that fails before the body was handed over is replaced by another one. Raises
+        A process that fails before it may have sent the body is replaced by another one. Raises
         APIError, and whatever `look` raises.
         """
         self._look = look
@@ -6886,18 +6904,27 @@ class Turn(Asked):
                 except ProcessFailed as failure:
                     if self._pool.closing.is_set():  # it did not fail: it was told to end
                         raise shutting_down() from None
-                    if not self.leave(failed=process, again=attempt < MAX_ATTEMPTS):
+                    again = attempt < MAX_ATTEMPTS
+                    if not self.leave(process, again, failure.is_unsent):
                         raise APIError(failure.status, str(failure), code=failure.code) from None
         finally:
             self.leave()
 
-    def leave(self, failed: OpencodeProcess | None = None, again: bool = False) -> bool:
+    def leave(
+        self,
+        failed: OpencodeProcess | None = None,
+        again: bool = False,
+        is_unsent: bool = False,
+    ) -> bool:
         """Give the process up, or the place in the queue; safe to call twice.
 
         `failed` is the process whose fault it is: it gets no more turns. With `again` the turn
-        waits for another process, unless its body was handed over. Returns whether it waits.
+        waits for another process, unless its body was handed over; `is_unsent` says that this one
+        has ended and did not send it. Returns whether it waits.
         """
         self._end_session()  # from here on nothing can be handed over any more
+        if is_unsent:
+            self.handed_over = False
         again = again and not self.handed_over
         self._pool.release(self, failed, again)
         return again
@@ -7025,6 +7052,8 @@ class Turn(Asked):
             return exchange.refused(content["status"], content["headers"], content["body"])
         if letter.kind in ("delta", "finish"):
             return exchange.report(content)
+        if letter.kind == "sending":
+            self._is_sending = True
         if letter.kind == "more":
             content.put(True)  # the client has taken everything before it
         return ()
@@ -7076,6 +7105,8 @@ class Turn(Asked):
         Also notes where that turn is over.
         """
         content = letter.content
+        if letter.kind == "ended":
+            return ProcessFailed(content, is_unsent=not self._is_sending)
         if letter.kind == "failed" or (letter.kind == "hand over" and content):
             return ProcessFailed(content)
         if letter.kind == "unreadable":
@@ -7458,10 +7489,11 @@ class Pool:
             process.state = RETIRED  # whatever it still holds, it gets no more turns
 
         process.read_last_words()
-        failure = failure or str(process.failed("opencode ended"))
+        kind = "failed" if failure else "ended"
+        failure = failure or str(process.ended())
         with self._lock:
             for turn in process.turns:
-                turn.inbox.put(Letter("failed", process, None, failure))
+                turn.inbox.put(Letter(kind, process, None, failure))
         process.stop()
         process.close()
 
@@ -7469,6 +7501,8 @@ class Pool:
             self._processes.discard(process)
             if not is_expected and process.is_fresh:
                 self._note_failed_start(failure)
+        if not is_expected and self._tender.is_alive():  # before that, `prove` says it
+            log(f"warning: {failure}")
 
     def _start_at(self) -> float:
         """Return when a process may start again: after failed starts there is a growing pause."""
@@ -7771,6 +7805,8 @@ class CatalogWatch:
                 while child.runs_on():
                     if self._pool.closing.is_set() or time.monotonic() > deadline:
                         child.stop()
+            if child.returncode == -signal.SIGKILL:
+                raise child.ended()
             if child.returncode:
                 raise child.failed(f"`opencode models` failed with exit code {child.returncode}")
             output.seek(0)
@@ -9816,10 +9852,16 @@ const IDLE_MILLISECONDS = 150 // after the last turn, until its garbage is colle
 // The module is instantiated more than once: what it knows lies where all of them find it.
 const proxy = (globalThis.opencodeProxy ??= { turns: new Map(), fetch: globalThis.fetch })
 
-const report = (kind, sessionId, params) => {
+const report = (kind, sessionId, params, written) => {
   const message = { jsonrpc: "2.0", method: "proxy/" + kind, params: { sessionId, ...params } }
-  process.stdout.write(JSON.stringify(message) + "\n")
+  process.stdout.write(JSON.stringify(message) + "\n", written)
 }
+
+// Reports that the request leaves now. What is in the pipe is read, also if this process is killed:
+// so Python knows whether a request may have left.
+const reportSending = (sessionId) => new Promise((resolve, reject) => {
+  report("sending", sessionId, {}, (error) => error ? reject(error) : resolve())
+})
 
 const ask = async (kind, sessionId, question, signal) => {
   const answer = await proxy.fetch(`http://localhost/${kind}/${sessionId}`, {
@@ -9863,6 +9905,7 @@ const exchange = async (sessionId, turn, target, init) => {
   turn.isOurs = reply.status === 200 // otherwise opencode's own body goes: it reads the answer
   if (turn.isOurs) init.body = await reply.arrayBuffer()
 
+  await reportSending(sessionId)
   const answer = await proxy.fetch(target, init)
   const head = { status: answer.status, headers: Object.fromEntries(answer.headers) }
   if (!answer.ok) {

@@ -966,6 +966,8 @@ class Session:
             return
         self.do(fake.before_request)
         body = self.body_to_send(told)
+        self.do(fake.before_sending)
+        self.report("sending")
         note("sent", self.name, json.dumps(body)[:4000])
         try:
             self.answer(body)
@@ -1074,8 +1076,9 @@ class Fake:
         self.loads_plugin = True
         self.reaches_model = True
         self.makes_sessions = True
-        self.before_request = ""  # scripts: before it asks for a body, and while it reads that
+        self.before_request = ""  # scripts: before it asks for a body, while it reads that, and
         self.in_request = ""
+        self.before_sending = ""  # before it says that it sends it
         self.sessions = {}
         self.sessions_made = 0  # the first proves that it works, the second is opened ahead
         self.orders = itertools.count()
@@ -5676,6 +5679,29 @@ os._exit(0)
         self.assertEqual(len(self.journal("start")), 2)
         self.assertEqual(len(self.journal("post")), 1)
 
+    def test_a_body_that_was_not_sent_when_its_process_ended_is_given_to_another_one(self):
+        self.mode("fake.before_sending = 'os._exit(3)'")
+        running = self.start(spares=1, requests_per_process=100)
+        self.mode("")
+        self.assertEqual(running.content("well"), "well")
+        self.assertEqual(len(self.journal("start")), 2)
+        self.assertEqual(len(self.journal("post")), 1)
+
+    def test_a_body_that_a_process_was_about_to_send_when_it_ended_is_not_sent_again(self):
+        running = self.start(spares=1, requests_per_process=100)
+        self.assert_error(running.chat("do os._exit(3)"), 502, "opencode_failed", "opencode ended")
+        self.assertEqual(len(self.journal("post")), 1)
+        self.assertEqual(running.content("well"), "well")
+
+    def test_a_process_that_was_killed_is_told_in_the_log_and_replaced(self):
+        """The kernel does that where memory is short: also while nobody asks."""
+        running = self.start(spares=1)
+        first = self.only(running, spares=1)
+        os.kill(first, signal.SIGKILL)
+        warning = "warning: opencode was killed, perhaps for want of memory"
+        self.assertTrue(eventually(lambda: warning in self.logged), self.logged)
+        self.assertNotEqual(self.only(running, spares=1), first)
+
     def test_a_body_that_was_given_up_is_not_sent_and_the_next_one_is_whole(self):
         self.mode("""fake.in_request = 'note("reading"); hold("read")'""")
         running = self.start(spares=1, requests_per_process=100, timeout=600.0)
@@ -6009,6 +6035,10 @@ class StartTest(FakeCase):
     INVALID = r"\x1b[91mError: \x1b[0mopencode.json is not valid JSON(C)"
     # Row: how opencode is, what the program says of it.
     USELESS = {
+        "too little memory": (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            "opencode was killed, perhaps for want of memory",
+        ),
         "invalid configuration": (
             f"if not fake.is_acp: sys.exit('{INVALID}')",
             "Error: opencode.json is not valid",

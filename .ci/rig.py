@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import io
 import json
 import os
 import pathlib
@@ -43,6 +44,25 @@ QUIET_SHARE = 0.1
 # ---------------------------------------------------------------------------------- the provider
 
 
+class Chunks(io.RawIOBase):
+    """Writes a body in chunks: its connection is used again, as those of real providers are."""
+
+    def __init__(self, plain):
+        self._plain = plain
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        self._plain.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return len(data)
+
+    def close(self):
+        if not self.closed:
+            self._plain.write(b"0\r\n\r\n")
+        super().close()
+
+
 class Provider(tests.Upstream):
     """Answers questions in chat completions; `GET /posts` tells the marks and sizes so far."""
 
@@ -60,10 +80,16 @@ class Provider(tests.Upstream):
         self.exchanges.remove(exchange)
         mark, tokens, interval = read_question(exchange.raw)
         self.posts.append((mark, len(exchange.raw)))
-        exchange.begin()
-        exchange.wfile = exchange.connection.makefile("wb", PIECE_BYTES)
-        self.answer_question(exchange, mark, tokens, interval)
-        exchange.send("[DONE]")
+
+        exchange.send_response(200)
+        exchange.send_header("Content-Type", "text/event-stream")
+        exchange.send_header("Transfer-Encoding", "chunked")
+        exchange.end_headers()
+        plain = exchange.wfile
+        with io.BufferedWriter(Chunks(plain), PIECE_BYTES) as exchange.wfile:
+            self.answer_question(exchange, mark, tokens, interval)
+            exchange.send("[DONE]")
+        exchange.wfile = plain
 
     def answer_question(self, exchange, mark, tokens, interval):
         """Send the events of an answer."""
