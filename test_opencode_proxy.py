@@ -6946,6 +6946,16 @@ class ProgramTest(FakeCase):
             return True
         return False
 
+    def test_a_current_folder_that_is_gone_is_said_where_a_file_in_it_is_named(self):
+        gone = self.folder / "gone"
+        gone.mkdir()
+        os.environ["OPENCODE_CONFIG"] = "mine.json"
+        leave = ("sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', str(gone))
+        program = self.run_program(before=leave)
+        *_, last = program.communicate(timeout=DEADLINE)[1].splitlines()
+        self.assertIn("opencode_proxy: the files of opencode cannot be found: ", last)
+        self.assertEqual(program.returncode, 1)
+
     def test_an_opencode_that_does_not_work_ends_it_with_code_1_and_its_words(self):
         self.mode(FAILS)
         program = self.run_program()
@@ -8979,6 +8989,22 @@ class ReadmeTest(unittest.TestCase):
         for name in proxy.FIELDS:
             with self.subTest(name):
                 self.assertIn(f"`{name}`", rows)
+
+    def test_the_reference_tells_of_every_quirk(self):
+        text = self.read(".github/REFERENCE.md")
+        table = text.partition("| what was observed |")[2].partition("\n\n")[0]
+        expected = []
+        for quirk in proxy.QUIRKS:
+            formats = quirk.wire_format
+            if not isinstance(formats, tuple):
+                formats = (formats,)
+            endings = ", ".join(f"`{each.ending}`" for each in formats)
+            where = f"`{quirk.condition.__name__}`"
+            if quirk.condition is proxy.always:
+                where = "every service"
+            observed = quirk.repair.__doc__.splitlines()[0]
+            expected.append(f"| {endings} | {where} | {observed} |")
+        self.assertEqual(table.splitlines()[2:], expected)
 
     def test_it_tells_of_every_option(self):
         rows = self.text.partition("| option |")[2].partition("\n\n")[0]
