@@ -6627,6 +6627,26 @@ class WatchTest(FakeCase):
                 self.assertTrue(self.noted("odd"))
                 self.assertEqual(running.content("well"), "well")
 
+    def test_what_was_thought_for_one_login_is_not_sent_with_the_next(self):
+        running = self.start(spares=1, requests_per_process=100)
+        function = {"name": "f", "arguments": "{}"}
+        call = {"index": 0, "id": "c", "type": "function", "function": function}
+        script = f"""do
+data(chunk({{"reasoning_opaque": "a secret"}}))
+data(chunk({{"tool_calls": [{call}]}}, "tool_calls"))
+"""
+        _, answer = running.chat(script)
+        said = answer["choices"][0]["message"]
+        kept = {name: said[name] for name in ("role", "tool_calls")}
+        result = {"role": "tool", "tool_call_id": "c", "content": "result"}
+        messages = [{"role": "user", "content": "q"}, kept, result]
+
+        running.chat(messages=messages)
+        self.assertIn("a secret", self.journal("sent")[-1])
+        self.log_in("one")
+        running.chat(messages=messages)
+        self.assertNotIn("a secret", self.journal("sent")[-1])
+
     def test_a_login_while_the_catalog_is_read_is_noticed(self):
         self.mode(LISTS_LATE)
         starting = self.background.submit(self.start, spares=1)
