@@ -7256,7 +7256,7 @@ class OrphanTest(FakeCase):
 
     def test_orphans_are_taken_leave_of_and_own_processes_are_not(self):
         orphan = subprocess.Popen(["true"])
-        own = subprocess.Popen(["true"])
+        own = subprocess.Popen(["false"])
         self.addCleanup(orphan.wait)
         here = os.getpid()
 
@@ -7266,7 +7266,9 @@ class OrphanTest(FakeCase):
         self.assertTrue(eventually(lambda: {orphan.pid, own.pid} <= zombies()))
         with unittest.mock.patch.object(os, "getpid", return_value=1):
             proxy.reap_orphans({own.pid})
-        self.assertEqual(own.wait(), 0)
+            self.assertEqual(own.wait(), 1)  # where another has waited for it, Python says 0
+            proxy.reap_orphans(set())
+        self.assertNotIn(orphan.pid, zombies())
 
 
 # --------------------------------------------------------------------------------------------- http
