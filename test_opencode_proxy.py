@@ -6184,6 +6184,16 @@ class StartTest(FakeCase):
         self.assertTrue(self.noted("post"))
         return answer
 
+    def test_health_tells_of_starts_that_fail_although_a_request_is_answered(self):
+        self.patch(proxy, RETRY_SECONDS=600.0, MAX_RETRY_SECONDS=600.0)  # it fails once
+        running = self.start(spares=1)
+        self.mode(FAILS)
+        answer = self.background.submit(running.content, "do say('a'); hold()")
+        self.assertTrue(eventually(lambda: running.health()["last_error"]))
+        self.let_go()
+        self.assertEqual(answer.result(), "a")
+        self.assertEqual(running.health()["last_error"], "opencode ended: no memory")
+
     def test_a_waiting_request_fails_after_a_few_failed_starts(self):
         running = self.start()
         answer = self.crowd(running, "do hold(); say('first')")
@@ -6372,6 +6382,30 @@ class LoadTest(FakeCase):
         with running.send(PAUSE):
             self.assertTrue(running.becomes(running=1, spares=1))
 
+    def test_no_process_starts_before_the_only_answer_has_begun(self):
+        running = self.start(spares=1)
+        self.only(running, spares=1)
+        made = unittest.mock.patch.object(proxy, "OpencodeProcess", wraps=proxy.OpencodeProcess)
+        with made as new_process:
+            answer = self.background.submit(running.content, "do hold(); say('well')")
+            self.assertTrue(self.noted("post"))
+            new_process.assert_not_called()
+            self.let_go()
+            self.assertEqual(answer.result(), "well")
+            self.assertTrue(eventually(lambda: new_process.called))
+
+    def test_a_process_is_kept_warm_from_the_end_of_its_last_answer(self):
+        clock = self.wind()
+        running = self.start(requests_per_process=100, timeout=86400.0)
+        script = "do hold(); say(str(os.getpid()))"
+        answer = self.background.submit(running.content, script)
+        self.assertTrue(self.noted("post"))
+        clock.ahead += proxy.KEEP_WARM_SECONDS + 1
+        self.let_go()
+        pid = answer.result()
+        self.assertTrue(running.becomes(running=0))
+        self.assertEqual(running.content(PID), pid)
+
     def test_nothing_is_kept_of_sessions_that_are_over(self):
         running = self.start(spares=1, requests_per_process=100)
         for script in ("well", DIE):
@@ -6468,6 +6502,18 @@ class LoadTest(FakeCase):
                     self.assert_replaced(running, old)
                 running.close()
 
+    def test_a_process_that_grew_too_much_serves_nothing_more_even_if_it_is_the_only_one(self):
+        self.patch(proxy, TEND_SECONDS=0.05, MAX_RETRY_SECONDS=0.05)
+        running = self.start(spares=1, requests_per_process=100)
+        answer = self.background.submit(running.content, "do say('a'); hold(); say('b')")
+        self.assertTrue(self.noted("post"))
+        self.mode(FAILS)
+        size = proxy.MAX_GROWTH_BYTES + (1 << 30)
+        with unittest.mock.patch.object(proxy.Child, "memory", return_value=size):
+            self.assertTrue(eventually(lambda: running.chat()[0] == 502, SOON))
+        self.let_go()
+        self.assertEqual(answer.result(), "ab")
+
     def test_a_fresh_process_of_any_size_is_kept(self):
         self.patch(proxy, TEND_SECONDS=0.02)
         with unittest.mock.patch.object(proxy.Child, "memory", return_value=4 << 30) as memory:
@@ -6512,6 +6558,19 @@ class LoadTest(FakeCase):
         self.assertEqual([answer.result() for answer in answers], ["first", "second"])
         sessions = [note for note in self.journal("session") if note.startswith(f"{first} ")]
         self.assertEqual(len(sessions), 3)  # of its proof, ahead, and of the turn that it failed
+
+    def test_a_request_whose_process_failed_is_the_next_to_get_another(self):
+        self.mode("fake.before_request = 'hold(\"fail\"); os._exit(3)'")
+        running = self.start(spares=1, max_concurrency=1)
+        self.mode("")
+        answers = []
+        for text in ("first", "second"):
+            answers.append(self.background.submit(running.content, text))
+            self.assertTrue(running.becomes(running=1, waiting=len(answers) - 1))
+        self.let_go("fail")
+        self.assertEqual([answer.result() for answer in answers], ["first", "second"])
+        posts = [post.partition(" ")[2] for post in self.journal("post")]
+        self.assertEqual(posts, ["first", "second"])
 
     def test_a_process_that_hangs_after_the_hand_over_serves_nothing_more(self):
         self.patch(proxy, STOP_SECONDS=0.3)
