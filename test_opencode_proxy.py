@@ -6715,6 +6715,16 @@ data(chunk({{"tool_calls": [{call}]}}, "tool_calls"))
         self.let_go("list")
         self.assert_serves(starting.result(), self.NEW)
 
+    def test_models_that_are_cut_off_are_read_once_more(self):
+        cut_off_first = r"""
+if not fake.is_acp and not os.path.exists(HERE + "/cut"):
+    open(HERE + "/cut", "w").close()
+    sys.exit(print('a/b\n{"id": '))
+"""
+        self.mode(cut_off_first)
+        self.assertEqual(self.start().content("well"), "well")
+        self.assertTrue((self.folder / "cut").exists())
+
     # -- the trimmed catalog
 
     def trimmed(self):
@@ -6766,6 +6776,20 @@ data(chunk({{"tool_calls": [{call}]}}, "tool_calls"))
         self.assertEqual(running.content("used"), "used")
         self.assert_serves(running, self.NEW)
         self.assertIsNone(running.health()["last_error"])
+
+    def test_models_that_only_processes_have_renew_the_catalog_once(self):
+        self.mode(f"if fake.is_acp: fake.names.append('{self.NEW}')")
+        running = self.start(spares=1)
+        self.assertTrue(self.noted("models", count=2))
+        used = self.only(running, spares=1)
+        self.assertEqual(running.content("used"), "used")
+        self.assertTrue(eventually(lambda: used not in opencode_pids()))
+        self.only(running, spares=1)
+        opencode = running.pool.opencode
+        signature = unittest.mock.patch.object(opencode, "signature", wraps=opencode.signature)
+        with signature as looks:  # once a look, three times a renewal
+            self.assertTrue(eventually(lambda: looks.call_count > 5))
+        self.assertEqual(len(self.journal("models")), 2)
 
 
 class ForeignTest(FakeCase):
