@@ -6940,6 +6940,17 @@ class PassThroughTest(FakeCase):
                 self.assertEqual((status, data), (429, b'{"odd": 1}'))
                 self.assertEqual(headers["Retry-After"], "3")
 
+    def test_a_refusal_does_not_make_health_forget_an_error(self):
+        running = self.start(spares=1, requests_per_process=100)
+        self.assertEqual(running.chat(DIE)[0], 502)
+        refused = "do report('refused', status=429, headers={}, body='no')"
+        for name in self.BODIES:
+            with self.subTest(name):
+                self.assertEqual(self.ask(running, name, refused)[0][0], 429)
+                self.assertIsNotNone(running.health()["last_error"])
+        self.assertEqual(self.ask(running, "messages", "do data('x')")[0][0], 200)
+        self.assertIsNone(running.health()["last_error"])
+
     def test_a_model_of_another_format_is_refused(self):
         running = self.start(spares=1, requests_per_process=100)
         for name in self.BODIES:
