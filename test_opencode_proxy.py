@@ -8597,6 +8597,27 @@ class LogTest(unittest.TestCase):
         text += self.read_until("last\n")
         self.assertRegex(text, r"(?s)\A0\n1\n.*9\n\([0-9]+ lines are missing here: .*\nlast\n\Z")
 
+    def test_that_lines_are_missing_is_told_once(self):
+        self.fill()
+        with unittest.mock.patch.object(proxy, "MAX_LOG_LINES", 10):
+            log = self.new_log()
+        for number in range(100):
+            log.write(str(number))
+        text = self.read_until("9\n")
+        for line in ("one", "two"):
+            log.write(line)
+        text += self.read_until("two\n")
+        self.assertEqual(text.count("lines are missing here"), 1, text)
+
+    def test_a_line_that_is_taken_in_parts_is_written_whole(self):
+        write = os.write
+        in_parts = unittest.mock.patch.object(os, "write", lambda file, data: write(file, data[:3]))
+        log = self.new_log()
+        with in_parts:
+            log.write("a long line")
+            log.close(DEADLINE)
+        self.assertEqual(os.read(self.reader, 1 << 16), b"a long line\n")
+
     def test_without_stderr_nothing_is_written(self):
         log = proxy.LogWriter(None)
         log.write("a line")
