@@ -9586,6 +9586,20 @@ class RealPassThroughTest(RealCase):
             self.assertEqual((status, data), (200, self.ANSWER))
             self.check_sent(body)
 
+    def test_characters_that_fill_many_lines_of_the_plugin_arrive_whole(self):
+        def respond(exchange):
+            exchange.begin()
+            exchange.wfile.write(answer)
+
+        self.upstream.respond = respond
+        for name, first in (("at even places", ""), ("at odd places", "x")):
+            answer = b"data: %b\n\n" % (first + 400000 * "\U0001f600").encode()
+            with self.subTest(name):
+                model, body = self.BODIES["/v1/responses"]
+                body = {"model": model, **body, "stream": True}
+                _, _, data = self.proxy.request("POST", "/v1/responses", body)
+                self.assertTrue(data == answer, data[:100])  # a diff of them takes minutes
+
     def test_whole_answers(self):
         self.upstream.respond = failing(200, '{"n": 1.0}')
         for path, body in self.each_body(stream=False):
