@@ -9670,6 +9670,10 @@ class RealFaultTest(RealCase):
             with self.subTest(name):
                 self.check(failing(429, self.ERROR), 429, "c", "the words", model=model)
 
+    def test_a_refusal_that_is_longer_than_a_line_may_be_is_passed_on(self):
+        page = failing(503, "x" * (17 << 20), "text/plain")
+        self.check(page, 503, None, "xxx")
+
     def test_a_refusal_in_html_is_read(self):
         page = failing(502, "<html><b>Unicorn!</b></html>", "text/html")
         self.check(page, 502, None, "Unicorn!")
