@@ -9831,6 +9831,11 @@ class RealFilesTest(unittest.TestCase):
         })
         export const Login = async () => ({ auth: { provider: "local", methods: [], loader } })
     """
+    COUNTING_PLUGIN = """
+        import { appendFileSync } from "node:fs"
+        const count = () => appendFileSync("FILE", globalThis.opencodeProxy.turns.size + "\\n")
+        export const Count = async () => ({ event: async () => { setTimeout(count) } })
+    """
 
     def setUp(self):
         self.path = real_opencode()
@@ -9898,6 +9903,24 @@ class RealFilesTest(unittest.TestCase):
         self.assertEqual(len(self.upstream.exchanges), 1)
         self.upstream.respond = answer_text
         self.assertEqual(running.content(), HELLO)
+
+    def test_no_tool_server_of_the_user_is_started(self):
+        trace = self.folder / "started"
+        server = {"type": "local", "command": ["touch", str(trace)]}
+        running = self.start(mcp={"mine": server})
+        self.assertEqual(running.content(), HELLO)
+        self.assertFalse(trace.exists())
+
+    def test_opencode_keeps_nothing_of_answers_that_are_over(self):
+        """A plugin of the user's counts what ours keeps, behind each event of opencode."""
+        counts = self.folder / "counts"
+        plugin = self.folder / "count.js"
+        plugin.write_text(self.COUNTING_PLUGIN.replace("FILE", str(counts)))
+        running = self.start({"requests_per_process": 50}, plugin=[plugin.as_uri()])
+        for _ in range(2):
+            self.assertEqual(running.content(), HELLO)
+        self.assertTrue(eventually(lambda: counts.read_text().endswith("\n0\n"), SOON))
+        self.assertIn("1\n", counts.read_text())
 
     def test_nothing_of_the_machine_is_sent_and_no_prompt_is_left(self):
         notes = self.folder / "AGENTS.md"
