@@ -9863,10 +9863,9 @@ const reportSending = (sessionId) => new Promise((resolve, reject) => {
   report("sending", sessionId, {}, (error) => error ? reject(error) : resolve())
 })
 
-const ask = async (kind, sessionId, question, signal) => {
+const ask = async (kind, sessionId, question) => {
   const answer = await proxy.fetch(`http://localhost/${kind}/${sessionId}`, {
-    method: "POST", body: JSON.stringify(question), signal,
-    unix: process.env.OPENCODE_PROXY_SOCKET })
+    method: "POST", body: JSON.stringify(question), unix: process.env.OPENCODE_PROXY_SOCKET })
   if (!answer.ok) throw new Error("nobody waits for this answer")
   return answer
 }
@@ -9876,7 +9875,7 @@ const begin = async (sessionId) => {
   proxy.turns.set(sessionId, { types: {}, ...turn })
 }
 
-const relay = async (sessionId, stream, signal) => {
+const relay = async (sessionId, stream) => {
   const decoder = new TextDecoder("utf-8", { ignoreBOM: true }) // or it drops a U+FEFF of a chunk
   let sent = 0
   for await (const bytes of stream) {
@@ -9889,7 +9888,7 @@ const relay = async (sessionId, stream, signal) => {
       report("data", sessionId, { text: piece })
       sent += piece.length
       if (sent < WINDOW) continue
-      await ask("more", sessionId, {}, signal)
+      await ask("more", sessionId, {})
       sent = 0
     }
   }
@@ -9899,7 +9898,7 @@ const exchange = async (sessionId, turn, target, init) => {
   // Python knows the conversation: it is told of everything else
   const { messages, input, instructions, system, contents, prompt, ...body } = JSON.parse(init.body)
   const url = String(target?.url ?? target)
-  const reply = await ask("request", sessionId, { url, body }, init.signal)
+  const reply = await ask("request", sessionId, { url, body })
   const headers = JSON.parse(reply.headers.get("x-headers"))
   for (const [name, value] of Object.entries(headers)) init.headers.set(name, value)
   turn.isOurs = reply.status === 200 // otherwise opencode's own body goes: it reads the answer
@@ -9914,7 +9913,7 @@ const exchange = async (sessionId, turn, target, init) => {
   }
   report("upstream", sessionId, head)
   if (!turn.isOurs) return answer
-  await relay(sessionId, answer.body, init.signal)
+  await relay(sessionId, answer.body)
   return report("end", sessionId)
 }
 
