@@ -9937,8 +9937,7 @@ const fetchOnce = async (input, init) => {
   const refusal = () =>
     Response.json({ error: { message: "answered by the proxy" } }, { status: 400 })
   const turn = proxy.turns.get(sessionId)
-  if (!turn || turn.hasAsked || turn.warmup) return refusal()
-  turn.hasAsked = true
+  if (!turn || turn.warmup) return refusal()
   try {
     return (await exchange(sessionId, turn, input, { ...init, headers })) ?? refusal()
   } catch (error) {

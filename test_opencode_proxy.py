@@ -5638,6 +5638,19 @@ while True:
         self.assert_fails(running, "do os._exit(3)", "opencode ended")
         self.assertEqual(len(self.journal("post", "_exit")), 1)
 
+    def test_what_opencode_asks_for_again_is_not_handed_over_again(self):
+        script = """do
+note("asks", 1)
+session.ask("request", {"url": "http://127.0.0.1/chat/completions", "body": {}})
+note("sends", 1)
+"""
+        running = self.start(spares=1, timeout=600.0)
+        with running.send(script):
+            self.assertTrue(self.noted("asks"))
+        self.assertTrue(running.becomes(SOON, running=0))
+        self.assertTrue(self.noted("cancelled"))
+        self.assertEqual(self.journal("sends"), [])
+
     def test_orphans_that_keep_the_pipes_open_hold_nobody_up(self):
         running = self.start(spares=1)
         for name, script in self.ORPHANS.items():
