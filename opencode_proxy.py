@@ -4524,12 +4524,6 @@ class Thoughts:
         thought: Json = json.loads(text)
         return thought
 
-    def clear(self) -> None:
-        """Forget everything: another login may not see it."""
-        with self._lock:
-            self._entries.clear()
-            self._size = 0
-
     def _forget(self, key: tuple[str, str]) -> None:
         _, text = self._entries.pop(key, (0.0, ""))
         self._size -= len(text)
@@ -7777,7 +7771,7 @@ class CatalogWatch:
         self._opencode.trim = True
         if catalog != self._opencode.catalog or signature != self._signature:
             self._opencode.use_catalog(catalog)  # processes with another one end
-            self._pool.thoughts.clear()  # they may be another login's
+            self._pool.thoughts = Thoughts()  # another login's: its answers may still add to those
         self._renew_at = time.monotonic() + CATALOG_SECONDS
         self._signature = signature
 

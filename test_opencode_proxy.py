@@ -6699,25 +6699,39 @@ class WatchTest(FakeCase):
                 self.assertTrue(self.noted("odd"))
                 self.assertEqual(running.content("well"), "well")
 
-    def test_what_was_thought_for_one_login_is_not_sent_with_the_next(self):
-        running = self.start(spares=1, requests_per_process=100)
-        function = {"name": "f", "arguments": "{}"}
-        call = {"index": 0, "id": "c", "type": "function", "function": function}
-        script = f"""do
-data(chunk({{"reasoning_opaque": "a secret"}}))
-data(chunk({{"tool_calls": [{call}]}}, "tool_calls"))
+    # Answers with a call, and with what was thought before it.
+    CALL = """do
+function = {"name": "f", "arguments": "{}"}
+data(chunk({"reasoning_opaque": "a secret"}))
+hold()
+data(chunk({"tool_calls": [{"index": 0, "id": "c", "type": "function", "function": function}]}))
 """
-        _, answer = running.chat(script)
+
+    def sent_after(self, answer):
+        """Return the body of a request that goes on after an answer with a call."""
         said = answer["choices"][0]["message"]
         kept = {name: said[name] for name in ("role", "tool_calls")}
         result = {"role": "tool", "tool_call_id": "c", "content": "result"}
-        messages = [{"role": "user", "content": "q"}, kept, result]
+        self.running.chat(messages=[{"role": "user", "content": "q"}, kept, result])
+        return self.journal("sent")[-1]
 
-        running.chat(messages=messages)
-        self.assertIn("a secret", self.journal("sent")[-1])
+    def test_what_was_thought_for_one_login_is_not_sent_with_the_next(self):
+        self.running = self.start(spares=1, requests_per_process=100)
+        self.let_go()
+        _, answer = self.running.chat(self.CALL)
+        self.assertIn("a secret", self.sent_after(answer))
         self.log_in("one")
-        running.chat(messages=messages)
-        self.assertNotIn("a secret", self.journal("sent")[-1])
+        self.assertNotIn("a secret", self.sent_after(answer))
+
+    def test_what_is_thought_while_the_user_logs_in_anew_is_not_sent_with_the_next_login(self):
+        self.running = self.start(spares=1, requests_per_process=100)
+        chat = self.background.submit(self.running.chat, self.CALL)
+        self.assertTrue(self.noted("post"))
+        self.log_in("one")
+        self.assertEqual(self.running.content("well"), "well")
+        self.let_go()
+        _, answer = chat.result()
+        self.assertNotIn("a secret", self.sent_after(answer))
 
     def test_a_login_while_the_catalog_is_read_is_noticed(self):
         self.mode(LISTS_LATE)
@@ -11150,12 +11164,6 @@ class ThoughtsTest(unittest.TestCase):
                 self.assertEqual(said_with_call[0], thought)
                 self.assertIn("I look", json.dumps(said_with_call[1]))
 
-    def test_another_login_sees_nothing(self):
-        thoughts = proxy.Thoughts()
-        thoughts.store("p/m", "c", {"text": "x"})
-        thoughts.clear()
-        self.assertEqual(thoughts.recall("p/m", "c"), {})
-
 
 REASONERS = {
     "DeepSeek": (DEEPSEEK, True),
@@ -11302,7 +11310,7 @@ class RealThoughtsTest(RealCase):
         for name, model in FORMATS.items():
             for is_streamed in (False, True):
                 with self.subTest(name, is_streamed=is_streamed):
-                    self.proxy.pool.thoughts.clear()
+                    self.proxy.pool.thoughts = proxy.Thoughts()
                     self.upstream.exchanges.clear()
                     self.assertEqual(self.loop(model, is_streamed), ("done", 4))
 
@@ -11312,7 +11320,7 @@ class RealThoughtsTest(RealCase):
             with self.subTest(name):
                 self.upstream.exchanges.clear()
                 said = self.ask(model, [{"role": "user", "content": "q"}], False)
-                self.proxy.pool.thoughts.clear()
+                self.proxy.pool.thoughts = proxy.Thoughts()
                 result = {"role": "tool", "tool_call_id": "c", "content": "r"}
                 self.ask(model, [{"role": "user", "content": "q"}, said, result], False)
                 raw = self.upstream.exchanges[-1].raw
