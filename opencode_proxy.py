@@ -8546,8 +8546,14 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if self.server.pool.closing.is_set():
             raise shutting_down()
         is_silent = time.monotonic() - self._last_write >= PING_SECONDS
-        if self._answer is not None and is_silent:
+        if is_silent and self._is_between_events():
             self._write(SSE_PING)
+
+    def _is_between_events(self) -> bool:
+        """Tell whether a comment may come next in what the client reads."""
+        if self._passed is not None:
+            return self._passed.is_between_events
+        return self._answer is not None
 
     def _fail(self, error: APIError, cause: str) -> None:
         """Tell the client of an error, by the response or, where that has begun, at its end."""
@@ -8788,7 +8794,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self._send(200, {}, {"input_tokens": estimate_tokens(body)})
 
     def _pass_through(self, wire_format: type[WireFormat]) -> None:
-        """Answer a request in a wire format's own words by what the provider says, unchanged."""
+        """Answer a request in a wire format's own words by what the provider says, unchanged.
+
+        Where a stream is silent for long, a comment comes between two of its events.
+        """
         headers = {name: self.headers[name] for name in PASSED_HEADERS if name in self.headers}
         request = parse_native_request(self._read_body(), wire_format, headers)
         model = self.server.pool.ready(self._look).resolve(request.model, exact=True)

@@ -5934,6 +5934,28 @@ class PingTest(FakeCase):
                 answer = connection.getresponse()
                 self.assertEqual(answer.readline()[:22], b'data: {"id":"chatcmpl-')
 
+    def test_pings_between_events_that_are_passed_through_and_within_none(self):
+        running = self.start(timeout=86400.0)
+        script = r"do data('data: 1\n\n'); hold('one'); data('data: '); hold('two'); data('2\n\n')"
+        body = {"model": "claude-sonnet-4.6", "stream": True, "max_tokens": 9}
+        body["messages"] = [{"role": "user", "content": script}]
+        connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=DEADLINE)
+        with contextlib.closing(connection):
+            connection.request("POST", "/v1/messages", json.dumps(body))
+            answer = connection.getresponse()
+            lines_until(answer, b"data: 1")
+            with self.silence():
+                lines_until(answer, self.PING)
+            self.let_go("one")
+            data = b""
+            while not data.endswith(b"data: "):
+                data += answer.read(1)
+            later = self.clock.ahead + 20 * proxy.PING_SECONDS
+            with self.silence():
+                self.assertTrue(eventually(lambda: self.clock.ahead > later))
+            self.let_go("two")
+            self.assertEqual(answer.readline(), b"2\n")
+
     def test_an_error_after_pings_is_an_event(self):
         running = self.start(timeout=86400.0)
         with running.streaming("do hold()") as connection:
