@@ -2125,18 +2125,19 @@ def with_outputs(items: list[Json]) -> list[Json]:
     """Return the items of a conversation with one output for each call, and none without a call.
 
     OpenAI: "No tool output found for function call", "No tool call found for function call
-    output".
+    output". Calls may have the same id: clients use one again. An output belongs to the last call
+    before it that has its id and no output yet.
     """
     answered: set[int] = set()  # places of calls that have an output
     orphans: set[int] = set()  # places of outputs that have no call
-    waiting: dict[str, int] = {}  # the places of calls, by id
+    waiting: dict[str, list[int]] = {}  # the places of calls without an output, by id
     for place, item in enumerate(items):
         if "call_id" not in item:
             continue
         if "output" not in item:
-            waiting[item["call_id"]] = place
-        elif item["call_id"] in waiting:
-            answered.add(waiting.pop(item["call_id"]))
+            waiting.setdefault(item["call_id"], []).append(place)
+        elif waiting.get(item["call_id"]):
+            answered.add(waiting[item["call_id"]].pop())
         else:
             orphans.add(place)
 

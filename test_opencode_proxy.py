@@ -2242,6 +2242,14 @@ def result(call_id, content="r"):
     return {"type": "tool_result", "tool_use_id": call_id, "content": content}
 
 
+def called(call_id):
+    return {"type": "function_call", "call_id": call_id, "name": "f", "arguments": "{}"}
+
+
+def output_of(call_id, output="r"):
+    return {"type": "function_call_output", "call_id": call_id, "output": output}
+
+
 HISTORY_ROWS = (
     Row(
         "an id in two turns, and two ids that become one",
@@ -2323,9 +2331,37 @@ HISTORY_ROWS = (
         {"messages": [asks("c", "{}"), {**DONE, "tool_call_id": "x"}]},
         {
             "input": [
-                {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
-                {"type": "function_call_output", "call_id": "c", "output": "No result"},
+                called("c"),
+                output_of("c", "No result"),
                 said("user", text("Result of a tool: r", "input_text")),
+            ]
+        },
+    ),
+    Row(
+        "one id for two calls of a turn, and three results, on /responses",
+        AT_RESPONSES,
+        {"messages": [asks("c", "{}"), asks("c", "{}"), DONE, {**DONE, "content": "s"}, DONE]},
+        {
+            "input": [
+                called("c"),
+                called("c_2"),
+                output_of("c"),
+                output_of("c_2", "s"),
+                said("user", text("Result of a tool: r", "input_text")),
+            ]
+        },
+    ),
+    Row(
+        "an id in two turns, the first without a result, on /responses",
+        AT_RESPONSES,
+        {"messages": [asks("c", "{}"), USER, asks("c", "{}"), DONE]},
+        {
+            "input": [
+                called("c"),
+                output_of("c", "No result"),
+                said("user", text("q", "input_text")),
+                called("c_2"),
+                output_of("c_2"),
             ]
         },
     ),
