@@ -1106,7 +1106,8 @@ MAX_ARGUMENTS_DEPTH = 100  # of a call's arguments; what is deeper stays text
 MAX_ESCAPE_CHARACTERS = 6  # of an escape in a JSON string
 WORD_CHARACTERS = string.ascii_letters + string.digits + "+-."  # of a JSON number or literal
 CLOSERS = {"{": "}", "[": "]"}
-JSON_STRING_OR_BRACKET = re.compile(r'"((?:[^"\\]|\\.)*)("?)|[\[\]{}]', re.DOTALL)
+# A string is not matched as a whole: of a long one that would take a hundred times its size.
+JSON_ESCAPE_QUOTE_OR_BRACKET = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
 NO_RESULT = "No result"  # of a call, where a client has cut it off its history
 ORPHAN_RESULT = "Result of a tool:"  # before one whose call a client has cut off its history
 JSON_ONLY = "Answer with a single JSON object and nothing else: no Markdown, no explanation."
@@ -2579,17 +2580,21 @@ def lenient_json(text: str) -> Any:
 def open_brackets(text: str) -> tuple[str, bool]:
     """Return what closes the brackets that a JSON text leaves open, and whether it is shallow."""
     closers: list[str] = []
-    for token in JSON_STRING_OR_BRACKET.finditer(text):
+    is_in_string = False
+    for token in JSON_ESCAPE_QUOTE_OR_BRACKET.finditer(text):
         word = token.group()
-        if word in CLOSERS:
+        if word == '"':
+            is_in_string = not is_in_string
+        elif is_in_string:
+            continue
+        elif word in CLOSERS:
             closers.append(CLOSERS[word])
         elif word in CLOSERS.values() and closers:
             closers.pop()
         if len(closers) > MAX_ARGUMENTS_DEPTH:
             return "", False
-        if word.startswith('"') and not token.group(2):
-            closers.append('"')
-            break
+    if is_in_string:
+        closers.append('"')
     return "".join(reversed(closers)), True
 
 

@@ -2621,6 +2621,14 @@ class BodyTest(unittest.TestCase):
             proxy.read_arguments(text)
             self.assertLess(time.process_time() - start, 5)
 
+    def test_reading_arguments_takes_memory_of_their_size(self):
+        text = '{"a":"' + "x\\n" * 300000 + '"}'
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        proxy.read_arguments(text)
+        _, peak = tracemalloc.get_traced_memory()
+        self.assertLess(peak, 8 * len(text))
+
     def test_a_fence_around_a_whole_text_is_removed(self):
         for name, (text, expected) in FENCED.items():
             for size in (1, 3, 1000):
