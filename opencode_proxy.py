@@ -3003,7 +3003,7 @@ MEDIA_TYPES = (  # of images, by how their bytes begin
     (b"\xff\xd8\xff", "image/jpeg"),
     (b"GIF8", "image/gif"),
 )
-DATA_IMAGE = re.compile(r"(?i)data:(image/[^;,]*)((?:;[^;,]*)*;base64,)")
+DATA_IMAGE = re.compile(r"(?i)data:(image/[^;,]*)(;(?:[^,]*;)?base64,)")
 # Keywords of a JSON schema below which are schemas: by name, in a list, or one.
 SCHEMA_MAPS = ("properties", "$defs", "definitions", "patternProperties")
 SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")

@@ -2621,13 +2621,18 @@ class BodyTest(unittest.TestCase):
             proxy.read_arguments(text)
             self.assertLess(time.process_time() - start, 5)
 
-    def test_reading_arguments_takes_memory_of_their_size(self):
-        text = '{"a":"' + "x\\n" * 300000 + '"}'
-        tracemalloc.start()
-        self.addCleanup(tracemalloc.stop)
-        proxy.read_arguments(text)
-        _, peak = tracemalloc.get_traced_memory()
-        self.assertLess(peak, 8 * len(text))
+    def test_what_is_read_takes_memory_of_its_size(self):
+        for name, function, text in (
+            ("arguments", proxy.read_arguments, '{"a":"' + "x\\n" * 300000 + '"}'),
+            ("an image", proxy.with_media_type, "data:image/png" + ";" * 900000 + ","),
+        ):
+            with self.subTest(name):
+                tracemalloc.start()
+                self.addCleanup(tracemalloc.stop)
+                function(text)
+                _, peak = tracemalloc.get_traced_memory()
+                tracemalloc.stop()
+                self.assertLess(peak, 8 * len(text))
 
     def test_a_fence_around_a_whole_text_is_removed(self):
         for name, (text, expected) in FENCED.items():
