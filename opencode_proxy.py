@@ -890,7 +890,8 @@ def check_tool(tool: Fields) -> None:
 def check_function(function: Fields) -> None:
     function.need("name", str)
     function.may("parameters", dict)
-    function.may("format", dict)
+    if function.has("format"):
+        function.inner("format").may("type", str)
 
 
 def check_tool_choice(fields: Fields) -> None:

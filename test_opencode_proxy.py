@@ -1599,6 +1599,10 @@ BAD_TOOLS = {
     "a list as parameters": ("[0].function.parameters", [changed(TOOL, parameters=[])]),
     "no custom tool": ("[1].custom", [{"type": "web_search"}, {"type": "custom"}]),
     "a number as name": ("[0].custom.name", [changed(CUSTOM_TOOL, name=1)]),
+    "an object as type of a format": (
+        "[0].custom.format.type",
+        [changed(CUSTOM_TOOL, format={"type": {}})],
+    ),
 }
 BAD_CHOICES = {
     "an unknown mode": ("", "maybe"),
