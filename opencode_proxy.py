@@ -583,6 +583,7 @@ def turn_error(error: Json) -> APIError:
 
 MAX_DIGITS = 4300  # of a number: reading it takes quadratic time on some Pythons
 MAX_TOKENS = (1 << 31) - 1  # what every provider's integer holds
+TOO_DEEP = "The body is too deeply nested"
 
 KIND_NAMES = {
     bool: "a boolean",
@@ -2863,7 +2864,7 @@ def finished_body(body: Json, target: Target) -> bytes:
         repair(finished, target)
         return json_bytes(finished)
     except RecursionError:
-        raise invalid("The body is too deeply nested") from None
+        raise invalid(TOO_DEEP) from None
 
 
 class OpencodeFormat:
@@ -4895,7 +4896,10 @@ def parse_native_request(
 ) -> NativeRequest:
     """Return the request in `data`; raise APIError 400 for what needs a store."""
     body = parse_json_object(data)
-    check_native_body(Fields(body), wire_format)
+    try:
+        check_native_body(Fields(body), wire_format)
+    except RecursionError:
+        raise invalid(TOO_DEEP) from None
     for name in NEEDS_STORE:
         if name == "store" and wire_format is not Responses:
             continue

@@ -4191,6 +4191,12 @@ class NativeTest(unittest.TestCase):
         exchange = proxy.NativeExchange(request, WARM)
         self.assertIn(error(exchange.body, AT_RESPONSES, {})[2], "The body is too deeply nested")
 
+    def test_a_content_that_is_too_deep_to_be_checked_is_a_400(self):
+        depth = 2 * sys.getrecursionlimit()  # 3.13 and newer can read it
+        data = b'{"input": [{"content": ' + b'[{"content": ' * depth + b"1" + b"}]" * depth + b"}]}"
+        status, _, _ = error(proxy.parse_native_request, data, proxy.Responses, {})
+        self.assertEqual(status, 400)
+
 
 def call_delta(index, arguments, call_id=None, kind="function", name="f", **more):
     """Return a delta with a piece of a call: the first one, which names it, where it has an id."""
