@@ -4970,7 +4970,8 @@ class StableIds:
         return "".join(self._rest)
 
     def _repaired(self, event: str) -> str:
-        data = [line[len("data:") :] for line in event.splitlines() if line.startswith("data:")]
+        lines = event.split("\n")  # `splitlines` also splits at U+2028, which JSON may hold
+        data = [line[len("data:") :] for line in lines if line.startswith("data:")]
         try:
             message = json.loads("\n".join(data))
             pairs = list(self._items_of(message))

@@ -11121,7 +11121,7 @@ class StableIdsTest(unittest.TestCase):
         """Return events as they come, a comment and an odd one among them."""
         blocks = [": hi"]
         for event in events:
-            blocks.append(f"event: {event['type']}\ndata: {json.dumps(event)}")
+            blocks.append(f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}")
         blocks += ["data: {broken", "data: [DONE]"]
         return "".join(block.replace("\n", ends) + 2 * ends for block in blocks)
 
