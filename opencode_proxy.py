@@ -1298,8 +1298,15 @@ class ToolCall:
     @property
     def is_complete(self) -> bool:
         """Whether its text is all that it can be: JSON, where it is a function's arguments."""
+        if self.type != "function" or not self.pieces:
+            return True
+        # This is asked at every piece of some providers' calls: most are told without reading all.
+        closer = CLOSERS.get(self.pieces[0].lstrip()[:1])
+        end = self.pieces[-1].rstrip()
+        if closer and end and not end.endswith(closer):
+            return False
         text = "".join(self.pieces)
-        if self.type != "function" or not text.strip():
+        if not text.strip():
             return True
         try:
             json.loads(text, parse_int=float)  # an int takes quadratic time
@@ -5212,7 +5219,10 @@ def joined_details(pieces: Iterable[Any]) -> list[Any]:
 def is_other(same: list[Json], piece: Json) -> bool:
     """Tell whether the id of a detail's piece is another than that of the pieces before."""
     detail_id = piece.get("id")
-    return bool(detail_id) and any(other.get("id") not in (None, "", detail_id) for other in same)
+    if not detail_id:
+        return False
+    known_ids = (other["id"] for other in same if other.get("id"))
+    return bool(next(known_ids, detail_id) != detail_id)  # the first is that of all
 
 
 class Message:

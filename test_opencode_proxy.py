@@ -5071,6 +5071,25 @@ class EventTest(unittest.TestCase):
         many = min(seconds(3000) for _ in range(3))  # 8 times as much; quadratic: 64 times as long
         self.assertLess(many, 24 * few + 0.05)
 
+    def test_what_comes_in_many_pieces_that_repeat_themselves_takes_linear_time(self):
+        def seconds(pieces, count):
+            first, more, last = pieces
+            body = body_text((first, *[more] * count, last, chunk("stop"), "[DONE]"))
+            exchange = exchange_at(AT_CHAT)
+            started = time.process_time()
+            tell(exchange, body)
+            return time.process_time() - started
+
+        detail = details({"type": "reasoning.text", "index": 0, "id": "d", "text": "abcd"})
+        for name, pieces in (
+            ("a call", [chunk(call=function_call(piece)) for piece in ('{"a":"', "abcd", '"}')]),
+            ("reasoning", [detail] * 3),
+        ):
+            with self.subTest(name):
+                few = min(seconds(pieces, 1500) for _ in range(3))
+                many = seconds(pieces, 12000)  # 8 times as much; quadratic: 64 times as long
+                self.assertLess(many, 24 * few + 0.05)
+
     def test_damaged_bytes_of_a_stream_are_events_or_an_error(self):
         seeded = random.Random(4141)
         for name, (url, stream, *_) in STREAMS_WITH_EVERYTHING.items():
