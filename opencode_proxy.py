@@ -1690,8 +1690,9 @@ def parts_of(message: Json) -> list[Json]:
         parts.append({"type": "text", "text": content})
     elif isinstance(content, list):
         parts.extend(content)
-    if isinstance(message.get("refusal"), str):
-        parts.append({"type": "refusal", "refusal": message["refusal"]})
+    refusal = message.get("refusal")
+    if isinstance(refusal, str) and refusal:
+        parts.append({"type": "refusal", "refusal": refusal})
     return parts
 
 

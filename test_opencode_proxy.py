@@ -2184,6 +2184,18 @@ BODY_ROWS = (
         {"input": [said("user", text("", "input_text"))]},
     ),
     Row(
+        "an assistant whose refusal is empty",
+        AT_RESPONSES,
+        {"messages": [USER, {"role": "assistant", "content": "a", "refusal": ""}, USER]},
+        {
+            "input": [
+                said("user", text("q", "input_text")),
+                said("assistant", text("a", "output_text")),
+                said("user", text("q", "input_text")),
+            ]
+        },
+    ),
+    Row(
         "opencode's limit, and no tools",
         AT_MESSAGES,
         {},
