@@ -1375,9 +1375,9 @@ class ToolCalls:
         return [self._begin(call)] if name else []
 
     @property
-    def ids(self) -> list[str]:
-        """The ids of the calls that the client knows."""
-        return [call.id for call in self._calls if call.index is not None]
+    def sent(self) -> list[ToolCall]:
+        """The calls that the client knows."""
+        return [call for call in self._calls if call.index is not None]
 
     def place_of(self, call_id: str, default: Any) -> Any:
         """Return where the call with an id is, `default` where it is not known."""
@@ -1973,6 +1973,18 @@ class WireFormat(abc.ABC):
             yield Event({"tool_calls": [entry]})
 
 
+def thought_key(call_id: str, name: str, text: str) -> str:
+    """Return by what a thought of a call is remembered: its id, its name and its arguments.
+
+    The id is not enough: Kimi numbers the calls of every conversation anew ("functions.f:0",
+    2025), and one would get the thoughts of another. Clients write the arguments anew, with
+    other blanks, another order, or 1 for 1.0.
+    """
+    with contextlib.suppress(ValueError, RecursionError):
+        text = json.dumps(json.loads(text or "{}", parse_int=float), sort_keys=True)
+    return f"{call_id} {hashed(f'{name} {text}', 24)}"
+
+
 class ChatCompletions(WireFormat):
     """/chat/completions: the client's own words, and the provider's."""
 
@@ -2007,7 +2019,10 @@ class ChatCompletions(WireFormat):
         message_fields: Json = {}
         restored_calls = []
         for call in calls:
-            thought = self._thought_of(call["id"])
+            call_type = call.get("type") or "function"
+            inner = call[call_type]
+            key = thought_key(call["id"], inner["name"], inner[CALL_TEXT[call_type]])
+            thought = self._thought_of(key)
             restored_calls.append({**thought.get("call", {}), **call})
             message_fields.update(thought.get("message", {}))
         if not takes_reasoning_back(self.target):
@@ -2092,11 +2107,12 @@ class ChatCompletions(WireFormat):
     def _remember(self) -> None:
         message = self._message_thoughts.whole()
         message_fields = {name: message[name] for name in THOUGHT_FIELDS if name in message}
-        for call_id in self._calls.ids:
-            call_fields = self._call_thoughts.get(call_id, {})
+        for call in self._calls.sent:
+            call_fields = self._call_thoughts.get(call.id, {})
             if message_fields or call_fields:
                 thought = {"message": message_fields, "call": call_fields}
-                self._thoughts.store(self.target.model.name, call_id, thought)
+                key = thought_key(call.id, call.name, "".join(call.pieces))
+                self._thoughts.store(self.target.model.name, key, thought)
 
     def _count(self, usage: Json | None) -> None:
         """Take a usage, which is OpenAI's, and more: every field passes."""
@@ -4511,7 +4527,8 @@ class Thoughts:
     """Remembers what stood before a call, by the model and the id of the call.
 
     In memory only, bounded by bytes and age; the oldest go first. Ids of calls are the providers'
-    random ones, so nobody reaches another's. `_lock` protects everything: turns of all threads
+    random ones, so nobody reaches another's; where they may not be, what is called is a part of
+    the id (`thought_key`). `_lock` protects everything: turns of all threads
     store and recall.
     """
 

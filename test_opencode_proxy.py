@@ -11292,11 +11292,28 @@ class RestoredThoughtsTest(unittest.TestCase):
             with self.subTest(name):
                 thoughts = proxy.Thoughts()
                 fields = {"reasoning_content": "r", "reasoning_opaque": "o"}
-                thoughts.store(model.name, "c", {"message": fields, "call": {}})
+                key = proxy.thought_key("c", "f", "{}")
+                thoughts.store(model.name, key, {"message": fields, "call": {}})
                 form = wire(AT_CHAT, [asks("c", "{}"), DONE], model, thoughts)
                 message = json.loads(form.body({}))["messages"][0]
                 self.assertEqual(message.get("reasoning_opaque"), "o")
                 self.assertEqual(message.get("reasoning_content"), "r" if takes_it else None)
+
+    def test_reasoning_goes_back_with_its_own_call_where_ids_are_used_again(self):
+        thoughts = proxy.Thoughts()
+        call = function_call('{"a":1.0,"b":2}', "f", index=0, id="functions.f:0")
+        form = wire(AT_CHAT, model=KIMI, thoughts=thoughts)
+        for datum in (chunk(reasoning_content="hm"), chunk("tool_calls", call=call)):
+            list(form.events(json.dumps(datum)))
+        list(form.end())
+        for name, arguments, reasoning in (
+            ("the call as a client writes it", '{ "b": 2, "a": 1 }', "hm"),
+            ("a call of another conversation", '{"a":3}', proxy.NO_REASONING),
+        ):
+            with self.subTest(name):
+                messages = [asks("functions.f:0", arguments), DONE]
+                body = json.loads(wire(AT_CHAT, messages, KIMI, thoughts).body({}))
+                self.assertEqual(body["messages"][0]["reasoning_content"], reasoning)
 
 
 class ReasoningService:
