@@ -36,8 +36,8 @@ When a process dies
     Its thread (Pool._live) reads the end of its stdout, retires it, and puts a letter into the
     inbox of each of its turns. Before the plugin sends a body, it says so on that stdout. A turn
     whose body was not sent yet waits for another process, at most MAX_ATTEMPTS in all; one whose
-    body was sent fails with 502: nothing is ever sent twice. A process that hangs may still send
-    what was handed over to it: that counts as sent.
+    body was sent fails with 502: nothing is ever sent twice. A process that hangs, or whose stdout
+    something that it started keeps open, may still send what it has: that counts as sent.
 
 Threads
     main                  waits for a signal
@@ -6466,6 +6466,7 @@ class Child:
         self.home = pathlib.Path()
         self.pid = 0  # until it is started
         self.returncode = 0
+        self.stdout_has_ended = False  # nobody is left who could print more
         self._popen: Any = None
         self._poll = select.poll()
         self._stderr_tail = b""
@@ -6544,7 +6545,9 @@ class Child:
         if stderr in ready:
             self._read_stderr()
         if stdout in ready:
-            return os.read(stdout, 1 << 18)
+            block = os.read(stdout, 1 << 18)
+            self.stdout_has_ended = not block
+            return block
         if not ready and self._popen.poll() is not None and not self._poll.poll(0):
             return b""  # something that it started keeps stdout open
         return None
@@ -6862,9 +6865,9 @@ class Letter(NamedTuple):
     """What reaches a turn from another thread.
 
     `kind` is "process" (it was given `process`), "failed" (the reason is in `content`), "ended"
-    (likewise, and all that the process said has been read), "reply" (of opencode), "request" (the
-    plugin asks for the body), "hand over" (how the answer to that went), or one of the plugin's
-    reports. `about` is the session, or the number of the request, that it belongs to.
+    (likewise, and its stdout was read to its end: it can send nothing more), "reply" (of opencode),
+    "request" (the plugin asks for the body), "hand over" (how the answer to that went), or one of
+    the plugin's reports. `about` is the session, or the number of the request, that it belongs to.
     """
 
     kind: str
@@ -7523,7 +7526,9 @@ class Pool:
             process.state = RETIRED  # whatever it still holds, it gets no more turns
 
         process.read_last_words()
-        kind = "failed" if failure else "ended"
+        kind = "failed"  # it may still send what it has, or what it started may
+        if process.stdout_has_ended and not failure:
+            kind = "ended"
         failure = failure or str(process.ended())
         with self._lock:
             for turn in process.turns:

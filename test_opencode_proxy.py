@@ -5790,6 +5790,21 @@ os._exit(0)
         self.assertEqual(len(self.journal("start")), 2)
         self.assertEqual(len(self.journal("post")), 1)
 
+    def test_a_body_that_may_still_be_sent_when_a_wrapper_was_killed_is_not_sent_again(self):
+        program = self.fake.with_name("wrapped")
+        self.fake.rename(program)
+        wrapper = f"import subprocess, sys\nsubprocess.call([{str(program)!r}, *sys.argv[1:]])"
+        self.fake.write_text(f"#!{sys.executable} -IS\n{wrapper}\n")
+        self.fake.chmod(0o700)
+        self.mode("fake.before_sending = 'note(\"wrapper\", os.getppid()); hold()'")
+        running = self.start(spares=1, requests_per_process=100)
+        self.mode("")
+        answer = self.background.submit(running.chat, "well")
+        self.assertTrue(self.noted("wrapper"))
+        os.kill(int(self.journal("wrapper")[0]), signal.SIGKILL)
+        self.assert_error(answer.result(), 502, "opencode_failed", "opencode was killed")
+        self.assertEqual(self.journal("post"), [])  # nor did another one
+
     def test_a_body_that_a_process_was_about_to_send_when_it_ended_is_not_sent_again(self):
         running = self.start(spares=1, requests_per_process=100)
         self.assert_error(running.chat("do os._exit(3)"), 502, "opencode_failed", "opencode ended")
