@@ -210,7 +210,7 @@ MAX_ATTEMPTS = 3  # processes that may fail a request before it fails
 START_SECONDS = 60.0  # a process that does not answer the proxy
 ASK_SECONDS = 30.0  # a process that asks, and does not take the answer
 PS_SECONDS = 5.0  # a `ps` that does not end
-LAST_WORDS_SECONDS = 0.5  # for what a process that has ended says on stderr
+LAST_WORDS_SECONDS = 0.5  # for what a process that has ended says on stderr, and its code
 STOP_SECONDS = 2.0  # a process that does not end: from SIGTERM to SIGKILL
 
 # When things are done again.
@@ -6609,8 +6609,11 @@ class Child:
             shutil.rmtree(self.home, ignore_errors=True)
 
     def ended(self) -> ProcessFailed:
-        """Return the error for the end of the program, also where that has not been noticed yet."""
-        code = self._popen.poll() if self.pid else None
+        """Return the error for the end of the program, which comes a moment behind its pipes'."""
+        code = None
+        if self.pid:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = self._popen.wait(LAST_WORDS_SECONDS)
         if code == -signal.SIGKILL:
             return self.failed("opencode was killed, perhaps for want of memory")
         return self.failed("opencode ended")

@@ -7395,6 +7395,11 @@ class ChildTest(unittest.TestCase):
         looks = len(list(child.lines()))
         self.assertLess(looks, 50)
 
+    def test_a_program_that_was_killed_is_told_as_such_although_its_pipes_end_first(self):
+        child = self.start("exec >&- 2>&-; sleep 0.1; kill -9 $$")
+        self.assertEqual(list(child.lines())[-1], b"")
+        self.assertIn("opencode was killed", str(child.ended()))
+
     def test_a_program_that_does_not_read_is_an_error(self):
         child = self.start("sleep 600")
         with self.assertRaisesRegex(proxy.ProcessFailed, "opencode does not read its input"):
