@@ -5815,12 +5815,14 @@ class PrivateDirectory:
     It belongs to whoever holds the lock on it (flock), not to a pid: these repeat in containers
     and mean nothing across PID namespaces. The kernel gives the lock back when the proxy ends, so
     that the next one knows what a killed proxy has left. systemd-tmpfiles passes over what is
-    locked; what another cleaner removes, `restore` makes again. Used under its owner's lock.
+    locked; what another cleaner removes, `restore` makes again. Other users may put what they like
+    under such a name. Used under its owner's lock.
     """
 
     PREFIX = "opencode_proxy-"
     MAX_SOCKET_PATH_BYTES = 100  # 104 on macOS, 108 on Linux, with the byte that ends it
     LONGEST_NAME = "12345678/ask"  # of a socket behind the prefix
+    ONLY_A_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW  # to open a FIFO would wait
 
     def __init__(self) -> None:
         """Make it; raise OSError where that is not possible."""
@@ -5838,21 +5840,26 @@ class PrivateDirectory:
         return temporary
 
     def restore(self) -> None:
-        """Make it again where it was removed."""
-        if not self.path.is_dir():
+        """Make it again where it was removed; raise OSError where another has taken its name."""
+        if not self._is_there():
             self.path.mkdir(mode=0o700)
             os.close(self._locked_descriptor)
             self._locked_descriptor = self._locked(self.path)
+
+    def _is_there(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.lstat(self.path), os.fstat(self._locked_descriptor))
+        return False
 
     def close(self) -> None:
         """Remove it."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._locked_descriptor)
 
-    @staticmethod
-    def _locked(path: pathlib.Path) -> int:
+    @classmethod
+    def _locked(cls, path: pathlib.Path) -> int:
         """Return a locked descriptor of a folder."""
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, cls.ONLY_A_FOLDER)
         with contextlib.suppress(OSError):  # a file system without locks: nobody will take it away
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return descriptor
@@ -5863,10 +5870,10 @@ class PrivateDirectory:
             with contextlib.suppress(OSError):  # in use, of another user, or gone by now
                 cls._remove_if_abandoned(path)
 
-    @staticmethod
-    def _remove_if_abandoned(path: pathlib.Path) -> None:
+    @classmethod
+    def _remove_if_abandoned(cls, path: pathlib.Path) -> None:
         """Remove a folder that nobody has locked; raise OSError where somebody has."""
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, cls.ONLY_A_FOLDER)
         try:
             age = time.time() - os.fstat(descriptor).st_mtime
             if age < NEW_SECONDS and not os.listdir(path):

@@ -6472,6 +6472,30 @@ class DirectoryTest(FakeCase):
                 self.assertEqual(running.content("again"), "again")
                 running.close()
 
+    def test_a_fifo_of_such_a_name_holds_nobody_up(self):
+        """Any user can make one in /tmp."""
+        fifo = self.tmp / (proxy.PrivateDirectory.PREFIX + "fifo")
+        os.mkfifo(fifo)
+        started = self.background.submit(self.start)
+        try:
+            self.assertEqual(started.result(SOON).content("well"), "well")
+        finally:
+            os.close(os.open(fifo, os.O_RDWR))  # ends the wait of whoever opens it
+            fifo.unlink()
+
+    def test_a_folder_that_another_has_put_in_its_place_is_not_used(self):
+        """What lies in there would run, with the user's rights."""
+        self.patch(proxy, MAX_RETRY_SECONDS=0.1)
+        running = self.start()
+        (own,) = self.tmp.iterdir()
+        self.assertTrue(eventually(lambda: not list(own.glob("process-*"))))
+        shutil.rmtree(own)
+        own.mkdir()
+        (own / "plugin.js").touch()
+        self.assert_error(running.chat(), 502, "opencode_failed", "File exists")
+        shutil.rmtree(own)
+        self.assertEqual(running.content("well"), "well")
+
     def test_a_home_that_could_not_be_made_is_removed(self):
         def homes():
             return list(self.tmp.glob("*/process-*"))
