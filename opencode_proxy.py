@@ -7869,8 +7869,23 @@ class CatalogWatch:
 # connected to.
 
 
+class TimedSocket(socket.socket):
+    """A socket that reads until its deadline, however little comes at a time."""
+
+    deadline = 0.0
+
+    def recv_into(self, *arguments: Any, **options: Any) -> int:
+        """Receive as a socket does; raise OSError behind the deadline."""
+        self.settimeout(time_left(self.deadline))
+        return super().recv_into(*arguments, **options)
+
+
+class TimedTLSSocket(TimedSocket, ssl.SSLSocket):
+    """The same over TLS."""
+
+
 class PinnedConnection(http.client.HTTPConnection):
-    """A connection to a host at an address that was looked at."""
+    """A connection to a host at an address that was looked at, which ends at a deadline."""
 
     def __init__(self, host: str, port: int, address: str, deadline: float) -> None:
         super().__init__(host, port)
@@ -7880,7 +7895,13 @@ class PinnedConnection(http.client.HTTPConnection):
     def connect(self) -> None:
         """Connect, in time."""
         address = (self._address, self.port)
-        self.sock = socket.create_connection(address, time_left(self._deadline))
+        connected = socket.create_connection(address, time_left(self._deadline))
+        self._use(TimedSocket(fileno=connected.detach()))
+
+    def _use(self, connected: Any) -> None:
+        self.sock = connected
+        connected.deadline = self._deadline
+        connected.settimeout(time_left(self._deadline))
 
 
 class PinnedTLSConnection(PinnedConnection):
@@ -7892,7 +7913,8 @@ class PinnedTLSConnection(PinnedConnection):
         """Connect, in time; raise OSError where the certificate is not the host's."""
         super().connect()
         context = ssl.create_default_context()
-        self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
+        context.sslsocket_class = TimedTLSSocket
+        self._use(context.wrap_socket(self.sock, server_hostname=self.host))
 
 
 class ImageError(Exception):
@@ -7948,7 +7970,6 @@ def fetch_image(url: str, deadline: float) -> str:
         with contextlib.closing(connection_to(url, deadline)) as connection:
             path = urllib.parse.urlsplit(url)._replace(scheme="", netloc="", fragment="").geturl()
             connection.request("GET", path or "/", headers={"Accept": "image/*"})
-            connection.sock.settimeout(time_left(deadline))
             response = connection.getresponse()
             location = response.getheader("Location")
             if response.status in (301, 302, 303, 307, 308) and location:
@@ -7960,17 +7981,15 @@ def fetch_image(url: str, deadline: float) -> str:
             media_type = response.headers.get_content_type()
             if response.headers.get_content_maintype() != "image":
                 raise ImageError(f"it is no image but {media_type}")
-            data = read_image(response, connection, deadline)
+            data = read_image(response)
             return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
     raise ImageError(f"it leads to another place more than {MAX_REDIRECTS} times")
 
 
-def read_image(response: Any, connection: PinnedConnection, deadline: float) -> bytes:
+def read_image(response: Any) -> bytes:
     """Return the body of a response; raise ImageError if it is too large, OSError if too slow."""
     data = bytearray()
     while True:
-        if connection.sock is not None:  # http.client lets it go with the last byte
-            connection.sock.settimeout(time_left(deadline))
         piece = response.read1(1 << 16)
         if not piece:
             return bytes(data)

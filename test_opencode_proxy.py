@@ -11511,6 +11511,9 @@ class ImageStore(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         name, _, argument = self.path[1:].partition("?")
+        if name == "drip":
+            self.drip(*urllib.parse.unquote_to_bytes(argument).split(b"&"))
+            return
         status, headers, body = 200, {"Content-Type": "image/png"}, self.PNG
         if name == "page":
             headers, body = {"Content-Type": "text/html"}, b"<html>"
@@ -11528,6 +11531,14 @@ class ImageStore(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         with contextlib.suppress(ConnectionError):
             self.wfile.write(body)
+
+    def drip(self, beginning, piece):
+        """Answer with a beginning, and then with a piece now and then, as long as somebody reads."""
+        self.close_connection = True
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(beginning)
+            while not self.server.released.wait(0.02):
+                self.wfile.write(piece)
 
 
 class ImageStoreCase(unittest.TestCase):
@@ -11578,6 +11589,18 @@ class ImageTest(ImageStoreCase):
         with unittest.mock.patch.object(proxy, "IMAGE_SECONDS", 0.2):
             with self.assertRaisesRegex(proxy.ImageError, "did not come|timed out"):
                 self.fetch("/slow")
+
+    def test_what_never_ends_holds_no_thread(self):
+        before = set(threading.enumerate())
+        for name, beginning, piece in (
+            ("a head", "HTTP/1.1 200 OK\r\nX: ", "x"),
+            ("heads", "", "HTTP/1.1 100 Continue\r\n\r\n"),
+            ("a body", "HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n", "x"),
+        ):
+            with self.subTest(name), unittest.mock.patch.object(proxy, "IMAGE_SECONDS", 0.2):
+                with self.assertRaisesRegex(proxy.ImageError, "did not come|timed out"):
+                    self.fetch("/drip?" + urllib.parse.quote(f"{beginning}&{piece}"))
+                self.assertTrue(eventually(lambda: set(threading.enumerate()) <= before, SOON))
 
     def test_a_refused_thread_is_said(self):
         refused = RuntimeError("can't start new thread")
