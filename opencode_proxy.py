@@ -7959,8 +7959,10 @@ def fetch_into(url: str, deadline: float, results: queue.SimpleQueue[tuple[str, 
         result = fetch_image(url, deadline)
     except ImageError as error:
         result = ImageError(str(error), url)
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except OSError as error:
         result = ImageError(str(error) or type(error).__name__, url)
+    except (http.client.HTTPException, ValueError):  # they quote the URL, which may hold a key
+        result = ImageError("its URL, or what its server answered, is malformed", url)
     results.put((url, result))
 
 

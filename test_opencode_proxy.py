@@ -11585,6 +11585,15 @@ class ImageTest(ImageStoreCase):
                 self.fetch("/a.png", path)
             self.assertEqual(caught.exception.url, self.url + path)
 
+    def test_the_reason_quotes_nothing_of_the_url(self):
+        """It goes into the log, and a URL may hold a key."""
+        for url in (self.url + "/my image.png?key=secret", "http://127.0.0.1:secret/a.png"):
+            with self.subTest(url), self.assertRaises(proxy.ImageError) as caught:
+                proxy.fetch_images([url], lambda: None)
+            self.assertEqual(
+                str(caught.exception), "its URL, or what its server answered, is malformed"
+            )
+
     def test_what_does_not_come_in_time_is_given_up(self):
         with unittest.mock.patch.object(proxy, "IMAGE_SECONDS", 0.2):
             with self.assertRaisesRegex(proxy.ImageError, "did not come|timed out"):
