@@ -5977,14 +5977,9 @@ class Opencode:
         """Make `catalog` the one that later processes start with; raise OSError on a full disk."""
         with self._lock:
             self._directory.restore()
-            self._write_models(catalog)
+            write_whole(self._models, json.dumps(catalog.trimmed))
         self.catalog = catalog
         self.foreign = set()  # the user may have changed a provider's package
-
-    def _write_models(self, catalog: Catalog) -> None:
-        new = self._models.with_suffix(".new")  # processes may be reading the old one
-        new.write_text(json.dumps(catalog.trimmed), encoding="utf-8")
-        os.replace(new, self._models)
 
     def new_home(self) -> pathlib.Path:
         """Return a new private home for a process.
@@ -6007,13 +6002,13 @@ class Opencode:
         self.asks.restore()
         for path, text in ((self._plugin, PLUGIN), (self._preload, PRELOAD)):
             if not path.exists():
-                path.write_text(text, encoding="utf-8")
+                write_whole(path, text)
         if self.catalog.trimmed and not self._models.exists():
-            self._write_models(self.catalog)
+            write_whole(self._models, json.dumps(self.catalog.trimmed))
 
         ripgrep = self._directory.path / "rg"  # opencode downloads it where there is none
         if not ripgrep.exists():
-            ripgrep.write_text("#!/bin/sh\nexit 1\n")
+            write_whole(ripgrep, "#!/bin/sh\nexit 1\n")
             ripgrep.chmod(0o700)
 
     def _furnish(self, home: pathlib.Path) -> None:
@@ -6140,6 +6135,13 @@ class Opencode:
             "provider": providers,
             "enabled_providers": sorted(providers),
         }
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Write a file at once: others may be reading it, and a full disk must not leave half of it."""
+    new = path.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
 
 
 def path_in(variable: str) -> pathlib.Path | None:

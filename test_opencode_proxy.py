@@ -6496,6 +6496,22 @@ class DirectoryTest(FakeCase):
         shutil.rmtree(own)
         self.assertEqual(running.content("well"), "well")
 
+    def test_what_a_full_disk_cut_off_is_not_used(self):
+        def write_half(path, text, encoding=None):
+            path.write_bytes(text.encode()[: len(text) // 2])
+            raise OSError(28, "No space left on device")
+
+        self.patch(proxy, MAX_RETRY_SECONDS=0.1)
+        running = self.start()
+        (own,) = self.tmp.iterdir()
+        self.assertTrue(eventually(lambda: not list(own.glob("process-*"))))
+        shutil.rmtree(own)
+        with unittest.mock.patch.object(pathlib.Path, "write_text", write_half):
+            self.assert_error(running.chat(), 502, "opencode_failed", "No space left on device")
+        self.assertEqual(running.content("well"), "well")
+        self.assertEqual((own / "plugin.js").read_text(), proxy.PLUGIN)
+        self.assertEqual((own / "preload.js").read_text(), proxy.PRELOAD)
+
     def test_a_home_that_could_not_be_made_is_removed(self):
         def homes():
             return list(self.tmp.glob("*/process-*"))
