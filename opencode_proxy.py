@@ -1973,13 +1973,19 @@ class WireFormat(abc.ABC):
             yield Event({"tool_calls": [entry]})
 
 
-def thought_key(call_id: str, name: str, text: str) -> str:
-    """Return by what a thought of a call is remembered: its id, its name and its arguments.
+# Kimi numbers the calls of every conversation anew: "functions.f:0" (2025).
+COUNTED_ID = re.compile(r".*:[0-9]+|.{0,8}")
 
-    The id is not enough: Kimi numbers the calls of every conversation anew ("functions.f:0",
-    2025), and one would get the thoughts of another. Clients write the arguments anew, with
-    other blanks, another order, or 1 for 1.0.
+
+def thought_key(call_id: str, name: str, text: str) -> str:
+    """Return by what a thought of a call is remembered: its id, where that is a random one.
+
+    With an id that other conversations may have, its name and arguments must be the same, too, or
+    one would get the thoughts of another. Clients write arguments anew, with other blanks, another
+    order, or 1 for 1.0; some fill in defaults, which is why a random id is enough.
     """
+    if not COUNTED_ID.fullmatch(call_id):
+        return call_id
     with contextlib.suppress(ValueError, RecursionError):
         text = json.dumps(json.loads(text or "{}", parse_int=float), sort_keys=True)
     return f"{call_id} {hashed(f'{name} {text}', 24)}"
@@ -4527,9 +4533,8 @@ class Thoughts:
     """Remembers what stood before a call, by the model and the id of the call.
 
     In memory only, bounded by bytes and age; the oldest go first. Ids of calls are the providers'
-    random ones, so nobody reaches another's; where they may not be, what is called is a part of
-    the id (`thought_key`). `_lock` protects everything: turns of all threads
-    store and recall.
+    random ones, so nobody reaches another's; where they may not be, `thought_key` adds to them what
+    is called. `_lock` protects everything: turns of all threads store and recall.
     """
 
     def __init__(self) -> None:

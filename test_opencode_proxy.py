@@ -11359,19 +11359,24 @@ class RestoredThoughtsTest(unittest.TestCase):
                 self.assertEqual(message.get("reasoning_opaque"), "o")
                 self.assertEqual(message.get("reasoning_content"), "r" if takes_it else None)
 
+    # Row: the id of a call with {"a": 1.0, "b": 2}; its arguments in the history; what they get.
+    CALLED_AGAIN = {
+        "the call as a client writes it": ("functions.f:0", '{ "b": 2, "a": 1 }', "hm"),
+        "a call of another conversation": ("functions.f:0", '{"a":3}', proxy.NO_REASONING),
+        "a short id of another conversation": ("call_0", '{"a":3}', proxy.NO_REASONING),
+        "a client that fills in defaults": ("call_Zb8CcXyWv1dTKQ", '{"a":1,"b":2,"c":0}', "hm"),
+    }
+
     def test_reasoning_goes_back_with_its_own_call_where_ids_are_used_again(self):
-        thoughts = proxy.Thoughts()
-        call = function_call('{"a":1.0,"b":2}', "f", index=0, id="functions.f:0")
-        form = wire(AT_CHAT, model=KIMI, thoughts=thoughts)
-        for datum in (chunk(reasoning_content="hm"), chunk("tool_calls", call=call)):
-            list(form.events(json.dumps(datum)))
-        list(form.end())
-        for name, arguments, reasoning in (
-            ("the call as a client writes it", '{ "b": 2, "a": 1 }', "hm"),
-            ("a call of another conversation", '{"a":3}', proxy.NO_REASONING),
-        ):
+        for name, (call_id, arguments, reasoning) in self.CALLED_AGAIN.items():
             with self.subTest(name):
-                messages = [asks("functions.f:0", arguments), DONE]
+                thoughts = proxy.Thoughts()
+                call = function_call('{"a":1.0,"b":2}', "f", index=0, id=call_id)
+                form = wire(AT_CHAT, model=KIMI, thoughts=thoughts)
+                for datum in (chunk(reasoning_content="hm"), chunk("tool_calls", call=call)):
+                    list(form.events(json.dumps(datum)))
+                list(form.end())
+                messages = [asks(call_id, arguments), DONE]
                 body = json.loads(wire(AT_CHAT, messages, KIMI, thoughts).body({}))
                 self.assertEqual(body["messages"][0]["reasoning_content"], reasoning)
 
