@@ -4100,17 +4100,27 @@ def responses_text(item: Json) -> str:
 def put_system_messages_into_turns(body: Json, target: Target) -> None:
     """Anthropic: 'Unexpected role "system"', which Claude Code sends since 2.1.154 (2026)."""
     turns: list[Json] = []
+    system: list[Json] = []  # of messages before the first turn
     for message in body["messages"]:
         if message.get("role") not in SYSTEM_ROLES:
             turns.append(message)
         elif not turns:
-            body["system"] = [*content_blocks(body.get("system")), *blocks_in(message)]
+            system += blocks_in(message)
         else:
-            if turns[-1].get("role") != "user":
-                turns.append({"role": "user", "content": []})
-            reminders = [as_reminder(block) for block in blocks_in(message)]
-            turns[-1]["content"] = [*blocks_in(turns[-1]), *reminders]
+            add_reminders(turns, message)
+    if system:
+        body["system"] = [*content_blocks(body.get("system")), *system]
     body["messages"] = turns
+
+
+def add_reminders(turns: list[Json], message: Json) -> None:
+    """Add what a system's message says to the last turn, or in a new one of the user."""
+    if turns[-1].get("role") != "user":
+        turns.append({"role": "user", "content": []})
+    turn = turns[-1]
+    if isinstance(turn["content"], str):
+        turn["content"] = content_blocks(turn["content"])
+    turn["content"] += [as_reminder(block) for block in blocks_in(message)]
 
 
 def content_blocks(content: Any) -> list[Json]:
@@ -4383,8 +4393,9 @@ def add_branch(schema: Json, branch: Json, is_needed: bool) -> None:
             schema["properties"].setdefault(name, described)
     required = branch.get("required")
     if is_needed and isinstance(required, list):
-        known = schema.get("required")
-        schema["required"] = [*known, *required] if isinstance(known, list) else required
+        if not isinstance(schema.get("required"), list):
+            schema["required"] = []
+        schema["required"] += required
 
 
 @quirk(Messages, is_copilot)

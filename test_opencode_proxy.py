@@ -4047,6 +4047,22 @@ class QuirkTest(unittest.TestCase):
                 found = {block["id"] for block in body["messages"][0]["content"]}
                 self.assertEqual(len(found), len(call_ids))
 
+    def test_what_is_put_together_is_so_in_linear_time(self):
+        count = 40000
+        reminders = [LATE_SYSTEM] * count
+        combined = {"type": "object", "allOf": [{"required": ["a"]}] * count}
+        tools = [{"name": "f", "input_schema": combined}]
+        for name, body, quirk in (
+            ("systems", spoken(*reminders), proxy.put_system_messages_into_turns),
+            ("reminders", spoken({**USER}, *reminders), proxy.put_system_messages_into_turns),
+            ("schemas", {"tools": tools}, proxy.open_schemas_of_tools),
+        ):
+            with self.subTest(name):
+                target = proxy.target_of(AT_MESSAGES, WARM)
+                start = time.process_time()
+                quirk(body, target)
+                self.assertLess(time.process_time() - start, 5)
+
     def test_a_quirk_says_what_was_observed(self):
         for quirk in proxy.QUIRKS:
             self.assertTrue(quirk.repair.__doc__, quirk.repair.__name__)
