@@ -1873,6 +1873,8 @@ class WireFormat(abc.ABC):
     def events(self, data: str) -> Iterator[Event]:
         """Yield what one SSE datum, or a whole answer, means.
 
+        What comes behind a finish_reason shows that the answer goes on: it was not the last.
+
         Raises:
             APIError: where it is a failure or rubbish.
         """
@@ -2197,7 +2199,11 @@ def output_as_message(item: Json) -> Json:
 
 
 class Responses(WireFormat):
-    """/responses: OpenAI's, Copilot's GPT models, ChatGPT subscriptions, Azure, xAI."""
+    """/responses: OpenAI's, Copilot's GPT models, ChatGPT subscriptions, Azure, xAI.
+
+    The place of a call is its output_index in a tuple: one that is missing is a place as well,
+    where None would mean to ToolCalls a call that is whole.
+    """
 
     ending = "/responses"
 
@@ -2417,9 +2423,9 @@ class Responses(WireFormat):
         self._count(response.get("usage") or {})
         has_reasoned = "reasoning_content" in self._fields
         has_spoken = "content" in self._fields or "refusal" in self._fields
-        is_known = {"reasoning": has_reasoned, "message": has_spoken}
+        has_come = {"reasoning": has_reasoned, "message": has_spoken}  # calls know it themselves
         for index, item in enumerate(response.get("output") or ()):
-            if not is_known.get(item.get("type")):
+            if not has_come.get(item.get("type")):
                 yield from self._item({"item": item, "output_index": index}, is_done=True)
         details = response.get("incomplete_details") or {}
         self._finish(details.get("reason") or response.get("status") or status)
@@ -4882,7 +4888,7 @@ class ChatExchange(Exchange):
     def _last(self, event: Event) -> Iterator[Event]:
         if self._fence is not None and not self._stops.is_cut:
             rest = Event({"content": self._fence.end()})
-            self._fence = None
+            self._fence = None  # the rest has passed it, and has only stop sequences to pass
             yield self._before_stop(rest)
         if self._stops.held:
             yield Event({"content": self._stops.held})
