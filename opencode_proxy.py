@@ -9950,6 +9950,7 @@ const HEADER = "x-opencode-proxy-session"
 const WINDOW = 1 << 20 // characters of an answer that are relayed before the client has taken them
 const PIECE = 1 << 16 // characters in a line, at most
 const MAX_REFUSAL = 1 << 16 // characters of a refusal's body
+const timeout = false // of fetch: Bun's own is 5 silent minutes, but Python's --timeout counts
 const IDLE_MILLISECONDS = 150 // after the last turn, until its garbage is collected: it takes 25 ms
 
 // The module is instantiated more than once: what it knows lies where all of them find it.
@@ -9967,8 +9968,9 @@ const reportSending = (sessionId) => new Promise((resolve, reject) => {
 })
 
 const ask = async (kind, sessionId, question) => {
-  const answer = await proxy.fetch(`http://localhost/${kind}/${sessionId}`, {
-    method: "POST", body: JSON.stringify(question), unix: process.env.OPENCODE_PROXY_SOCKET })
+  const unix = process.env.OPENCODE_PROXY_SOCKET
+  const init = { method: "POST", body: JSON.stringify(question), unix, timeout }
+  const answer = await proxy.fetch(`http://localhost/${kind}/${sessionId}`, init)
   if (!answer.ok) throw new Error("nobody waits for this answer")
   return answer
 }
@@ -10042,7 +10044,7 @@ const fetchOnce = async (input, init) => {
   const turn = proxy.turns.get(sessionId)
   if (!turn || turn.warmup) return refusal()
   try {
-    return (await exchange(sessionId, turn, input, { ...init, headers })) ?? refusal()
+    return (await exchange(sessionId, turn, input, { ...init, headers, timeout })) ?? refusal()
   } catch (error) {
     report("error", sessionId, { network: error?.code, message: String(error?.message ?? error) })
     return refusal()

@@ -9993,12 +9993,23 @@ class RealFaultTest(RealCase):
         self.exchange()
 
 
+# Bun gives up a request that is silent for five minutes, or for so many seconds (it counts fours).
+SOON_SILENT = {"BUN_CONFIG_HTTP_IDLE_TIMEOUT": "1"}
+
+
 class RealLoadTest(RealCase):
     """Answers in one process do not disturb one another."""
 
     changes = {"requests_per_process": 40, "timeout": 600.0, "spares": 1}
     CHUNKS = 4000
     TEXT = 10000 * "x"
+
+    @classmethod
+    def setUpClass(cls):
+        patch = unittest.mock.patch.dict(os.environ, SOON_SILENT)
+        patch.start()
+        cls.addClassCleanup(patch.stop)
+        super().setUpClass()
 
     def respond(self, exchange):
         if b"other" in exchange.raw:
@@ -10027,6 +10038,16 @@ class RealLoadTest(RealCase):
             self.go_on.set()
             lines_until(answer, b"data: [DONE]")
             data = slow.getresponse().read()
+        self.assertNotIn(b'"error"', data)
+        self.assertEqual(data.count(self.TEXT.encode()), self.CHUNKS)
+
+    def test_a_client_that_rests_for_long_gets_the_rest_of_its_answer(self):
+        self.has_sent = threading.Event()
+        self.upstream.respond = self.respond
+        with self.proxy.streaming() as connection:
+            answer = connection.getresponse()
+            time.sleep(6)
+            data = answer.read()
         self.assertNotIn(b'"error"', data)
         self.assertEqual(data.count(self.TEXT.encode()), self.CHUNKS)
 
@@ -10103,6 +10124,22 @@ class RealFilesTest(unittest.TestCase):
         self.assertEqual(running.content("q", seed=7), HELLO)
         (exchange,) = self.upstream.exchanges
         self.assertEqual((exchange.headers["x-login"], exchange.body["seed"]), ("yes", 7))
+
+    def test_a_request_that_a_plugin_of_the_user_put_together_has_its_time(self):
+        def respond(exchange):
+            time.sleep(6)
+            answer_text(exchange)
+
+        self.upstream.respond = respond
+        self.stack.enter_context(unittest.mock.patch.dict(os.environ, SOON_SILENT))
+        plugin = self.folder / "login.js"
+        plugin.write_text(self.LOGIN_PLUGIN)
+        self.start(plugin=[plugin.as_uri()]).close()
+        auth = self.folder / ".local/share/opencode/auth.json"
+        auth.write_text('{"local":{"type":"api","key":"k"}}')
+        running = Running(self.path, model="local/m")
+        self.stack.callback(running.close)
+        self.assertEqual(running.content(), HELLO)
 
     def test_a_process_that_is_killed_posts_once(self):
         running = self.start()
