@@ -9306,13 +9306,26 @@ def stderr_descriptor() -> int | None:
         return None
 
 
+def is_journal(descriptor: int | None) -> bool:
+    """Tell whether a descriptor leads to systemd's journal (systemd.exec(5)).
+
+    That the variable is there does not say so: terminals inherit it.
+    """
+    if descriptor is not None:
+        with contextlib.suppress(OSError):
+            status = os.fstat(descriptor)
+            return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    return False
+
+
 LOG = LogWriter(stderr_descriptor())
+LOGS_TO_JOURNAL = is_journal(stderr_descriptor())
 
 
 def log(text: str) -> None:
     """Write one line to stderr, with the time unless the journal adds it."""
     stamp = ""
-    if not os.environ.get("JOURNAL_STREAM"):
+    if not LOGS_TO_JOURNAL:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S ")
     LOG.write(stamp + text)
 

@@ -9243,6 +9243,24 @@ sys.exit(proxy.main())
             self.assertTrue(line, "it has ended")
         return int(re.search(r":([0-9]+)/", line)[1])
 
+    def test_lines_have_the_time_unless_the_journal_adds_it(self):
+        for name, inode_of, first_line in (
+            ("the journal", lambda status: status.st_ino, "starting /opencode ...\n"),
+            (
+                "a journal that something else writes to",
+                lambda status: 1,
+                "[-0-9]{10} [:0-9]{8} .*",
+            ),
+        ):
+            reader, writer = os.pipe()
+            status = os.fstat(writer)
+            stream = f"{status.st_dev}:{inode_of(status)}"
+            with unittest.mock.patch.dict(os.environ, JOURNAL_STREAM=stream):
+                self.start(stderr=writer)
+            os.close(writer)
+            with self.subTest(name), open(reader) as log:
+                self.assertRegex(log.readline(), r"\A" + first_line)
+
     def test_it_answers_and_ends(self):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             with self.subTest(number):
