@@ -8043,17 +8043,21 @@ def connection_to(url: str, deadline: float) -> PinnedConnection:
 def is_public(address: str) -> bool:
     """Tell whether an IP address is one of the internet's, whatever IPv4 address is inside it."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    inner = [ip]
+    inner = []
     if isinstance(ip, ipaddress.IPv6Address):
         for other in (ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())):
             if other is not None:
                 inner.append(other)
         if ip in NAT64:
             inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-    return all(one.is_global and not one.is_multicast for one in inner[1:] or inner)
+        if not inner and ip not in GLOBAL_UNICAST:
+            return False
+    return all(one.is_global and not one.is_multicast for one in inner or [ip])
 
 
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
+# RFC 4291. To Python the site-local fec0::/10 is global, where virtual machines reach their host.
+GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 
 
 def time_left(deadline: float) -> float:

@@ -11732,6 +11732,9 @@ class ImageTest(ImageStoreCase):
         ("2002:7f00:1::", False),
         ("64:ff9b::7f00:1", False),
         ("64:ff9b::808:808", True),
+        ("64:ff9b:1::7f00:1", False),
+        ("fec0::2", False),
+        ("::127.0.0.1", False),
     )
 
     def test_only_addresses_of_the_internet_are_public(self):
