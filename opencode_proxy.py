@@ -5865,8 +5865,9 @@ class PrivateDirectory:
         """Make it again where it was removed; raise OSError where another has taken its name."""
         if not self._is_there():
             self.path.mkdir(mode=0o700)
-            os.close(self._locked_descriptor)
+            removed = self._locked_descriptor
             self._locked_descriptor = self._locked(self.path)
+            os.close(removed)
 
     def _is_there(self) -> bool:
         with contextlib.suppress(FileNotFoundError):
