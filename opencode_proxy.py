@@ -7622,9 +7622,10 @@ class Pool:
             raise StartError(f"--model {name} is not offered; these are, among others: {offered}")
 
     def _start_first(self) -> None:
+        """Wait until a process is ready; raise StartError where MAX_ATTEMPTS have failed."""
         while not self.closing.wait(SHORT_LOOK_SECONDS):
             with self._changing():
-                self._failed_at = -math.inf
+                self._failed_at = -math.inf  # the next may start, and at once
                 if self._in(READY):
                     return
                 if self._failed_starts >= MAX_ATTEMPTS:
@@ -9198,7 +9199,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.server_close()
         self._end_idle(MAX_CONNECTIONS)
         self._wait_for_answers(grace, hurry)
-        self.pool.closing.set()
+        self.pool.closing.set()  # handlers see it first, and tell their clients
         self._wait_for_answers(STOP_SECONDS, time.sleep)
         self.pool.close()
 
