@@ -5265,6 +5265,11 @@ def is_other(same: list[Json], piece: Json) -> bool:
     return bool(next(known_ids, detail_id) != detail_id)  # the first is that of all
 
 
+# OpenAI's messages have null for the content that one of these stands for. Anything else has a
+# text, if an empty one: also reasoning that was cut off before the answer.
+INSTEAD_OF_CONTENT = {"tool_calls", "function_call", "refusal", "audio"}
+
+
 class Message:
     """The message that the deltas of a choice add up to, each field by what it means."""
 
@@ -5279,11 +5284,10 @@ class Message:
 
     def whole(self) -> Json:
         """Return the message."""
-        message: Json = {"role": "assistant", "content": None, "refusal": None}
+        content = None if self._values.keys() & INSTEAD_OF_CONTENT else ""
+        message: Json = {"role": "assistant", "content": content, "refusal": None}
         for name, values in self._values.items():
             message[name] = self._joined(name, values)
-        if not self._values:
-            message["content"] = ""
         return message
 
     def _joined(self, name: str, values: list[Any]) -> Any:

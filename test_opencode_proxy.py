@@ -5601,6 +5601,20 @@ class AnswerTest(unittest.TestCase):
         message = self.answer((0, {}, None, "stop"))[0].whole()["choices"][0]["message"]
         self.assertEqual(message, {"role": "assistant", "content": "", "refusal": None})
 
+    # Row: a delta of an answer without a text; its content.
+    WITHOUT_TEXT = (
+        ({"reasoning_content": "cut off by a limit"}, ""),
+        ({"tool_calls": [{**CALLS[0], "index": 0}]}, None),
+        ({"refusal": "no"}, None),
+        ({"audio": {"id": "a"}}, None),
+    )
+
+    def test_only_what_stands_for_a_text_makes_it_null(self):
+        for delta, expected in self.WITHOUT_TEXT:
+            with self.subTest(delta):
+                answer = self.answer((0, delta), (0, {}, None, "length"))[0]
+                self.assertEqual(answer.whole()["choices"][0]["message"]["content"], expected)
+
     def test_who_calls_tools_functions_gets_one_call(self):
         choice = self.answer(*self.EVENTS, functions=[])[0].whole()["choices"][0]
         self.assertEqual(choice["message"]["function_call"], self.CALLS[0]["function"])
