@@ -352,20 +352,12 @@ class ProcessFailed(Exception):
     """An opencode process ended, broke its protocol or was too slow; the text says which.
 
     `status` and `code` are what the client is told where no other process can take its place.
-    `is_unsent` says that the process has ended without having sent the turn's body.
     """
 
-    def __init__(
-        self,
-        text: str,
-        status: int = 502,
-        code: str = "opencode_failed",
-        is_unsent: bool = False,
-    ) -> None:
+    def __init__(self, text: str, status: int = 502, code: str = "opencode_failed") -> None:
         super().__init__(text)
         self.status = status
         self.code = code
-        self.is_unsent = is_unsent
 
 
 def start_thread(target: Callable[..., None], *arguments: Any) -> None:
@@ -6980,27 +6972,18 @@ class Turn(Asked):
                 except ProcessFailed as failure:
                     if self._pool.closing.is_set():  # it did not fail: it was told to end
                         raise shutting_down() from None
-                    again = attempt < MAX_ATTEMPTS
-                    if not self.leave(process, again, failure.is_unsent):
+                    if not self.leave(failed=process, again=attempt < MAX_ATTEMPTS):
                         raise APIError(failure.status, str(failure), code=failure.code) from None
         finally:
             self.leave()
 
-    def leave(
-        self,
-        failed: OpencodeProcess | None = None,
-        again: bool = False,
-        is_unsent: bool = False,
-    ) -> bool:
+    def leave(self, failed: OpencodeProcess | None = None, again: bool = False) -> bool:
         """Give the process up, or the place in the queue; safe to call twice.
 
         `failed` is the process whose fault it is: it gets no more turns. With `again` the turn
-        waits for another process, unless its body was handed over; `is_unsent` says that this one
-        has ended and did not send it. Returns whether it waits.
+        waits for another process, unless its body was handed over. Returns whether it waits.
         """
         self._end_session()  # from here on nothing can be handed over any more
-        if is_unsent:
-            self.handed_over = False
         again = again and not self.handed_over
         self._pool.release(self, failed, again)
         return again
@@ -7182,7 +7165,8 @@ class Turn(Asked):
         """
         content = letter.content
         if letter.kind == "ended":
-            return ProcessFailed(content, is_unsent=not self._is_sending)
+            self._take_back()
+            return ProcessFailed(content)
         if letter.kind == "failed" or (letter.kind == "hand over" and content):
             return ProcessFailed(content)
         if letter.kind == "unreadable":
@@ -7195,6 +7179,12 @@ class Turn(Asked):
             if letter.kind == "error":
                 return turn_error(content)
         return None
+
+    def _take_back(self) -> None:
+        """Let the body go to another process where the one that has ended did not send it."""
+        self._end_session()  # from here on nothing can be handed over any more
+        if not self._is_sending:
+            self.handed_over = False
 
     # -- on the threads of the asks
 
