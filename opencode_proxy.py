@@ -8972,7 +8972,7 @@ class PassedAnswer:
         self._headers = headers
         self._refusal = ""  # the beginning of a refusal's body
         self._counts: dict[str, int] = {}  # of tokens
-        self._tail = ""  # of what was sent: a count may be cut in two
+        self._tail = ""  # of what was sent: a count may be cut
         self._is_stream = headers.get("content-type", "").startswith("text/event-stream")
         self._end = "\n\n"  # of what was sent, without carriage returns
         self._number = 0  # of the next event, in /responses
@@ -8986,9 +8986,10 @@ class PassedAnswer:
         self._end = (self._end + text[-4:].replace("\r", ""))[-2:]
         if self._status >= 400:
             self._refusal = (self._refusal + text)[:MAX_ERROR_CHARACTERS]
-        for name, count in TOKEN_COUNT.findall(self._tail + text):
+        sent = self._tail + text
+        for name, count in TOKEN_COUNT.findall(sent):
             self._counts[name] = int(count)  # the last one counts
-        self._tail = text[-TOKEN_COUNT_CHARACTERS:]
+        self._tail = sent[-TOKEN_COUNT_CHARACTERS:]
         _, found, rest = text.rpartition(SEQUENCE_NUMBER)
         number = re.match("[ ]*([0-9]{1,18})", rest[:30])
         if found and number is not None:

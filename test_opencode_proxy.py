@@ -8563,6 +8563,15 @@ class HTTPTest(HTTPCase):
                 self.assertEqual((status, body), (201, "a\u2028b".encode()))
                 self.assertEqual((headers["Content-Type"], headers["Retry-After"]), ("text/x", "3"))
 
+    def test_the_tokens_of_a_passed_answer_are_known_however_it_is_cut(self):
+        usage = '{"usage": {"input_tokens": 12,"output_tokens":345}}'
+        for size in (1, 3, 20, 30, 1000):
+            with self.subTest(size=size):
+                passed = proxy.PassedAnswer(proxy.Messages, 200, {})
+                for start in range(0, len(usage), size):
+                    passed.take(usage[start : start + size])
+                self.assertEqual(passed.facts(), {"in": "12", "out": "345"})
+
     def broken(self, path, kind, *texts):
         """Return the body of an answer that is passed through, and fails behind `texts`."""
 
