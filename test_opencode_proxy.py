@@ -5725,13 +5725,13 @@ class FaultTest(FakeCase):
     """A process that does what it should not; the next request is answered all the same."""
 
     NOISE = r"""write('Segmentation fault\n\n{}\n[1]\n{"jsonrpc"\nhas printed this')"""
-    ORPHANS = {
-        "in its group": "do import subprocess; subprocess.Popen(['sleep', '5']); os._exit(0)",
-        "in a session of its own": (
-            "do import subprocess; subprocess.Popen(['sleep', '5'], start_new_session=True);"
-            " os._exit(0)"
-        ),
-    }
+    ORPHAN = """do
+import subprocess
+words = ["sh", "-c", f"while test -e {HERE}/orphans; do sleep 0.1; done"]
+subprocess.Popen(words, start_new_session=%s)
+os._exit(0)
+"""
+    ORPHANS = {"in its group": ORPHAN % False, "in a session of its own": ORPHAN % True}
     LATE_FAULTS = {
         "a dropped connection": "report('error', network='ECONNRESET', message='reset'); rest(600)",
         "an end of the process": "os._exit(3)",
@@ -5785,10 +5785,15 @@ note("sends", 1)
         self.assertEqual(self.journal("sends"), [])
 
     def test_orphans_that_keep_the_pipes_open_hold_nobody_up(self):
+        alive = self.folder / "orphans"
+        alive.touch()
         running = self.start(spares=1)
+        self.stack.callback(alive.unlink)
         for name, script in self.ORPHANS.items():
             with self.subTest(name):
-                self.assert_fails(running, script, "opencode ended")
+                answer = self.background.submit(running.chat, script)
+                self.assert_error(answer.result(SOON), 502, "opencode_failed", "opencode ended")
+                self.assertEqual(running.content("well"), "well")
 
     def test_what_a_process_started_ends_with_it_even_deaf_to_sigterm(self):
         fifo = self.folder / "fifo"
