@@ -7232,6 +7232,7 @@ class ProgramTest(FakeCase):
             stderr=subprocess.PIPE,
             universal_newlines=True,
             env={**os.environ, "TMPDIR": str(self.tmp)},
+            preexec_fn=hear_signals,
         )
         self.stack.callback(program.stderr.close)
         self.stack.callback(program.wait)
@@ -9238,9 +9239,10 @@ class ServeTest(unittest.TestCase):
         self.assertTrue(self.pool.closing.is_set())
 
 
-def hear_ctrl_c():
-    """Let a new process hear it: what a shell starts in the background inherits that it does not."""
+def hear_signals():
+    """Let a new process hear them: what a shell starts in the background, or nohup, does not."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class MainTest(unittest.TestCase):
@@ -9264,6 +9266,7 @@ sys.exit(proxy.main())
             [sys.executable, "-c", self.PROGRAM, "--host", "127.0.0.1", "--port", "0", *arguments],
             cwd=HERE,
             env={**clean_environment(), "PYTHONDONTWRITEBYTECODE": "1"},
+            preexec_fn=hear_signals,
             **{"stderr": subprocess.PIPE, "universal_newlines": True, **options},
         )
         self.addCleanup(self.end, program)
@@ -9361,7 +9364,7 @@ sys.exit(proxy.main())
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env={**clean_environment(), "PYTHONPATH": folder},
-                preexec_fn=hear_ctrl_c,
+                preexec_fn=hear_signals,
             )
             self.addCleanup(self.end, program)
             self.assertEqual(program.stdout.readline(), b"loading\n")
