@@ -9221,6 +9221,13 @@ class ServeTest(unittest.TestCase):
         text = "stopping: 1 running requests may go on for 1200 seconds"
         self.assertTrue(self.is_logged(text), self.logged)
 
+    def test_under_nohup_a_hang_up_stays_ignored(self):
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self.addCleanup(signal.signal, signal.SIGHUP, before)
+        handlers = []
+        self.serve(lambda: handlers.append(signal.getsignal(signal.SIGHUP)))
+        self.assertEqual(handlers, [signal.SIG_IGN])
+
     def test_opencode_that_does_not_work_ends_it(self):
         self.pool.failure = proxy.StartError("broken")
         with self.assertRaises(proxy.StartError) as caught:
