@@ -9814,6 +9814,26 @@ class RealForeignTest(RealCase):
         self.assertEqual((status, answer["error"]["message"]), (429, "slow down"))
         self.exchange()
 
+    def test_an_answer_that_breaks_off_fails_at_once(self):
+        """opencode would ask for it again, which nobody answers."""
+        has_come = threading.Event()
+
+        def respond(exchange):
+            exchange.begin(Content_Length="9999")
+            exchange.send(
+                {"candidates": [{"content": {"role": "model", "parts": [{"text": "a"}]}}]}
+            )
+            has_come.wait(DEADLINE)
+            exchange.drop()
+
+        self.upstream.respond = respond
+        with self.proxy.streaming(model="other/m") as connection:
+            answer = connection.getresponse()
+            lines_until(answer, b'"content":"a"')
+            has_come.set()
+            self.assertIn(b'"upstream_failed"', answer.read())
+        self.exchange()
+
     def test_what_opencode_cannot_be_told_is_refused(self):
         for param, fields in self.REFUSED.items():
             with self.subTest(param):
