@@ -9890,18 +9890,26 @@ class RealPassThroughTest(RealCase):
             self.check_sent(body)
 
     def test_characters_that_fill_many_lines_of_the_plugin_arrive_whole(self):
+        """What has come while it waits for the client is one long piece to it."""
+        answer_more = proxy.Turn.answer_more
+
         def respond(exchange):
             exchange.begin()
             exchange.wfile.write(answer)
+            has_sent.set()
+
+        def answer_late(turn, session_id):
+            has_sent.wait(DEADLINE)
+            return answer_more(turn, session_id)
 
         self.upstream.respond = respond
-        for name, first in (("at even places", ""), ("at odd places", "x")):
-            answer = b"data: %b\n\n" % (first + 400000 * "\U0001f600").encode()
-            with self.subTest(name):
-                model, body = self.BODIES["/v1/responses"]
-                body = {"model": model, **body, "stream": True}
-                _, _, data = self.proxy.request("POST", "/v1/responses", body)
-                self.assertTrue(data == answer, data[:100])  # a diff of them takes minutes
+        has_sent = threading.Event()
+        answer = b"data: %b\n\n" % (700000 * "x\U0001f600").encode()
+        model, body = self.BODIES["/v1/responses"]
+        body = {"model": model, **body, "stream": True}
+        with unittest.mock.patch.object(proxy.Turn, "answer_more", answer_late):
+            _, _, data = self.proxy.request("POST", "/v1/responses", body)
+        self.assertTrue(data == answer, data[:100])  # a diff of them takes minutes
 
     def test_whole_answers(self):
         self.upstream.respond = failing(200, '{"n": 1.0}')
@@ -10122,9 +10130,13 @@ class RealLoadTest(RealCase):
             answer = other.getresponse()
             lines_until(answer, b'"one"')
             self.assertTrue(eventually(lambda: len(self.upstream.exchanges) == 2))
+            tracemalloc.start()
+            self.addCleanup(tracemalloc.stop)
             self.has_sent.wait(10)  # it pauses, until all that can be is sent and has piled up
             self.go_on.set()
             lines_until(answer, b"data: [DONE]")
+            self.assertLess(tracemalloc.get_traced_memory()[1], 8 << 20)
+            tracemalloc.stop()
             data = slow.getresponse().read()
         self.assertNotIn(b'"error"', data)
         self.assertEqual(data.count(self.TEXT.encode()), self.CHUNKS)
