@@ -8290,6 +8290,14 @@ class HTTPTest(HTTPCase):
         self.assertIn(b'"code": "invalid_api_key"', self.rest(connection))
         connection.close()
 
+    def test_a_refused_body_that_never_comes_is_no_request_any_more(self):
+        """It would hold up the end of the server."""
+        self.patch(DRAIN_SECONDS=600.0)
+        self.start(max_body_size=10)
+        connection = self.connect(post(b"{", "Content-Length: 1999"))
+        self.assertIn(b'"code": "body_too_large"', self.rest(connection))
+        self.assertEqual(self.server.requests, 0)
+
     # -- bounds
 
     def test_a_large_body_is_refused_so_that_the_client_reads_it(self):
