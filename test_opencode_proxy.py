@@ -6560,6 +6560,15 @@ class DirectoryTest(FakeCase):
         self.assertEqual((own / "plugin.js").read_text(), proxy.PLUGIN)
         self.assertEqual((own / "preload.js").read_text(), proxy.PRELOAD)
 
+    def test_a_catalog_that_a_cleaner_removes_is_there_for_the_next_process(self):
+        self.mode("if fake.is_acp: note('catalog', os.environ.get('OPENCODE_MODELS_PATH'))")
+        running = self.start()
+        (catalog,) = self.tmp.glob("*/models.json")
+        catalog.unlink()
+        self.assertEqual(running.content("well"), "well")
+        self.assertTrue(catalog.exists())
+        self.assertEqual(set(self.journal("catalog")), {str(catalog)})
+
     def test_a_home_that_could_not_be_made_is_removed(self):
         def homes():
             return list(self.tmp.glob("*/process-*"))
