@@ -1365,6 +1365,11 @@ REFUSALS = {
         '{"error":null}',
         (599, UNKNOWN_REASON + '599 error: {"error":null}', "server_error", None, None),
     ),
+    "an empty list": (
+        400,
+        "[]",
+        (400, UNKNOWN_REASON + "400 Bad Request: []", BAD_REQUEST, None, None),
+    ),
     "a status that is no error": (
         302,
         "[1]",
@@ -1386,6 +1391,8 @@ ERRORS_IN_ANSWERS = {
     "... that is no number": ({"code": 429, "details": [{"retryDelay": "1.2.3s"}]}, 429, None),
     "a quota": ({"code": "insufficient_quota", "message": "again in 5s"}, 429, None),
     "Anthropic's overload": ({"type": "overloaded_error"}, 503, None),
+    "an overload with a time": ({"code": 503, "message": "retry after 5s"}, 503, "5"),
+    "a server's error with a time": ({"code": 500, "message": "retry after 5s"}, 500, None),
     "Anthropic's number for it": ({"code": 529}, 503, None),
     "an overload at OpenAI": ({"code": "server_is_overloaded"}, 503, None),
     "Anthropic's rate limit": ({"type": "rate_limit_error"}, 429, None),
