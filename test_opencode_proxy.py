@@ -2223,6 +2223,13 @@ BODY_ROWS = (
         {"max_tokens": 128000},
     ),
     Row(
+        "a client's limit above opencode's",
+        AT_MESSAGES,
+        {"max_tokens": 64000},
+        {"max_tokens": 64000},
+        {"max_tokens": 32000},
+    ),
+    Row(
         "room to think beside the client's limit",
         AT_MESSAGES,
         {"max_tokens": 1},
@@ -3720,6 +3727,14 @@ THINKING_ROWS = (
     ),
     QuirkRow(
         "think_with_budget",
+        "Claude 4, whose day is no version",
+        AT_MESSAGES,
+        spoken(USER, max_tokens=8000, thinking={"type": "adaptive"}),
+        spoken(USER, max_tokens=8000, thinking={"type": "enabled", "budget_tokens": 4000}),
+        named("anthropic/claude-sonnet-4-20250514"),
+    ),
+    QuirkRow(
+        "think_with_budget",
         "Claude 4.5 with the least room for it",
         AT_MESSAGES,
         spoken(USER, max_tokens=2048, thinking={"type": "adaptive"}),
@@ -4597,6 +4612,20 @@ CHAT_ANSWERS = {
             "content": "a",
         },
     ),
+    "OpenRouter's details whose id comes late": (
+        (
+            details({"type": "reasoning.text", "text": "h", "index": 0}),
+            details({"type": "reasoning.text", "text": "m", "index": 0, "id": "rs_1"}),
+            chunk("stop", content="a"),
+        ),
+        {
+            "reasoning_content": "hm",
+            "reasoning_details": [
+                {"type": "reasoning.text", "text": "hm", "index": 0, "id": "rs_1"}
+            ],
+            "content": "a",
+        },
+    ),
     "Perplexity's pages, in every chunk": (
         (
             {**PAGES, **SEARCHED, **chunk(content="a")},
@@ -5388,6 +5417,13 @@ class ExchangeTest(unittest.TestCase):
                     fields = {"response_format": {"type": name}, "stream": stream}
                     choice = answered(AT_MESSAGES, *pieces, **fields)
                     self.assertEqual(choice["message"]["content"], expected)
+
+    def test_a_stop_sequence_in_a_fence_is_the_end_of_the_text(self):
+        block = {"type": "text", "text": "```json\n{}END\n"}
+        message = {"type": "message", "content": [block], "stop_reason": "max_tokens"}
+        fields = {"response_format": {"type": "json_object"}, "stop": "END"}
+        choice = answered(AT_MESSAGES, json.dumps(message), **fields)
+        self.assertEqual((choice["message"]["content"], choice["finish_reason"]), ("{}", "stop"))
 
     def test_what_providers_send_is_understood_whole_and_streamed(self):
         for name, url, data, expected in ANSWERS:
@@ -11086,7 +11122,7 @@ class NamesTest(unittest.TestCase):
     def test_without_a_login_the_free_models_are_named_but_never_used(self):
         catalog = catalog_of("opencode/some-free", "opencode/big-pickle")
         self.assertEqual(catalog.names, ())
-        for requested in (None, "gpt-5-mini"):
+        for requested in (None, "gpt-5-mini", "acme/m"):
             with self.subTest(requested), self.assertRaises(proxy.APIError) as caught:
                 catalog.resolve(requested)
             self.assertEqual(caught.exception.code, "provider_not_logged_in")
