@@ -610,16 +610,22 @@ def offer(name, endpoints, limit, efforts):
     }
 
 
+def server_context():
+    """Return what a server on loopback speaks TLS with."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with tempfile.NamedTemporaryFile("w") as file:
+        file.write(KEY_PAIR)
+        file.flush()
+        context.load_cert_chain(file.name)
+    return context
+
+
 class Services(Upstream):
     """A CONNECT proxy to the services that a login leads to; `hosts` are what was asked for."""
 
     def __init__(self):
         self.hosts = []
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        with tempfile.NamedTemporaryFile("w") as file:
-            file.write(KEY_PAIR)
-            file.flush()
-            self.context.load_cert_chain(file.name)
+        self.context = server_context()
         super().__init__()
 
     def login(self):
@@ -11844,6 +11850,27 @@ class ImageTest(ImageStoreCase):
                 with self.assertRaisesRegex(proxy.ImageError, "did not come|timed out"):
                     self.fetch("/drip?" + urllib.parse.quote(f"{beginning}&{piece}"))
                 self.assertTrue(eventually(lambda: set(threading.enumerate()) <= before, SOON))
+
+    def test_over_tls_images_come_from_who_is_trusted_and_in_time(self):
+        self.store.socket = server_context().wrap_socket(self.store.socket, server_side=True)
+        self.url = self.url.replace("http:", "https:")
+        with self.assertRaisesRegex(proxy.ImageError, "certificate"):
+            self.fetch("/a.png")
+
+        def trusting_context():
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+            return context
+
+        with unittest.mock.patch.object(ssl, "create_default_context", trusting_context):
+            self.assertEqual(self.fetch("/a.png"), {self.url + "/a.png": self.DATA_URL})
+            drip = urllib.parse.quote("HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n&x")
+            before = set(threading.enumerate())
+            with unittest.mock.patch.object(proxy, "IMAGE_SECONDS", 0.5):
+                with self.assertRaisesRegex(proxy.ImageError, "did not come|timed out"):
+                    self.fetch("/drip?" + drip)
+            self.assertTrue(eventually(lambda: set(threading.enumerate()) <= before, SOON))
 
     def test_a_refused_thread_is_said(self):
         refused = RuntimeError("can't start new thread")
