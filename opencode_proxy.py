@@ -7570,7 +7570,7 @@ class Pool:
             if not is_expected and process.is_fresh:
                 self._note_failed_start(failure)
         if not is_expected and self._tender.is_alive():  # before that, `prove` says it
-            log(f"warning: {failure}")
+            log(f"warning: {printable(failure)}")
 
     def _start_at(self) -> float:
         """Return when a process may start again: after failed starts there is a growing pause."""
