@@ -6636,15 +6636,18 @@ class Child:
         if self.home != pathlib.Path():
             shutil.rmtree(self.home, ignore_errors=True)
 
-    def ended(self) -> ProcessFailed:
-        """Return the error for the end of the program, which comes a moment behind its pipes'."""
+    def ended(self, text: str = "opencode ended") -> ProcessFailed:
+        """Return the error `text` for the program's end, or that it was killed.
+
+        The end comes a moment behind that of its pipes.
+        """
         code = None
         if self.pid:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = self._popen.wait(LAST_WORDS_SECONDS)
         if code == -signal.SIGKILL:
             return self.failed("opencode was killed, perhaps for want of memory")
-        return self.failed("opencode ended")
+        return self.failed(text)
 
     def failed(self, text: str) -> ProcessFailed:
         """Return the error `text`, with what the program said last, without colours."""
@@ -7874,10 +7877,8 @@ class CatalogWatch:
                 while child.runs_on():
                     if self._pool.closing.is_set() or time.monotonic() > deadline:
                         child.stop()
-            if child.returncode == -signal.SIGKILL:
-                raise child.ended()
             if child.returncode:
-                raise child.failed(f"`opencode models` failed with exit code {child.returncode}")
+                raise child.ended(f"`opencode models` failed with exit code {child.returncode}")
             output.seek(0)
             return output.read().decode("utf-8", "replace")
 

@@ -5862,30 +5862,23 @@ os._exit(0)
         self.assert_error(answer.result(), 502, "opencode_failed")
         self.assertEqual(heard.result(DEADLINE), b"deaf\n")
 
-    def test_a_request_that_was_not_asked_for_is_given_to_another_process(self):
-        self.mode("fake.before_request = 'os._exit(3)'")
+    def assert_given_to_another_process(self, first_mode, text="well"):
+        """Check that a request is answered whose process ends as `first_mode` makes it."""
+        self.mode(first_mode)
         running = self.start(spares=1, requests_per_process=100)
         self.mode("")
-        self.assertEqual(running.content("well"), "well")
-        self.assertEqual(len(self.journal("start")), 2)
-        self.assertEqual(len(self.journal("post")), 1)
-
-    def test_a_body_that_was_not_handed_over_in_full_is_given_to_another_process(self):
-        self.mode("fake.in_request = 'os._exit(3)'")
-        running = self.start(spares=1, requests_per_process=100)
-        self.mode("")
-        text = "x" * (2 << 20)
         self.assertEqual(running.content(text), text)
         self.assertEqual(len(self.journal("start")), 2)
         self.assertEqual(len(self.journal("post")), 1)
 
+    def test_a_request_that_was_not_asked_for_is_given_to_another_process(self):
+        self.assert_given_to_another_process("fake.before_request = 'os._exit(3)'")
+
+    def test_a_body_that_was_not_handed_over_in_full_is_given_to_another_process(self):
+        self.assert_given_to_another_process("fake.in_request = 'os._exit(3)'", "x" * (2 << 20))
+
     def test_a_body_that_was_not_sent_when_its_process_ended_is_given_to_another_one(self):
-        self.mode("fake.before_sending = 'os._exit(3)'")
-        running = self.start(spares=1, requests_per_process=100)
-        self.mode("")
-        self.assertEqual(running.content("well"), "well")
-        self.assertEqual(len(self.journal("start")), 2)
-        self.assertEqual(len(self.journal("post")), 1)
+        self.assert_given_to_another_process("fake.before_sending = 'os._exit(3)'")
 
     def test_a_body_that_may_still_be_sent_when_a_wrapper_was_killed_is_not_sent_again(self):
         program = self.fake.with_name("wrapped")
@@ -5901,12 +5894,6 @@ os._exit(0)
         os.kill(int(self.journal("wrapper")[0]), signal.SIGKILL)
         self.assert_error(answer.result(), 502, "opencode_failed", "opencode was killed")
         self.assertEqual(self.journal("post"), [])  # nor did another one
-
-    def test_a_body_that_a_process_was_about_to_send_when_it_ended_is_not_sent_again(self):
-        running = self.start(spares=1, requests_per_process=100)
-        self.assert_error(running.chat("do os._exit(3)"), 502, "opencode_failed", "opencode ended")
-        self.assertEqual(len(self.journal("post")), 1)
-        self.assertEqual(running.content("well"), "well")
 
     def test_a_process_that_was_killed_is_told_in_the_log_and_replaced(self):
         """The kernel does that where memory is short: also while nobody asks."""
@@ -6525,6 +6512,16 @@ class DirectoryTest(FakeCase):
         (left,) = set(self.tmp.iterdir()) - before
         return left
 
+    def homes(self):
+        """Return the homes of processes."""
+        return list(self.tmp.glob("*/process-*"))
+
+    def start_without_processes(self):
+        """Return a running proxy whose next request starts a process."""
+        running = self.start()
+        self.assertTrue(eventually(lambda: not self.homes()))
+        return running
+
     def test_what_a_killed_proxy_left_is_removed(self):
         left = self.leave_one()
         self.start()
@@ -6582,10 +6579,8 @@ class DirectoryTest(FakeCase):
 
     def test_a_folder_that_another_has_put_in_its_place_is_not_used(self):
         """What lies in there would run, with the user's rights."""
-        self.patch(proxy, MAX_RETRY_SECONDS=0.1)
-        running = self.start()
+        running = self.start_without_processes()
         (own,) = self.tmp.iterdir()
-        self.assertTrue(eventually(lambda: not list(own.glob("process-*"))))
         shutil.rmtree(own)
         own.mkdir()
         (own / "plugin.js").touch()
@@ -6598,10 +6593,8 @@ class DirectoryTest(FakeCase):
             path.write_bytes(text.encode()[: len(text) // 2])
             raise OSError(28, "No space left on device")
 
-        self.patch(proxy, MAX_RETRY_SECONDS=0.1)
-        running = self.start()
+        running = self.start_without_processes()
         (own,) = self.tmp.iterdir()
-        self.assertTrue(eventually(lambda: not list(own.glob("process-*"))))
         shutil.rmtree(own)
         with unittest.mock.patch.object(pathlib.Path, "write_text", write_half):
             self.assert_error(running.chat(), 502, "opencode_failed", "No space left on device")
@@ -6619,16 +6612,11 @@ class DirectoryTest(FakeCase):
         self.assertEqual(set(self.journal("catalog")), {str(catalog)})
 
     def test_a_home_that_could_not_be_made_is_removed(self):
-        def homes():
-            return list(self.tmp.glob("*/process-*"))
-
-        self.patch(proxy, MAX_RETRY_SECONDS=0.1)
-        running = self.start()
-        self.assertTrue(eventually(lambda: not homes()))
+        running = self.start_without_processes()
         full = OSError(28, "No space left on device")
         with unittest.mock.patch.object(pathlib.Path, "symlink_to", side_effect=full):
             self.assert_error(running.chat(), 502, "opencode_failed", "No space left on device")
-        self.assertEqual(homes(), [])
+        self.assertEqual(self.homes(), [])
         self.assertEqual(running.content("well"), "well")
 
 

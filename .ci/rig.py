@@ -54,12 +54,12 @@ class Chunks(io.RawIOBase):
         return True
 
     def write(self, data):
-        self._plain.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self._plain.write(tests.proxy.write_http_chunk(data, is_last=False))
         return len(data)
 
     def close(self):
         if not self.closed:
-            self._plain.write(b"0\r\n\r\n")
+            self._plain.write(tests.proxy.write_http_chunk(b"", is_last=True))
         super().close()
 
 
